@@ -1,0 +1,308 @@
+"""What may be half written, stale or foreign: fingerprints, atomic files, the feature cache, the result store, locks.
+
+A reader sees a file's old content or its new one, never a part. Every file carries the description of what made it and a
+hash of what it holds; both are checked before it is used. NumPy and safetensors are imported where arrays are written or
+read, so that --status answers at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import filelock
+import xxhash
+
+from settings import LAYER_SETS, REPRESENTATIONS, Cell, InputError, cells_of
+
+if TYPE_CHECKING:
+    import numpy as np
+
+FORGOTTEN = 3600      # seconds after which a hidden .tmp is what a killed process left behind
+SETTLED = 2.0         # seconds: a file touched less than this before it was hashed could change again at the same time stamp
+
+
+# --- files
+
+
+def canonical(value) -> bytes:
+    """JSON with one spelling for equal values."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+
+
+def hash_of(value) -> str:
+    """128-bit xxHash of a JSON value, or of bytes and arrays as they lie in memory."""
+    plain = isinstance(value, (dict, list, tuple, str, int, float, bool, type(None)))
+    return xxhash.xxh3_128(canonical(value) if plain else value).hexdigest()
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A hidden path beside `path` to write to; it takes the place of `path`, synced to disk, if the block ends without an error."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for leftover in path.parent.glob(f".{path.name}.*.tmp"):
+        with contextlib.suppress(FileNotFoundError):                     # another process may be clearing up too
+            if time.time() - leftover.stat().st_mtime > FORGOTTEN:
+                leftover.unlink()
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        sync(temporary)
+        os.replace(temporary, path)
+        sync(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    with replacing(path) as temporary:
+        temporary.write_bytes(content)
+
+
+def write_json(path: Path, value, indent: int | None = None) -> None:
+    write_bytes(path, (json.dumps(value, indent=indent, allow_nan=False) + "\n").encode())
+
+
+def append_event(path: Path, **event) -> None:
+    """One line of JSON with the time, in UTC, at the end of the file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), **event}) + "\n")
+
+
+# --- the identity of a data set's content
+
+
+def file_stamps(files: list[str]) -> list:
+    """What changes when a file is edited, replaced, moved or touched."""
+    stamps = []
+    for file in files:
+        stat = os.stat(file)
+        stamps.append([os.path.realpath(file), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino])
+    return stamps
+
+
+def identify(files: list[str], which: list, compute, cache_dir: Path | None) -> tuple[str, bool]:
+    """The content hash that `compute()` gives, or the remembered one if none of `files` has changed since; and which it was.
+
+    `which` says which rows and columns of the files are meant. Nothing is remembered without files or a `cache_dir`, nor
+    for files so fresh that another edit could carry the same time stamp.
+    """
+    if not files or cache_dir is None:
+        return compute(), False
+    stamps, now = file_stamps(files), time.time_ns()
+    memory = cache_dir / "identities" / f"{hash_of([stamps, which])}.json"
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):     # absent or damaged: computed anew, the same value
+        remembered = json.loads(memory.read_text())
+        if remembered["check"] == hash_of([remembered["identity"], stamps, which]):
+            return remembered["identity"], True
+    identity = compute()
+    newest = max(max(mtime, ctime) for _, _, mtime, ctime, _ in stamps)
+    if newest < now - SETTLED * 1e9 and file_stamps(files) == stamps:
+        write_json(memory, {"identity": identity, "check": hash_of([identity, stamps, which]), "files": stamps})
+    return identity, False
+
+
+# --- features
+
+
+class FeatureCache:
+    """One safetensors file a representation, of all layers, in a folder named by the content that they describe."""
+
+    def __init__(self, cache_dir: Path, identity: str, layers: list[str]):
+        self.folder = cache_dir / identity
+        self.source = {"data": identity, "layers": hash_of(layers)}
+
+    def path(self, representation: str) -> Path:
+        return self.folder / f"{representation}.safetensors"
+
+    def description(self, representation: str) -> dict:
+        return self.source | {"representation": representation, "version": REPRESENTATIONS[representation].version}
+
+    def load(self, representation: str) -> tuple[np.ndarray | None, str]:
+        """Features (N, L*k) float32, or None and why: '' if there is no file, else what is wrong with it."""
+        from safetensors import SafetensorError, safe_open
+
+        path = self.path(representation)
+        if not path.exists():
+            return None, ""
+        try:
+            with safe_open(path, framework="numpy") as file:
+                made_by = json.loads(file.metadata()["description"])
+                features = file.get_tensor("features")
+        except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+            return None, f"unreadable ({error})"
+        payload = made_by.pop("payload", None)
+        if made_by != self.description(representation):
+            return None, "made by another version"
+        return (features, "") if payload == hash_of(features) else (None, "its content does not match its hash")
+
+    def save(self, representation: str, features: np.ndarray) -> None:
+        from safetensors.numpy import save_file
+
+        made_by = self.description(representation) | {"payload": hash_of(features)}
+        with locked(self.path(representation)), replacing(self.path(representation)) as temporary:
+            save_file({"features": features}, temporary, metadata={"description": json.dumps(made_by)})
+
+
+# --- locks
+
+
+class Held(Exception):
+    """Another process holds the output folder."""
+
+
+def lock_path(path: Path) -> Path:
+    return path.with_name(f".{path.stem}.lock")
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Wait for and hold the lock of a file that is going to be written. Files stay whole where locks do not work."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(lock_path(path)):
+        yield
+
+
+@contextlib.contextmanager
+def holding(folder: Path) -> Iterator[None]:
+    """Hold the output folder for a plain run. Raises Held at once if another process does."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(folder / ".lock", timeout=0)
+    try:
+        lock.acquire()
+    except filelock.Timeout:
+        raise Held(f"another process holds {folder}: wait for it, or choose another --output-dir") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+# --- results
+
+
+class State(NamedTuple):
+    """Of a cell: `kind` is done, missing, damaged or stale; `why` says it in a line."""
+
+    kind: str
+    why: str = ""
+
+
+WORDS = {"data": "the weights of the data set", "labels": "the labels", "split": "the rows of the split", "layers": "the layers"}
+
+
+def differences(made_with: dict, wanted: dict) -> list[str]:
+    """The settings in `wanted` that a file was made without, one phrase each. `wanted` may leave out what is not known."""
+    phrases = []
+    for name, value in wanted.items():
+        old = made_with.get(name)
+        if old != value:
+            phrases.append(f"{WORDS[name]} changed" if name in WORDS else f"{name} was {old}, is now {value}")
+    return phrases
+
+
+class ResultStore:
+    """The finished cells of an output folder: a checkpoint each, with the predictions it was counted from."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.checkpoints = folder / "checkpoints"
+        self.predictions = folder / "predictions"
+
+    def path(self, cell: Cell) -> Path:
+        return self.checkpoints / f"{cell.name}.json"
+
+    def predictions_path(self, cell: Cell) -> Path:
+        return self.predictions / f"{cell.name}.npz"
+
+    def load(self, cell: Cell) -> dict:
+        """A finished cell's record, checked against its hash and that of its predictions. Raises OSError or ValueError."""
+        record = json.loads(self.path(cell).read_bytes())
+        if not isinstance(record, dict) or "checksum" not in record:
+            raise ValueError("no checksum")
+        if record["checksum"] != hash_of({k: v for k, v in record.items() if k != "checksum"}):
+            raise ValueError("its content does not match its hash")
+        if record["cell"] != cell.name:
+            raise ValueError(f"it is the checkpoint of {record['cell']}")
+        if record["predictions_hash"] != hash_of(self.predictions_path(cell).read_bytes()):
+            raise ValueError("its predictions do not match their hash")
+        return record
+
+    def state(self, cell: Cell, wanted: dict) -> State:
+        """Whether the cell is finished and was made as `wanted` describes."""
+        if not self.path(cell).exists():
+            return State("missing")
+        try:
+            record = self.load(cell)
+        except FileNotFoundError:
+            return State("damaged", "its predictions are missing")
+        except (OSError, ValueError, KeyError) as error:
+            return State("damaged", str(error) or type(error).__name__)
+        changed = differences(record["made_with"], wanted)
+        return State("stale", "; ".join(changed)) if changed else State("done")
+
+    def save(self, cell: Cell, record: dict, predictions: dict[str, np.ndarray], made_with: dict) -> None:
+        """Write the predictions, then the checkpoint that holds their hash. Call it under the cell's lock."""
+        import numpy as np
+
+        buffer = io.BytesIO()
+        np.savez_compressed(buffer, **predictions)
+        write_bytes(self.predictions_path(cell), buffer.getvalue())
+        record = {**record, "cell": cell.name, "made_with": made_with, "predictions_hash": hash_of(buffer.getvalue())}
+        write_json(self.path(cell), {**record, "checksum": hash_of(record)})
+
+    def set_aside(self, cell: Cell, reason: str) -> Path:
+        """Move a cell's files to set_aside/, with the reason beside them. Returns the checkpoint's new path."""
+        folder = self.folder / "set_aside"
+        folder.mkdir(exist_ok=True)
+        number = 1
+        while (target := folder / f"{cell.name}.{number}.json").exists():
+            number += 1
+        write_bytes(target.with_suffix(".txt"), f"{reason}\n".encode())
+        os.replace(self.path(cell), target)
+        if self.predictions_path(cell).exists():
+            os.replace(self.predictions_path(cell), target.with_suffix(".npz"))
+        sync(self.checkpoints)
+        return target
+
+    def clear(self, wanted: dict[Cell, dict], requested: list[Cell], rerun_stale: bool) -> list[str]:
+        """Make `checkpoints/` hold finished cells only, before the first cell runs; a line for each file that was moved.
+
+        `wanted` describes every cell that could be there, `requested` are those that this run is about. Damaged ones are
+        set aside, stale requested ones too with `rerun_stale`. Raises InputError, before anything is moved, if a
+        requested cell is stale otherwise.
+        """
+        states = {cell: self.state(cell, wanted[cell]) for cell in wanted}
+        stale = {cell: states[cell].why for cell in requested if states[cell].kind == "stale"}
+        if stale and not rerun_stale:
+            reasons = " | ".join(dict.fromkeys(stale.values()))
+            raise InputError(
+                f"{len(stale)} finished cells in {self.folder} were made with other settings ({reasons}): "
+                "choose another --output-dir, or give --rerun-stale to set them aside and run them again"
+            )
+        lines = []
+        for cell, state in states.items():
+            if state.kind == "damaged" or cell in stale:
+                target = self.set_aside(cell, f"{state.kind}: {state.why}")
+                lines.append(f"Set aside {state.kind} checkpoint {cell.name} ({state.why}) as {target.relative_to(self.folder)}")
+        return lines
+
+
+def all_cells() -> list[Cell]:
+    """Every cell that an output folder could hold."""
+    return cells_of(LAYER_SETS, REPRESENTATIONS)

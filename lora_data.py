@@ -1,0 +1,477 @@
+"""A data set's name -> rows, labels, split and layers; and one layer of a block of rows as a tensor.
+
+`datasets` and `torch` are imported where they are used: `survey` serves --dry-run without them.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import xxhash
+
+from settings import ALIASES, DATASET_NAMES, LAYER_SETS, InputError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from torch import Tensor
+
+log = logging.getLogger("visual_ablation")
+
+BLOCK_ROWS = 1024     # rows of a block; blocks start at its multiples, whatever the memory, the machine or the resumption
+SMALLEST_SPLIT = 11   # with fewer rows, train = val = test
+
+# The end of a column's name: diffusers' lora.down.weight, PEFT's lora_A.weight and lora_A.<adapter>.weight, kohya's lora_down.weight.
+LAYER_NAME = re.compile(r"(?:^|[._])lora(?:_linear_layer)?[._](?:down|up|A|B)(?:[._]\w+)?[._]weight$")
+# What the torch formatter turns into float32 too; everything else is left to it.
+FLOATS = (pa.float16(), pa.float32(), pa.float64())
+
+
+def is_layer(column: str) -> bool:
+    return LAYER_NAME.search(column) is not None
+
+
+def attention_kind(layer: str) -> str:
+    """attn1 (visual), attn2 (text) or other, in dotted and underscored names."""
+    found = re.search(r"(?:^|[._])(attn[12])(?:[._]|$)", layer)
+    return found.group(1) if found else "other"
+
+
+# --- one column of matrices in Arrow memory
+
+
+class Matrices(NamedTuple):
+    """How a column holds one (rows, cols) matrix a row, read off its Arrow type and its first row."""
+
+    column: str
+    rows: int
+    cols: int
+    dtype: str      # of a stored weight
+    in_arrow: bool  # False: only the formatter can read it
+
+
+def storage_of(kind: pa.DataType) -> pa.DataType:
+    """What Array2D is made of; other types stand for themselves."""
+    return kind.storage_type if isinstance(kind, pa.BaseExtensionType) else kind
+
+
+def is_list(kind: pa.DataType) -> bool:
+    return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+
+
+def weight_type(kind: pa.DataType) -> pa.DataType | None:
+    """The float type of a column of matrices (two levels of lists), or None for a layout that this module cannot read."""
+    kind = storage_of(kind)
+    if is_list(kind) and is_list(kind.value_type) and kind.value_type.value_type in FLOATS:
+        return kind.value_type.value_type
+    return None
+
+
+def unlist(array: pa.Array, size: int, matrices_each: int, column: str, first_row: int) -> pa.Array:
+    """The items of a list array whose every list must hold `size` of them; `matrices_each` lists belong to one row.
+
+    Consecutive offsets are compared one by one: ragged rows whose totals happen to fit are found too.
+    """
+    refuse_nulls(array, matrices_each, column, first_row)
+    fixed = pa.types.is_fixed_size_list(array.type)
+    lengths = np.array([array.type.list_size]) if fixed else np.diff(array.offsets.to_numpy())
+    if (lengths != size).any():
+        wrong = int(np.argmax(lengths != size))
+        raise InputError(
+            f"column '{column}', row {first_row + wrong // matrices_each}: a list of {lengths[wrong]} where the column's "
+            f"first row has {size}: every row's matrix must have the same shape"
+        )
+    return array.flatten()                                               # unlike .values, it respects a slice's offset
+
+
+def refuse_nulls(array: pa.Array, items_each: int, column: str, first_row: int) -> None:
+    if array.null_count:
+        where = int(np.argmax(array.is_null().to_numpy(zero_copy_only=False)))
+        raise InputError(f"column '{column}', row {first_row + where // items_each}: null: every row needs every weight")
+
+
+def refuse_non_finite(weights: np.ndarray, column: str, first_row: int) -> None:
+    """`weights` (n, rows, cols)."""
+    if not np.isfinite(weights).all():
+        bad = np.argwhere(~np.isfinite(weights))[0]
+        raise InputError(
+            f"column '{column}', row {first_row + bad[0]}: the weight at ({bad[1]}, {bad[2]}) is {weights[tuple(bad)]} "
+            "as float32: repair or leave out that row"
+        )
+
+
+# --- the data set
+
+
+class Split(NamedTuple):
+    """Row numbers of the three parts. `overlap`: too few rows to divide, so that all three are the same."""
+
+    train: np.ndarray
+    val: np.ndarray
+    test: np.ndarray
+    overlap: bool
+
+
+def split_rows(num_rows: int, seed: int) -> Split:
+    """70/10/20, the rows and the order of the origin's two calls of `train_test_split`, which depend on n and seed only."""
+    from datasets import Dataset
+
+    rows = np.arange(num_rows)
+    if num_rows < SMALLEST_SPLIT:
+        return Split(rows, rows, rows, True)
+    first = Dataset.from_dict({"row": rows}).train_test_split(test_size=0.3, seed=seed)
+    second = first["test"].train_test_split(test_size=0.67, seed=seed)
+    parts = [np.array(part.with_format("numpy")["row"][:]) for part in (first["train"], second["train"], second["test"])]
+    return Split(*parts, False)
+
+
+@dataclass
+class LoraData:
+    """A collection of LoRAs, one a row. `labels` (N,) int64 index `classes`; `layers` are its layer columns, sorted."""
+
+    dataset: Dataset                 # with the torch format on the device
+    device: str
+    layers: list[str]
+    matrices: dict[str, Matrices]
+    labels: np.ndarray
+    classes: list[str | int]
+    split: Split
+    files: list[str] = field(default_factory=list)   # what the rows are mapped from; empty for generated rows
+    identity: str = ""               # content hash of the layers, once known
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.dataset)
+
+    @cached_property
+    def kinds(self) -> list[str]:
+        return [attention_kind(layer) for layer in self.layers]
+
+    def layers_of(self, layer_set: str) -> list[int]:
+        """Positions in `layers` of those that a layer set keeps."""
+        return [i for i, kind in enumerate(self.kinds) if kind in LAYER_SETS[layer_set].kinds]
+
+    def read_layer(self, layer: str, start: int, stop: int) -> Tensor:
+        """One layer of rows start:stop, (n, rows, cols) float32 on the device, from the Arrow buffers.
+
+        Raises InputError, naming the column and the row, for a NaN, an infinity, a null or a matrix of another shape.
+        """
+        import torch
+
+        shape = self.matrices[layer]
+        if not shape.in_arrow:
+            return self.read_layer_formatted(layer, start, stop)
+        weights = np.empty((stop - start, shape.rows, shape.cols), dtype=np.float32)
+        flat, position = weights.reshape(-1), 0
+        with np.errstate(over="ignore"):                                 # a float64 beyond float32 becomes inf and is refused
+            for values in self.stored_values(layer, start, stop):
+                flat[position:position + len(values)] = values
+                position += len(values)
+        refuse_non_finite(weights, layer, start)
+        return torch.from_numpy(weights).to(self.device)
+
+    def stored_values(self, layer: str, start: int, stop: int):
+        """The stored weights of rows start:stop, chunk by chunk, as flat read-only arrays over Arrow's own memory."""
+        shape = self.matrices[layer]
+        row = start
+        for chunk in self.dataset.data.column(layer).slice(start, stop - start).chunks:
+            array = chunk.storage if isinstance(chunk, pa.ExtensionArray) else chunk
+            lists = unlist(array, shape.rows, 1, layer, row)
+            values = unlist(lists, shape.cols, shape.rows, layer, row)
+            refuse_nulls(values, shape.rows * shape.cols, layer, row)
+            yield values.to_numpy(zero_copy_only=True)
+            row += len(chunk)
+
+    def read_layer_formatted(self, layer: str, start: int, stop: int) -> Tensor:
+        """The same through the data set's torch format: slow, and the reference for `read_layer`."""
+        shape = self.matrices[layer]
+        weights = self.dataset.select_columns([layer])[start:stop][layer]
+        if isinstance(weights, list) or weights.shape[1:] != (shape.rows, shape.cols):
+            for row, matrix in enumerate(weights, start):
+                if getattr(matrix, "shape", None) != (shape.rows, shape.cols):
+                    raise InputError(f"column '{layer}', row {row}: not a matrix of {shape.rows} x {shape.cols} as in the first row")
+        weights = weights.float()
+        refuse_non_finite(weights.cpu().numpy(), layer, start)
+        return weights
+
+    def content_hash(self) -> str:
+        """128-bit xxHash of every layer's name, shape, stored type and weights, row by row.
+
+        It does not depend on where the rows lie, how they are chunked, or on any other column.
+        """
+        digest = xxhash.xxh3_128()
+        for layer in self.layers:
+            digest.update(repr((self.num_rows, *self.matrices[layer])).encode())
+            for start in range(0, self.num_rows, BLOCK_ROWS):
+                stop = min(start + BLOCK_ROWS, self.num_rows)
+                if self.matrices[layer].in_arrow:
+                    for values in self.stored_values(layer, start, stop):
+                        digest.update(values)
+                else:
+                    digest.update(self.read_layer_formatted(layer, start, stop).cpu().numpy())
+        return digest.hexdigest()
+
+    def card(self) -> dict:
+        """What is in it, in numbers."""
+        counts = np.bincount(self.labels, minlength=len(self.classes))
+        shapes = [self.matrices[layer] for layer in self.layers]
+        return {
+            "rows": self.num_rows,
+            "classes": len(self.classes),
+            "rows_per_class": {str(name): int(count) for name, count in zip(self.classes, counts, strict=True)},
+            "layers": {kind: self.kinds.count(kind) for kind in ("attn1", "attn2", "other")},
+            "ranks": sorted({min(shape.rows, shape.cols) for shape in shapes}),
+            "weights_per_row": sum(shape.rows * shape.cols for shape in shapes),
+            "split": {part: len(getattr(self.split, part)) for part in ("train", "val", "test")},
+        }
+
+
+def load_lora_data(name: str, device: str = "cpu", *, data_split: str = "", revision: str = "",
+                   label_column: str = "category_label", split_seed: int = 42) -> LoraData:
+    """Open a data set by any of its kinds of name (see settings.DATASET_NAMES) and check its columns and labels.
+
+    No weight is read but the first row's shapes. Raises InputError for a name that is none of these, and for a data set
+    without rows, layers or at least two classes.
+    """
+    return from_dataset(open_dataset(name, data_split, revision), name, device, label_column=label_column, split_seed=split_seed)
+
+
+def from_dataset(dataset: Dataset, name: str, device: str = "cpu", *, label_column: str = "category_label",
+                 split_seed: int = 42) -> LoraData:
+    """The same for a `datasets.Dataset` that is already open."""
+    if len(dataset) == 0:
+        raise InputError(f"data set '{name}' has no rows")
+    if dataset._indices is not None:   # after select or shuffle: the Arrow buffers hold other rows, or another order
+        dataset = dataset.flatten_indices()
+    layers = sorted(column for column in dataset.column_names if is_layer(column))
+    if not layers:
+        some = ", ".join(dataset.column_names[:5])
+        raise InputError(f"data set '{name}' has no LoRA layer: expected columns such as '...lora.down.weight', found {some}")
+    if label_column not in dataset.column_names:
+        others = [column for column in dataset.column_names if not is_layer(column)]
+        raise InputError(f"data set '{name}' has no column '{label_column}': give --label-column, one of {', '.join(others) or '(none)'}")
+    dataset = dataset.with_format("torch", device=device)
+    labels, classes = encode_labels(dataset, label_column, name)
+    matrices = {layer: matrices_of(dataset, layer) for layer in layers}
+    unusual = [layer for layer in layers if not matrices[layer].in_arrow]
+    if unusual:
+        log.warning(f"{len(unusual)} layer columns are read through the torch formatter, which is slow: "
+                    f"'{unusual[0]}' is stored as {dataset.data.column(unusual[0]).type}")
+    files = [entry["filename"] for entry in dataset.cache_files]
+    return LoraData(dataset, device, layers, matrices, labels, classes, split_rows(len(dataset), split_seed), files)
+
+
+def matrices_of(dataset: Dataset, layer: str) -> Matrices:
+    """The layout of a column, from its type and first row. Raises InputError if that row is no matrix."""
+    column = dataset.data.column(layer)
+    stored = weight_type(column.type)
+    if stored is not None:
+        first = column[0].as_py()
+        if not first or not first[0]:
+            raise InputError(f"column '{layer}', row 0: null or empty where a matrix is expected")
+        return Matrices(layer, len(first), len(first[0]), str(stored), True)
+    first = dataset.select_columns([layer])[0][layer]
+    if getattr(first, "ndim", 0) != 2 or 0 in first.shape:
+        raise InputError(f"column '{layer}', row 0: a LoRA layer is a matrix of numbers, this column holds {column.type}")
+    return Matrices(layer, *first.shape, str(first.dtype), False)
+
+
+def encode_labels(dataset: Dataset, column: str, name: str) -> tuple[np.ndarray, list[str | int]]:
+    """Class numbers (N,) int64 and the classes in their order: strings sorted, integers and ClassLabels by number.
+
+    Classes are those that occur in any row. Raises InputError for a null, for other types, and for fewer than two classes.
+    """
+    from datasets import ClassLabel
+
+    nulls = dataset.data.column(column)
+    if nulls.null_count:
+        raise InputError(f"column '{column}', row {int(np.argmax(nulls.is_null().to_numpy()))}: null: every row needs a label")
+    storage = nulls.type
+    if not (pa.types.is_integer(storage) or pa.types.is_string(storage) or pa.types.is_large_string(storage)):
+        raise InputError(f"column '{column}' holds {storage}: labels are strings, integers or ClassLabel; give --label-column")
+    values = dataset.select_columns([column])[:][column]
+    values = np.asarray(values if isinstance(values, list) else values.cpu())
+    found, labels = np.unique(values, return_inverse=True)
+    feature = dataset.features[column]
+    if isinstance(feature, ClassLabel):
+        if found[0] < 0:
+            raise InputError(f"column '{column}', row {int(np.argmax(values < 0))}: no label: leave out unlabelled rows")
+        classes = [feature.int2str(int(number)) for number in found]
+    else:
+        classes = found.tolist()
+    if len(classes) < 2:
+        raise InputError(f"column '{column}' of data set '{name}' has one class ({classes[0]}): two or more are needed")
+    return labels.reshape(-1).astype(np.int64), classes
+
+
+# --- names
+
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+def resolve_name(name: str) -> tuple[str, str]:
+    """What kind of data set a name means: ("generated", name), ("disk" | "files", path) or ("hub", id).
+
+    An alias is the Hub's; a folder of that name is written as a path, ./1k. Raises InputError for anything else.
+    """
+    if name == "sanity-check":
+        return "generated", name
+    if name in ALIASES:
+        return "hub", ALIASES[name]
+    path = Path(name).expanduser()
+    if path.exists():
+        saved = any((path / marker).is_file() for marker in ("state.json", "dataset_dict.json"))
+        return ("disk" if saved else "files"), str(path)
+    if name.startswith(("/", ".", "~")) or path.suffix in FILE_FORMATS:
+        raise InputError(f"no such file or folder: '{name}'")
+    if HUB_ID.fullmatch(name):
+        return "hub", name
+    raise InputError(f"unknown dataset '{name}': use {DATASET_NAMES}")
+
+
+FILE_FORMATS = {".parquet": "parquet", ".arrow": "arrow"}
+
+
+def open_dataset(name: str, data_split: str = "", revision: str = "") -> Dataset:
+    """The rows that a name means, memory-mapped. Raises InputError if there are none to be had."""
+    import datasets
+
+    kind, where = resolve_name(name)
+    if revision and kind != "hub":
+        raise InputError(f"--revision {revision} needs a data set on the Hub, '{name}' is local")
+    if kind == "generated":
+        opened = sanity_check()
+    else:
+        if kind == "files" and Path(where).is_file() and Path(where).suffix not in FILE_FORMATS:
+            raise InputError(f"'{name}' is neither Parquet nor Arrow: give a file that ends in .parquet or .arrow, or a folder of them")
+        try:
+            if kind == "disk":
+                opened = datasets.load_from_disk(where)
+            elif Path(where).is_file() and kind == "files":
+                opened = datasets.load_dataset(FILE_FORMATS[Path(where).suffix], data_files=where, split=data_split or None)
+            else:
+                opened = datasets.load_dataset(where, split=data_split or None, revision=revision or None)
+        except Exception as error:  # whatever the library raises, the name cannot be read: one line, status 2
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise InputError(f"cannot load data set '{name}': {reason[:500]}") from error
+    if isinstance(opened, dict):
+        available = ", ".join(opened)
+        if data_split and data_split not in opened:
+            raise InputError(f"data set '{name}' has no split '{data_split}': use one of {available}")
+        chosen = data_split or ("train" if "train" in opened else available)
+        if chosen not in opened:
+            raise InputError(f"data set '{name}' has several splits and none is 'train': give --data-split, one of {available}")
+        return opened[chosen]
+    if data_split and kind in ("disk", "generated") and str(opened.split) != data_split:
+        raise InputError(f"data set '{name}' has no split '{data_split}': it has {opened.split or 'none'}; leave out --data-split")
+    return opened
+
+
+SANITY_LABELS = {"cat": 0.5, "dog": 1.0, "fox": 2.0}   # and the std of their weights
+SANITY_ROWS = ["cat", "dog", "fox", "cat", "dog"]
+SANITY_SHAPES = [
+    (f"unet.down_blocks.{block}.attentions.0.transformer_blocks.0.{kind}.to_q.lora.{side}.weight", *shape)
+    for block in range(5) for kind in ("attn1", "attn2") for side, shape in (("down", (2, 32)), ("up", (32, 2)))
+]
+
+
+def sanity_check() -> Dataset:
+    """Five generated LoRAs of rank 2 and 20 layers in three classes: enough to see every part of the program work."""
+    from datasets import Dataset, Features, List, Value
+
+    rng = np.random.default_rng(0)
+    rows = {layer: [(SANITY_LABELS[label] * rng.normal(size=shape)).tolist() for label in SANITY_ROWS] for layer, *shape in SANITY_SHAPES}
+    features = {layer: List(List(Value("float32"))) for layer in rows} | {"category_label": Value("string")}
+    return Dataset.from_dict(rows | {"category_label": SANITY_ROWS}, features=Features(features))
+
+
+# --- what a data set holds, for --dry-run, from its files alone
+
+
+class Survey(NamedTuple):
+    rows: int
+    shapes: list[tuple[str, int, int]]   # layer, rows, cols; sorted by layer
+    copied_bytes: int                    # of the Arrow copy that `datasets` will make of Parquet and the like
+
+
+PUBLISHED_ROWS = {"1k": 1_000, "10k": 10_000, "50k": 50_000, "100k": 100_000}
+
+
+def survey(name: str, data_split: str = "") -> Survey | None:
+    """Rows, layers and the Arrow copy of a data set, without `datasets`; None for one that is not on this machine.
+
+    The four published sets are known without a download. Of several splits it takes the one that a run would take, as
+    far as file names tell. Raises InputError for a name that is no data set's.
+    """
+    kind, where = resolve_name(name)
+    if kind == "hub":
+        if name not in PUBLISHED_ROWS:
+            return None
+        shapes = sd15_shapes(rank=1)
+        weights = sum(rows * cols for _, rows, cols in shapes)
+        return Survey(PUBLISHED_ROWS[name], shapes, 4 * weights * PUBLISHED_ROWS[name])
+    if kind == "generated":
+        return Survey(len(SANITY_ROWS), SANITY_SHAPES, 0)
+    root = Path(where)
+    if kind == "disk" and (root / "dataset_dict.json").is_file():
+        splits = sorted(path.parent.name for path in root.glob("*/state.json"))
+        root = root / (data_split or ("train" if "train" in splits else splits[0]))
+    files = [root] if root.is_file() else sorted(path for path in root.rglob("*") if path.suffix in FILE_FORMATS)
+    split_files = [file for file in files if re.search(rf"(?:^|[^a-z]){data_split or 'train'}(?:[^a-z]|$)", file.name)]
+    files = split_files or files
+    if not files:
+        raise InputError(f"'{name}' holds no Parquet or Arrow file")
+    rows, first = 0, None
+    for file in files:
+        if file.suffix == ".parquet":
+            parquet = pq.ParquetFile(file)
+            rows += parquet.metadata.num_rows
+            if first is None:
+                names = [column for column in parquet.schema_arrow.names if is_layer(column)]
+                first = next(parquet.iter_batches(batch_size=1, columns=names), None)
+        else:
+            with pa.memory_map(str(file)) as source:
+                for batch in read_arrow(source):
+                    rows += len(batch)
+                    first = batch.slice(0, 1) if first is None else first
+    shapes = []
+    for layer in sorted(filter(is_layer, first.schema.names)) if first is not None and len(first) else []:
+        matrix = first.column(layer)[0].as_py()
+        shapes.append((layer, len(matrix), len(matrix[0])))
+    weights = sum(r * c for _, r, c in shapes)
+    return Survey(rows, shapes, 0 if kind == "disk" else 4 * weights * rows)
+
+
+def read_arrow(source):
+    """Record batches of an Arrow file, written as a stream (as `datasets` does) or with a footer."""
+    try:
+        return list(pa.ipc.open_stream(source))
+    except pa.ArrowInvalid:
+        reader = pa.ipc.open_file(source)
+        return [reader.get_batch(i) for i in range(reader.num_record_batches)]
+
+
+def sd15_shapes(rank: int) -> list[tuple[str, int, int]]:
+    """The layers of the published sets, sorted: `down` and `up` of to_q and to_v in the 32 attention blocks of SD v1.5.
+
+    99,648 weights a row at rank 1: blocks of 320, 640 and 1,280 channels, a text embedding of 768.
+    """
+    blocks = [("down_blocks.0", 2, 320), ("down_blocks.1", 2, 640), ("down_blocks.2", 2, 1280), ("mid_block", 1, 1280),
+              ("up_blocks.1", 3, 1280), ("up_blocks.2", 3, 640), ("up_blocks.3", 3, 320)]
+    shapes = []
+    for block, attentions, channels in blocks:
+        for attention in range(attentions):
+            for kind in ("attn1", "attn2"):
+                for projection in ("to_q", "to_v"):
+                    module = f"unet.{block}.attentions.{attention}.transformer_blocks.0.{kind}.{projection}.lora"
+                    inputs = 768 if (kind, projection) == ("attn2", "to_v") else channels
+                    shapes += [(f"{module}.down.weight", rank, inputs), (f"{module}.up.weight", channels, rank)]
+    return sorted(shapes)

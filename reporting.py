@@ -1,0 +1,178 @@
+"""Confusion counts -> scores -> a cell's record, results.json and results.txt.
+
+Training hands over predictions; what is counted and what a score means stands here and nowhere else. C classes, R runs.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from settings import LAYER_SETS, REPRESENTATIONS, Cell
+
+SCORED_PARTS = ("val", "test")
+SCORES = ("acc", "f1", "precision", "recall")
+
+
+def confusion_matrix(labels: np.ndarray, predictions: np.ndarray, num_classes: int) -> np.ndarray:
+    """Counts (C, C): rows are true classes, columns predicted ones, all C of them whether they occur or not."""
+    return np.bincount(labels * num_classes + predictions, minlength=num_classes**2).reshape(num_classes, num_classes)
+
+
+def scores(confusion: np.ndarray) -> dict[str, float]:
+    """acc, and the macro averages f1, precision and recall, as fractions.
+
+    Averages run over the classes that occur among the labels or the predictions; a ratio of 0/0 counts as 0
+    (scikit-learn's macro average with zero_division=0).
+    """
+    true, predicted, hits = confusion.sum(1), confusion.sum(0), np.diag(confusion)
+    occurs = (true + predicted) > 0
+
+    def mean_ratio(numerator, denominator) -> float:
+        ratios = np.divide(numerator, denominator, out=np.zeros(len(numerator)), where=denominator > 0)
+        return float(ratios[occurs].mean()) if occurs.any() else 0.0
+
+    return {
+        "acc": float(hits.sum() / confusion.sum()),
+        "f1": mean_ratio(2 * hits, true + predicted),
+        "precision": mean_ratio(hits, predicted),
+        "recall": mean_ratio(hits, true),
+    }
+
+
+def run_scores(labels: dict[str, np.ndarray], run, num_classes: int) -> tuple[dict, dict[str, np.ndarray]]:
+    """A run's scores (`train_acc`; acc, f1, precision, recall of val and test) and its confusion counts by part."""
+    confusions = {part: confusion_matrix(labels[part], run.predictions[part], num_classes) for part in labels}
+    found = {"train_acc": scores(confusions["train"])["acc"]}
+    for score in SCORES:
+        for part in SCORED_PARTS:
+            found[f"{part}_{score}"] = scores(confusions[part])[score]
+    return found, confusions
+
+
+def mean_and_std(values) -> tuple[float, float]:
+    """Mean and population std over the runs (0 for one run)."""
+    return float(np.mean(values)), float(np.std(values))
+
+
+def cell_record(cell: Cell, trained, labels: dict[str, np.ndarray], num_classes: int, num_layers: int, feature_dim: int) -> dict:
+    """A finished cell under the origin's keys. `labels` are the class numbers of the rows of each part of the split."""
+    per_run, confusions = [], []
+    for number, run in enumerate(trained.runs, 1):
+        found, counts = run_scores(labels, run, num_classes)
+        per_run.append({"run": number, **found, "training_time": run.seconds, "best_epoch": run.best_epoch, "feature_dim": feature_dim})
+        confusions.append(counts)
+    record = {
+        "representation": f"{cell.representation}_{cell.layer_set}",
+        "num_layers": num_layers,
+        "feature_dim": feature_dim,
+        "trained_dim": trained.trained_dim,
+    }
+    for key in per_run[0].keys() - {"run", "feature_dim"}:
+        record[f"{key}_mean"], record[f"{key}_std"] = mean_and_std([run[key] for run in per_run])
+    record["training_time_total"] = sum(run["training_time"] for run in per_run)
+    record["per_run_results"] = per_run
+    record["learning_curves"] = [
+        {"val_acc_history": run.val_accuracy, "train_loss_history": run.train_loss, "learning_rate_history": run.learning_rate,
+         "best_epoch": run.best_epoch}
+        for run in trained.runs
+    ]
+    for part in SCORED_PARTS:
+        record[f"{part}_confusion_matrices"] = [counts[part].tolist() for counts in confusions]
+    for part in labels:
+        record[f"{part}_acc_all_runs"] = [run[f"{part}_acc"] for run in per_run]
+    return record
+
+
+def prediction_arrays(trained, labels: dict[str, np.ndarray], split) -> dict[str, np.ndarray]:
+    """For predictions/<cell>.npz: of each part the row numbers (n,), class numbers (n,) and predictions (R, n)."""
+    arrays = {}
+    for part, of_part in labels.items():
+        arrays[f"{part}_rows"] = getattr(split, part)
+        arrays[f"{part}_labels"] = of_part.astype(np.int32)
+        arrays[f"{part}_predictions"] = np.stack([run.predictions[part] for run in trained.runs]).astype(np.int32)
+    arrays["seeds"] = np.array([run.seed for run in trained.runs])
+    return arrays
+
+
+# --- the whole folder
+
+
+def compare(records: dict[Cell, dict]) -> list[dict]:
+    """One entry a representation that has both layer sets, matched by name: test accuracies, the drop and what is retained.
+
+    `drop` is all_layers minus visual_only, a fraction; `drop_std` its std over runs of the same seed: training noise, not
+    the uncertainty of the test set. `text_only` is None where it was not run.
+    """
+    table = []
+    for representation in REPRESENTATIONS:
+        found = {layer_set: records.get(Cell(representation, layer_set)) for layer_set in LAYER_SETS}
+        if not (found["all_layers"] and found["visual_only"]):
+            continue
+        every, visual = (np.array(found[layer_set]["test_acc_all_runs"]) for layer_set in ("all_layers", "visual_only"))
+        drop, drop_std = mean_and_std(every - visual)
+        entry = {"representation": representation}
+        for layer_set, record in found.items():
+            entry[layer_set] = record["test_acc_mean"] if record else None
+            entry[f"{layer_set}_std"] = record["test_acc_std"] if record else None
+        retention = float(visual.mean() / every.mean()) if every.mean() > 0 else None
+        table.append(entry | {"drop": drop, "drop_std": drop_std, "retention": retention})
+    return table
+
+
+def collect(records: dict[Cell, dict], failures: dict[Cell, str], header: dict) -> dict:
+    """results.json. `header` says what was run on what; `failures` maps cells to their error in a line."""
+    results = dict(header)
+    for layer_set in LAYER_SETS:
+        of_set = [records[Cell(r, layer_set)] for r in REPRESENTATIONS if Cell(r, layer_set) in records]
+        if of_set or layer_set in ("all_layers", "visual_only"):
+            results[f"{layer_set}_results"] = of_set
+    results["comparison"] = compare(records)
+    results["failed_cells"] = [
+        {"cell": cell.name, "representation": cell.representation, "layer_set": cell.layer_set, "error": error}
+        for cell, error in failures.items()
+    ]
+    return results
+
+
+def percent(mean: float | None, std: float | None = None) -> str:
+    if mean is None:
+        return "-"
+    return f"{100 * mean:.1f}" + ("" if std is None else f"±{100 * std:.1f}")
+
+
+def results_text(results: dict) -> str:
+    """results.txt and the log's last table: accuracies of each layer set, then the drop."""
+    lines = [
+        "VISUAL ABLATION EXPERIMENT",
+        "",
+        f"Data set:  {results['dataset']} ({results['data']['rows']} rows, {results['num_classes']} classes; "
+        + ", ".join(f"{part} {n}" for part, n in results["data"]["split"].items()) + ")",
+        f"Layers:    {results['num_all_layers']} ({results['num_visual_layers']} attn1, {results['num_text_layers']} attn2)",
+        f"Runs:      {results['num_runs']} a cell; values are percent, mean±std over runs (training noise only)",
+    ]
+    if results["splits_overlap"]:
+        lines.append("WARNING:   ten rows or fewer: train, validation and test are the same rows; no accuracy here means anything")
+    header = f"{'representation':<16}{'columns':>8}{'trained':>8}{'train':>12}{'val':>12}{'test':>12}{'test F1':>12}{'epoch':>7}{'s/run':>8}"
+    for layer_set, (title, _) in LAYER_SETS.items():
+        rows = results.get(f"{layer_set}_results") or []
+        failed = [failure for failure in results["failed_cells"] if failure["layer_set"] == layer_set]
+        if not rows and not failed:
+            continue
+        lines += ["", title, header, "-" * len(header)]
+        for row in rows:
+            name = row["representation"].removesuffix(f"_{layer_set}")
+            cells = "".join(f"{percent(row[f'{k}_mean'], row[f'{k}_std']):>12}" for k in ("train_acc", "val_acc", "test_acc", "test_f1"))
+            lines.append(f"{name:<16}{row['feature_dim']:>8}{row['trained_dim']:>8}{cells}{row['best_epoch_mean']:>7.0f}{row['training_time_mean']:>8.1f}")
+        lines += [f"{failure['representation']:<16}FAILED: {failure['error']}" for failure in failed]
+    if results["comparison"]:
+        text = any(row["text_only"] is not None for row in results["comparison"])
+        header = f"{'representation':<16}{'all layers':>12}{'visual only':>13}" + f"{'text only':>12}" * text + f"{'drop':>12}{'retained':>10}"
+        lines += ["", "Test accuracy, all layers against visual only (drop in points)", header, "-" * len(header)]
+        for row in results["comparison"]:
+            shown = f"{percent(row['all_layers'], row['all_layers_std']):>12}{percent(row['visual_only'], row['visual_only_std']):>13}"
+            shown += f"{percent(row['text_only'], row['text_only_std']):>12}" * text
+            retained = "-" if row["retention"] is None else f"{percent(row['retention'])}%"
+            lines.append(f"{row['representation']:<16}{shown}{percent(row['drop'], row['drop_std']):>12}{retained:>10}")
+    if results["failed_cells"]:
+        lines += ["", f"{len(results['failed_cells'])} cells FAILED: " + ", ".join(failure["cell"] for failure in results["failed_cells"])]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,246 @@
+"""Every setting of the experiment: name, type, default, unit and range in one place, checked where it enters.
+
+Imports nothing heavy, so that --help and --status answer at once. The numbers of columns and the versions of the
+representations stand here too, beside their names; a test ties them to the functions in `representations.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import yaml
+
+
+class InputError(Exception):
+    """Bad input or settings: one line that names the value, the choice and the remedy. Ends the program with status 2."""
+
+
+class Representation(NamedTuple):
+    width: int    # columns a layer
+    version: int  # raise it whenever a number changes: caches and checkpoints of the old version become stale
+
+
+REPRESENTATIONS = {
+    "simple_stats": Representation(5, 1),
+    "rank_based": Representation(11, 1),
+    "stats": Representation(7, 1),
+    "spectral": Representation(32, 1),
+    "matrix_norms": Representation(7, 1),
+    "distribution": Representation(12, 1),
+    "frequency": Representation(14, 1),
+    "info_theoretic": Representation(2, 1),
+    "ensemble": Representation(67, 1),
+}
+ENSEMBLE_PARTS = ("spectral", "matrix_norms", "distribution", "frequency", "info_theoretic")
+
+ATTENTION_KINDS = ("attn1", "attn2", "other")  # self-attention, cross-attention, neither
+
+
+class LayerSet(NamedTuple):
+    title: str               # as in the progress summary
+    kinds: tuple[str, ...]   # the attention kinds whose layers it keeps
+
+
+LAYER_SETS = {
+    "all_layers": LayerSet("All Layers", ATTENTION_KINDS),
+    "visual_only": LayerSet("Visual-Only", ("attn1",)),
+    "text_only": LayerSet("Text-Only", ("attn2",)),
+}
+
+TRAINING_VERSION = 1  # raise it whenever training gives other numbers from the same settings
+
+ALIASES = {
+    "1k": "jacekduszenko/lora-ws-1k",
+    "10k": "jacekduszenko/lora-ws-10k",
+    "50k": "jacekduszenko/lora-ws-50k",
+    "100k": "jacekduszenko/lora-ws-100k",
+    "small": "jacekduszenko/weights-dataset-small",
+}
+DATASET_NAMES = (
+    "1k, 10k, 50k, 100k, small, sanity-check, a folder written by save_to_disk, "
+    "a file or folder of Parquet or Arrow, or owner/name on the Hub"
+)
+
+
+class Cell(NamedTuple):
+    """One number of the paper's table: a representation of a layer set."""
+
+    representation: str
+    layer_set: str
+
+    @property
+    def name(self) -> str:
+        """Stem of the cell's files: `all_layers_stats`."""
+        return f"{self.layer_set}_{self.representation}"
+
+
+def cells_of(layer_sets, representations) -> list[Cell]:
+    return [Cell(representation, layer_set) for layer_set in layer_sets for representation in representations]
+
+
+class Range(NamedTuple):
+    low: float = -math.inf
+    high: float = math.inf
+    open_low: bool = False
+    open_high: bool = False
+
+    def __contains__(self, value) -> bool:
+        above = value > self.low if self.open_low else value >= self.low
+        return above and (value < self.high if self.open_high else value <= self.high)
+
+    def __str__(self) -> str:
+        if self.high == math.inf:
+            return f"{'above' if self.open_low else 'at least'} {self.low:g}"
+        return f"in {'(' if self.open_low else '['}{self.low:g}, {self.high:g}{')' if self.open_high else ']'}"
+
+
+def setting(default, help, allowed=None):
+    """A field with its help text and what it may be: a Range, a tuple of choices, or None for anything of its type."""
+    return field(default=default, metadata={"help": help, "allowed": allowed})
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """Everything about training that can change a number in results.json."""
+
+    num_runs: int = setting(10, "runs, with seeds seed .. seed + num_runs - 1", Range(1))
+    seed: int = setting(42, "seed of the first run: initial weights, batch order, dropout", Range(0, 2**31))
+    hidden_dim: int = setting(512, "units in each of the three hidden layers", Range(1))
+    dropout: float = setting(0.5, "probability of zeroing a hidden unit", Range(0, 1, open_high=True))
+    batch_size: int = setting(64, "rows a step (BatchNorm needs two)", Range(2))
+    learning_rate: float = setting(1e-3, "Adam's first learning rate", Range(0, open_low=True))
+    weight_decay: float = setting(1e-4, "L2 penalty added to the gradient", Range(0))
+    max_epochs: int = setting(300, "epochs at most", Range(1))
+    patience: int = setting(15, "epochs without a new best validation accuracy before a run stops", Range(1))
+    trainer: str = setting(
+        "auto", "one model after another, or all runs as one pack; auto: packed on a GPU, sequential on a CPU",
+        ("auto", "sequential", "packed"),
+    )
+    precision: str = setting(
+        "float32", "arithmetic of the matrix products while training; tf32 needs a GPU", ("float32", "tf32", "bfloat16")
+    )
+
+    def __post_init__(self):
+        check_fields(self)
+
+    @property
+    def seeds(self) -> list[int]:
+        return list(range(self.seed, self.seed + self.num_runs))
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to read, what to compute, where to put it. `training` holds the rest."""
+
+    dataset: str = setting("sanity-check", f"data set: {DATASET_NAMES}")
+    data_split: str = setting("", "split of the data set to read (default: train, or the only one there is)")
+    revision: str = setting("", "branch, tag or commit of a data set on the Hub")
+    label_column: str = setting("category_label", "column that holds the class: strings, integers or ClassLabel")
+    representations: tuple[str, ...] = setting(tuple(REPRESENTATIONS), "which to compute", tuple(REPRESENTATIONS))
+    layer_sets: tuple[str, ...] = setting(("all_layers", "visual_only"), "which to train on", tuple(LAYER_SETS))
+    split_seed: int = setting(42, "seed of the 70/10/20 split", Range(0, 2**32, open_high=True))
+    output_dir: str = setting("visual-ablation-results", "folder that gets visual_ablation_<data set>/")
+    cache_features: bool = setting(True, "keep the computed features on disk")
+    cache_dir: str = setting(".feature_cache", "folder of the feature cache")
+    device: str = setting("auto", "auto (cuda if there is one), cpu, cuda or cuda:N")
+    training: TrainingSettings = field(default_factory=TrainingSettings)
+
+    def __post_init__(self):
+        check_fields(self)
+        for name in ("representations", "layer_sets"):
+            chosen = getattr(self, name)
+            if not chosen or len(set(chosen)) < len(chosen):
+                raise InputError(f"{flag(name)} names {'nothing' if not chosen else 'one twice'}: {' '.join(chosen)}")
+        for name in ("dataset", "label_column", "output_dir", "cache_dir"):
+            if not getattr(self, name):
+                raise InputError(f"{flag(name)} is empty: give a name")
+
+    @property
+    def cells(self) -> list[Cell]:
+        return cells_of(self.layer_sets, self.representations)
+
+    @property
+    def short_name(self) -> str:
+        """The alias, or the last part of the data set's path."""
+        return self.dataset.rstrip("/").split("/")[-1] or "root"
+
+
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def setting_fields() -> dict[str, dataclasses.Field]:
+    """Every setting by name, in the order of --help."""
+    fields = (*dataclasses.fields(Settings), *dataclasses.fields(TrainingSettings))
+    return {f.name: f for f in fields if f.name != "training"}
+
+
+def build_settings(values: dict, source: str = "the command line") -> Settings:
+    """Settings from a flat mapping of names to values; text is converted to the setting's type.
+
+    Raises InputError for an unknown name, a value of the wrong type or out of range, naming `source`.
+    """
+    known = setting_fields()
+    for name in values:
+        if name not in known:
+            close = difflib.get_close_matches(str(name), known, n=1)
+            hint = f"did you mean '{close[0]}'?" if close else "known: " + ", ".join(known)
+            raise InputError(f"unknown setting '{name}' in {source}: {hint}")
+    training = {f.name for f in dataclasses.fields(TrainingSettings)}
+    try:
+        converted = {name: convert(known[name], value) for name, value in values.items()}
+        return Settings(
+            training=TrainingSettings(**{k: v for k, v in converted.items() if k in training}),
+            **{k: v for k, v in converted.items() if k not in training},
+        )
+    except InputError as error:
+        raise InputError(f"{error} (from {source})" if source != "the command line" else str(error)) from None
+
+
+def convert(f: dataclasses.Field, value):
+    """A value from the command line or YAML (which reads 1e-4 as text) as the field's type; InputError if it is not one."""
+    try:
+        if f.type == "int" and not isinstance(value, bool) and float(value) == int(float(value)):
+            return int(value) if isinstance(value, str) and value.lstrip("+-").isdigit() else int(float(value))
+        if f.type == "float" and not isinstance(value, bool):
+            return float(value)
+        if f.type == "bool" and isinstance(value, bool):
+            return value
+        if f.type == "str" and isinstance(value, (str, int)) and not isinstance(value, bool):
+            return str(value)
+        if f.type == "tuple[str, ...]":
+            return (value,) if isinstance(value, str) else tuple(map(str, value))
+    except (TypeError, ValueError, OverflowError):
+        pass
+    kind = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}.get(f.type, "a list of names")
+    raise InputError(f"{flag(f.name)} {value!r} is not {kind}: {f.metadata['help']}")
+
+
+def check_fields(settings) -> None:
+    """Raise InputError unless every field of the dataclass is among what it may be."""
+    for f in dataclasses.fields(settings):
+        allowed, value = f.metadata.get("allowed"), getattr(settings, f.name)
+        if isinstance(allowed, Range) and not (math.isfinite(value) and value in allowed):
+            raise InputError(f"{flag(f.name)} {value} is out of range: use a value {allowed} ({f.metadata['help']})")
+        if isinstance(allowed, tuple):
+            for one in value if isinstance(value, tuple) else (value,):
+                if one not in allowed:
+                    raise InputError(f"unknown {flag(f.name)} '{one}': use {', '.join(allowed)}")
+
+
+def read_yaml(path: str) -> dict:
+    """The settings in a YAML file, unchecked. Raises InputError if it cannot be read or is not a mapping."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            values = yaml.safe_load(file)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise InputError(f"cannot read --config {path}: {' '.join(str(error).split())}") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise InputError(f"--config {path} holds {type(values).__name__}, not a mapping: write lines such as 'num_runs: 3'")
+    return values

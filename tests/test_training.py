@@ -1,0 +1,238 @@
+"""Both trainers against a plain loop and each other, and what a run must and must not do."""
+
+import dataclasses
+
+import numpy as np
+import oracles
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional as F
+
+import training
+from lora_data import Split
+from settings import InputError, TrainingSettings
+from training import TrainingError, standardise, train_packed, train_runs, train_sequential
+
+SMALL = TrainingSettings(num_runs=3, hidden_dim=24, batch_size=16, max_epochs=40, dropout=0.0, trainer="sequential")
+
+
+def problem(n=120, dim=10, classes=3, noise=2.0, seed=0, dtype=torch.float64):
+    """Blobs that overlap, so that validation accuracy moves for a while and its best epoch is not its last."""
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, classes, n)
+    x = rng.normal(size=(classes, dim))[labels] + noise * rng.normal(size=(n, dim))
+    rows = rng.permutation(n)
+    split = Split(rows[: n * 7 // 10], rows[n * 7 // 10: n * 8 // 10], rows[n * 8 // 10:], False)
+    return torch.from_numpy(x).to(dtype), labels, split
+
+
+def tensors(x, labels, split):
+    parts = {name: torch.from_numpy(getattr(split, name)) for name in training.PARTS}
+    return standardise(x, parts["train"]), torch.from_numpy(labels), parts
+
+
+def run_both(settings, **kwargs):
+    x, labels, split = problem(**kwargs)
+    arguments = (*tensors(x, labels, split), 3, settings, lambda run, number: None)
+    return train_sequential(*arguments), train_packed(*arguments)
+
+
+def assert_same_runs(ours, theirs):
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.best_epoch == b.best_epoch
+        assert a.learning_rate == b.learning_rate
+        assert a.val_accuracy == b.val_accuracy
+        assert np.allclose(a.train_loss, b.train_loss, rtol=0, atol=1e-10)
+        for part in training.PARTS:
+            assert np.array_equal(a.predictions[part], b.predictions[part])
+
+
+@pytest.mark.parametrize("overrides", [
+    {}, {"patience": 60, "max_epochs": 80}, {"weight_decay": 0.1}, {"learning_rate": 0.03}, {"batch_size": 21}, {"num_runs": 1}, {"seed": 7},
+], ids=str)
+def test_packed_equals_sequential_in_float64(overrides):
+    settings = dataclasses.replace(SMALL, **overrides)
+    sequential, packed = run_both(settings)
+    assert_same_runs(sequential, packed)
+    if overrides.get("patience"):
+        assert any(len(set(run.learning_rate)) > 1 for run in packed), "the learning rate was to fall in this test"
+    if not overrides:
+        assert len({len(run.train_loss) for run in packed}) > 1, "runs were to stop at different epochs in this test"
+
+
+def test_sequential_equals_a_loop_written_from_the_definition():
+    x, labels, split = problem()
+    x, y, parts = tensors(x, labels, split)
+    runs = train_sequential(x, y, parts, 3, SMALL, lambda run, number: None)
+    for run in runs:
+        order = training.batch_order(run.seed)
+        def batches(epoch, order=order):
+            permutation = torch.randperm(len(parts["train"]), generator=order)
+            return [permutation[i:i + 16] for i in range(0, len(permutation), 16)]
+        truth = oracles.train_one_model(x, y, parts["train"], parts["val"], 3, SMALL, run.seed, batches)
+        assert np.allclose(run.train_loss, truth["loss"], rtol=0, atol=1e-10)
+        assert run.val_accuracy == truth["val_acc"] and run.learning_rate == truth["lr"]
+        assert run.best_epoch == truth["best_epoch"]
+        for part in training.PARTS:
+            assert np.array_equal(run.predictions[part], truth["predictions"][parts[part]].numpy())
+
+
+@pytest.mark.parametrize("trainer", [train_sequential, train_packed])
+def test_the_best_epoch_is_scored_and_not_the_last(trainer):
+    x, labels, split = problem(noise=4.0)
+    x, y, parts = tensors(x, labels, split)
+    for run in trainer(x, y, parts, 3, SMALL, lambda run, number: None):
+        epochs = len(run.val_accuracy)
+        assert run.best_epoch < epochs and epochs - run.best_epoch == SMALL.patience or epochs == SMALL.max_epochs
+        assert run.val_accuracy.index(max(run.val_accuracy)) == run.best_epoch - 1       # ties: the earliest
+        # Trained for just so long, the same seed ends in that very state: train, val and test must be predicted by it.
+        shorter = dataclasses.replace(SMALL, num_runs=1, seed=run.seed, max_epochs=run.best_epoch)
+        (again,) = trainer(x, y, parts, 3, shorter, lambda run, number: None)
+        for part in training.PARTS:
+            assert np.array_equal(run.predictions[part], again.predictions[part])
+        accuracy = (run.predictions["val"] == labels[split.val]).mean()
+        assert accuracy == pytest.approx(max(run.val_accuracy))
+
+
+def test_initial_weights_and_batches_do_not_depend_on_the_trainer_or_on_r():
+    for r in (1, 4):
+        settings = dataclasses.replace(SMALL, num_runs=r)
+        models = [training.build_model(seed, 10, 3, settings) for seed in settings.seeds]
+        pack = training.Pack(models, settings, torch.device("cpu"), torch.float32)
+        torch.manual_seed(42)
+        expected = torch.nn.Linear(10, 24)
+        assert torch.equal(pack.parameters["0.weight"][0], expected.weight)
+        assert torch.equal(models[0][0].bias, expected.bias)
+    assert not torch.equal(pack.parameters["0.weight"][0], pack.parameters["0.weight"][1])
+    first, again = (torch.randperm(50, generator=training.batch_order(42)) for _ in range(2))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, torch.randperm(50, generator=training.batch_order(43)))
+
+
+@pytest.mark.parametrize("trainer", ["sequential", "packed"])
+def test_training_twice_gives_the_same_and_another_seed_does_not(trainer):
+    x, labels, split = problem(dtype=torch.float32)
+    settings = dataclasses.replace(SMALL, dropout=0.5, trainer=trainer, max_epochs=5)
+    state = torch.get_rng_state()
+    first = train_runs(x, labels, split, 3, settings).runs
+    torch.rand(7)                                                                        # the caller's own generator plays no part
+    again = train_runs(x, labels, split, 3, settings).runs
+    assert [run.train_loss for run in first] == [run.train_loss for run in again]
+    other = train_runs(x, labels, split, 3, dataclasses.replace(settings, seed=99)).runs
+    assert first[0].train_loss != other[0].train_loss
+    torch.set_rng_state(state)
+    expected = torch.rand(3)
+    torch.set_rng_state(state)
+    train_runs(x, labels, split, 3, settings)
+    assert torch.equal(torch.rand(3), expected)                                          # nor is it moved
+
+
+def test_a_packed_run_does_not_depend_on_how_many_run_beside_it():
+    x, labels, split = problem()
+    settings = dataclasses.replace(SMALL, dropout=0.5, trainer="packed", max_epochs=6)
+    three = train_runs(x, labels, split, 3, settings).runs
+    one = train_runs(x, labels, split, 3, dataclasses.replace(settings, num_runs=1, seed=44)).runs
+    assert np.allclose(three[2].train_loss, one[0].train_loss, rtol=0, atol=1e-10)
+
+
+def test_dropout_trains_to_the_same_distribution_in_both_trainers():
+    x, labels, split = problem(n=400, noise=1.5, dtype=torch.float32)
+    settings = dataclasses.replace(SMALL, num_runs=12, dropout=0.5, max_epochs=12, hidden_dim=32)
+    means = {}
+    for trainer in ("sequential", "packed"):
+        losses = [run.train_loss[-1] for run in train_runs(x, labels, split, 3, dataclasses.replace(settings, trainer=trainer)).runs]
+        means[trainer] = np.mean(losses), np.std(losses, ddof=1) / np.sqrt(len(losses))
+    difference = abs(means["sequential"][0] - means["packed"][0])
+    assert difference < 4 * np.hypot(means["sequential"][1], means["packed"][1])
+    without = train_runs(x, labels, split, 3, dataclasses.replace(settings, dropout=0.0)).runs
+    assert np.mean([run.train_loss[-1] for run in without]) < means["packed"][0] - 0.1     # dropout does something
+
+
+def test_dropout_masks_keep_the_right_share_and_differ_between_runs_layers_and_steps():
+    settings = dataclasses.replace(SMALL, dropout=0.3, hidden_dim=200)
+    generators = [torch.Generator().manual_seed(s) for s in (1, 2)]
+    masks = training.dropout_masks(generators, 50, settings, "cpu")
+    first, second = next(masks), next(masks)
+    assert first.shape == (3, 2, 50, 200)
+    assert first.float().mean() == pytest.approx(0.7, abs=0.01)
+    flat = [*first.flatten(2).flatten(0, 1), second[0, 0].flatten()]
+    agreement = [(a == b).float().mean() for i, a in enumerate(flat) for b in flat[:i]]
+    assert max(agreement) < 0.7 ** 2 + 0.3 ** 2 + 0.02
+
+
+def test_standardise_uses_the_training_rows_and_drops_what_is_constant_there():
+    rng = np.random.default_rng(0)
+    x = rng.normal(5, 3, size=(30, 600)).astype(np.float32)
+    x[:, 7] = 0.1                     # constant everywhere
+    x[:20, 300] = 4                   # constant over the training rows only
+    x[:, 301] = 1e-3 * x[:, 301] + 1e4
+    out = standardise(torch.from_numpy(x), torch.arange(20)).numpy()
+    assert out.shape == (30, 598) and out.dtype == np.float32
+    wide = np.delete(x, [7, 300], axis=1).astype(np.float64)
+    expected = (wide - wide[:20].mean(0)) / wide[:20].std(0, ddof=0)
+    assert np.allclose(out, expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("trainer", ["sequential", "packed"])
+def test_refuses_what_cannot_be_trained(trainer):
+    x, labels, split = problem(dtype=torch.float32)
+    settings = dataclasses.replace(SMALL, trainer=trainer)
+    with pytest.raises(TrainingError, match="no column varies"):
+        train_runs(torch.ones_like(x), labels, split, 3, settings)
+    with pytest.raises(TrainingError, match="loss is"):
+        train_runs(x, labels, split, 3, dataclasses.replace(settings, learning_rate=1e30))
+    one = split._replace(train=split.train[:1])
+    with pytest.raises(TrainingError):
+        train_runs(x, labels, one, 3, settings)
+
+
+@pytest.mark.parametrize("trainer", ["sequential", "packed"])
+def test_a_last_batch_of_one_row_is_left_out(trainer):
+    x, labels, split = problem(dtype=torch.float32)
+    settings = dataclasses.replace(SMALL, trainer=trainer, batch_size=(len(split.train) - 1) // 1, max_epochs=3)
+    assert len(split.train) % settings.batch_size == 1
+    assert len(train_runs(x, labels, split, 3, settings).runs[0].train_loss) == 3
+
+
+def test_bfloat16_trains_and_tf32_needs_a_gpu():
+    x, labels, split = problem(n=400, noise=0.7, dtype=torch.float32)
+    for trainer in ("sequential", "packed"):
+        settings = dataclasses.replace(SMALL, precision="bfloat16", trainer=trainer)
+        run = train_runs(x, labels, split, 3, settings).runs[0]
+        full = train_runs(x, labels, split, 3, dataclasses.replace(settings, precision="float32")).runs[0]
+        assert run.train_loss != full.train_loss
+        assert run.train_loss[0] == pytest.approx(full.train_loss[0], rel=0.05)
+    with pytest.raises(InputError, match="needs a CUDA GPU"):
+        training.resolve_training(TrainingSettings(precision="tf32"), "cpu")
+
+
+def test_auto_is_a_fixed_rule_by_device():
+    assert training.resolve_training(TrainingSettings(), "cpu").trainer == "sequential"
+    assert training.resolve_training(TrainingSettings(precision="tf32"), "cuda:1").trainer == "packed"
+    assert training.resolve_training(TrainingSettings(trainer="packed"), "cpu").trainer == "packed"
+
+
+def test_callback_hears_of_every_run_in_order():
+    x, labels, split = problem(dtype=torch.float32)
+    for trainer in ("sequential", "packed"):
+        heard = []
+        settings = dataclasses.replace(SMALL, trainer=trainer, max_epochs=2)
+        result = train_runs(x, labels, split, 3, settings, on_run=lambda run, number, heard=heard: heard.append((number, run.seed)))
+        assert heard == [(1, 42), (2, 43), (3, 44)]
+        assert result.trained_dim == 10 and all(run.seconds > 0 for run in result.runs)
+
+
+def test_a_training_step_runs_on_a_device_that_is_not_the_cpu():
+    settings = dataclasses.replace(SMALL, dropout=0.5)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        x = torch.empty(30, 10, device="meta")
+        y = torch.empty(30, dtype=torch.long, device="meta")
+        rows = torch.empty(3, 16, dtype=torch.long, device="meta")
+        pack = training.Pack([training.build_model(s, 10, 3, settings) for s in (1, 2, 3)], settings, x.device, x.dtype)
+        masks = torch.empty(3, 3, 16, 24, dtype=torch.bool, device="meta")
+        logits = pack.logits(x[rows], True, masks)
+        F.cross_entropy(logits.flatten(0, 1), y[rows].flatten(), reduction="none").view(3, 16).mean(1).sum().backward()
+        pack.step([1e-3, 1e-3, 5e-4])
+        pack.keep([0, 2])
+        assert pack.predict(x).shape == (2, 30) and pack.predict(x).device.type == "meta"

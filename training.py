@@ -1,0 +1,373 @@
+"""Standardise, then train R runs of the MLP: features and labels -> curves, best epochs and predictions.
+
+Two trainers with the same arithmetic. `train_sequential` is the reference: one nn.Sequential after another, torch's Adam
+and ReduceLROnPlateau. `train_packed` stacks the R models along a leading axis and takes each step for all of them at
+once. At dropout 0 they agree to rounding; initial weights and batch order are bit-equal whatever the trainer and R.
+
+Suffixes name the axes: R runs, B rows of a batch, N rows, D features, H hidden units, C classes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from settings import InputError, TrainingSettings
+
+HIDDEN_LAYERS = 3
+LR_FACTOR, LR_PATIENCE = 0.5, 10    # ReduceLROnPlateau on validation accuracy
+BETA1, BETA2, ADAM_EPS = 0.9, 0.999, 1e-8
+EVAL_ROWS = 4096                    # rows a forward pass without gradients
+COLUMN_BLOCK = 256                  # columns standardised at a time in float64
+DROPOUT_STEPS = 16                  # steps whose dropout masks a pack draws at a time
+PARTS = ("train", "val", "test")
+
+
+class TrainingError(Exception):
+    """Training cannot go on, and why; the cell fails."""
+
+
+@dataclass
+class Run:
+    """What one seed gave. Epochs count from 1; the lists have one entry an epoch."""
+
+    seed: int
+    best_epoch: int = 0
+    train_loss: list[float] = field(default_factory=list)      # mean over the epoch's rows, with dropout
+    val_accuracy: list[float] = field(default_factory=list)
+    learning_rate: list[float] = field(default_factory=list)   # that the epoch was trained with
+    predictions: dict[str, np.ndarray] = field(default_factory=dict)   # part of the split -> (n,) class numbers
+    seconds: float = 0.0
+
+
+@dataclass
+class TrainedRuns:
+    runs: list[Run]
+    trained_dim: int     # columns that vary over the training rows
+
+
+def resolve_training(settings: TrainingSettings, device: str) -> TrainingSettings:
+    """`auto` made definite: packed on a GPU, where a step is bound by launches; sequential on a CPU. Raises InputError for tf32 there."""
+    on_gpu = torch.device(device).type == "cuda"
+    if settings.precision == "tf32" and not on_gpu:
+        raise InputError("--precision tf32 needs a CUDA GPU: use float32 or bfloat16 on a CPU")
+    trainer = settings.trainer if settings.trainer != "auto" else ("packed" if on_gpu else "sequential")
+    return dataclasses.replace(settings, trainer=trainer)
+
+
+def train_runs(features: Tensor, labels: np.ndarray, split, num_classes: int, settings: TrainingSettings, device: str = "cpu",
+               on_run: Callable[[Run, int], None] = lambda run, number: None) -> TrainedRuns:
+    """Train one MLP a seed on `features` (N, D) and `labels` (N,), and predict every row of the split.
+
+    `split` has the row numbers `train`, `val` and `test`. `on_run(run, number)` is called as runs finish, number from 1.
+    Raises TrainingError if no column varies over the training rows, if there is one such row only, or if a loss is not finite.
+    """
+    if len(split.train) < 2:
+        raise TrainingError("one training row: BatchNorm needs at least two")
+    parts = {name: torch.from_numpy(np.asarray(getattr(split, name))).to(device) for name in PARTS}
+    x_ND = standardise(features.to(device), parts["train"])
+    y_N = torch.from_numpy(labels).to(device)
+    trainer = {"sequential": train_sequential, "packed": train_packed}[settings.trainer]
+    with arithmetic(settings.precision):
+        runs = trainer(x_ND, y_N, parts, num_classes, settings, on_run)
+    return TrainedRuns(runs, x_ND.shape[1])
+
+
+def standardise(x_ND: Tensor, train_rows: Tensor) -> Tensor:
+    """The columns that vary over the training rows, minus those rows' mean, over their population std, both in float64.
+
+    A constant column (max == min) carries nothing, but its weights would still take Adam's absolute steps.
+    """
+    kept = []
+    for block in x_ND.split(COLUMN_BLOCK, dim=1):
+        low, high = block[train_rows].aminmax(dim=0)
+        wide = block[:, high > low].double()
+        if wide.shape[1]:
+            std, mean = torch.std_mean(wide[train_rows], dim=0, correction=0)
+            kept.append(((wide - mean) / std).to(x_ND.dtype))
+    if not kept:
+        raise TrainingError("no column varies over the training rows: there is nothing to learn from")
+    return torch.cat(kept, dim=1)
+
+
+@contextlib.contextmanager
+def arithmetic(precision: str) -> Iterator[None]:
+    """float32 matrix products exact, or in tf32 on a GPU. bfloat16 is autocast where the model runs."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+# --- what both trainers share
+
+
+def stream_seed(seed: int, stream: str) -> int:
+    """A seed of its own for each random stream of a run, so that batch order and dropout do not repeat the same numbers."""
+    return int(np.random.SeedSequence([seed, *stream.encode()]).generate_state(1)[0])
+
+
+def build_model(seed: int, inputs: int, num_classes: int, settings: TrainingSettings) -> nn.Sequential:
+    """The MLP on the CPU with torch's default initial weights, drawn from `seed` alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        layers: list[nn.Module] = []
+        for _ in range(HIDDEN_LAYERS):
+            layers += [nn.Linear(inputs, settings.hidden_dim), nn.BatchNorm1d(settings.hidden_dim), nn.ReLU(), nn.Dropout(settings.dropout)]
+            inputs = settings.hidden_dim
+        return nn.Sequential(*layers, nn.Linear(inputs, num_classes))
+
+
+def batch_order(seed: int) -> torch.Generator:
+    """The generator behind a run's permutations, one an epoch."""
+    return torch.Generator().manual_seed(stream_seed(seed, "batches"))
+
+
+def batches(order: Tensor, batch_size: int) -> list[Tensor]:
+    """The epoch's batches along the last axis; a last one of a single row is left out, BatchNorm cannot use it."""
+    parts = order.split(batch_size, dim=-1)
+    return list(parts if parts[-1].shape[-1] > 1 else parts[:-1])
+
+
+def autocast(x: Tensor, precision: str):
+    return torch.autocast(x.device.type, torch.bfloat16) if precision == "bfloat16" else contextlib.nullcontext()
+
+
+def new_scheduler(settings: TrainingSettings):
+    """torch's plateau rule on a learning rate of its own; `.optimizer.param_groups[0]["lr"]` is the present one."""
+    holder = torch.optim.SGD([torch.zeros(1)], lr=settings.learning_rate)
+    return plateau(holder)
+
+
+def plateau(optimizer) -> torch.optim.lr_scheduler.ReduceLROnPlateau:
+    return torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, mode="max", factor=LR_FACTOR, patience=LR_PATIENCE)
+
+
+def record_epoch(run: Run, loss: float, correct: int, num_val: int, learning_rate: float) -> bool:
+    """Note an epoch; True if it is the run's best so far. Ties go to the earliest. Raises TrainingError for a loss that is not finite."""
+    accuracy = correct / num_val
+    is_best = not run.val_accuracy or accuracy > run.val_accuracy[run.best_epoch - 1]
+    run.train_loss.append(loss)
+    run.val_accuracy.append(accuracy)
+    run.learning_rate.append(learning_rate)
+    epoch = len(run.train_loss)
+    if not np.isfinite(loss):
+        raise TrainingError(f"run with seed {run.seed}: the loss is {loss} in epoch {epoch}; try a lower --learning-rate")
+    if is_best:
+        run.best_epoch = epoch
+    return is_best
+
+
+def has_stopped(run: Run, settings: TrainingSettings) -> bool:
+    epoch = len(run.train_loss)
+    return epoch >= settings.max_epochs or epoch - run.best_epoch >= settings.patience
+
+
+# --- one model after another
+
+
+def train_sequential(x_ND: Tensor, y_N: Tensor, parts: dict[str, Tensor], num_classes: int, settings: TrainingSettings,
+                     on_run: Callable[[Run, int], None]) -> list[Run]:
+    runs = []
+    for number, seed in enumerate(settings.seeds, 1):
+        start = time.perf_counter()
+        run = train_one(x_ND, y_N, parts, num_classes, settings, seed)
+        run.seconds = time.perf_counter() - start
+        runs.append(run)
+        on_run(run, number)
+    return runs
+
+
+def train_one(x_ND: Tensor, y_N: Tensor, parts: dict[str, Tensor], num_classes: int, settings: TrainingSettings, seed: int) -> Run:
+    """One run: the plain loop. Dropout uses torch's own generators, put back as they were afterwards."""
+    model = build_model(seed, x_ND.shape[1], num_classes, settings).to(x_ND)
+    optimizer = torch.optim.Adam(model.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay,
+                                 betas=(BETA1, BETA2), eps=ADAM_EPS, fused=True)
+    scheduler = plateau(optimizer)
+    order, run, best = batch_order(seed), Run(seed), {}
+    x_train, y_train = x_ND[parts["train"]], y_N[parts["train"]]
+    x_val, y_val = x_ND[parts["val"]], y_N[parts["val"]]
+    with torch.random.fork_rng(devices=[x_ND.device] if x_ND.is_cuda else []):
+        torch.manual_seed(stream_seed(seed, "dropout"))
+        while not (run.best_epoch and has_stopped(run, settings)):
+            model.train()
+            total, rows = torch.zeros((), dtype=torch.float64, device=x_ND.device), 0
+            permutation = torch.randperm(len(x_train), generator=order).to(x_ND.device)
+            for batch in batches(permutation, settings.batch_size):
+                optimizer.zero_grad()
+                with autocast(x_ND, settings.precision):
+                    logits_BC = model(x_train[batch])
+                loss = F.cross_entropy(logits_BC.to(x_ND.dtype), y_train[batch])
+                loss.backward()
+                optimizer.step()
+                total += loss.detach() * len(batch)
+                rows += len(batch)
+            correct = int((predict(model, x_val, settings) == y_val).sum())
+            learning_rate = optimizer.param_groups[0]["lr"]
+            if record_epoch(run, total.item() / rows, correct, len(y_val), learning_rate):
+                best = {name: tensor.clone() for name, tensor in model.state_dict().items()}   # a copy: training goes on
+            scheduler.step(run.val_accuracy[-1])
+    model.load_state_dict(best)
+    classes = predict(model, x_ND, settings)
+    run.predictions = {name: classes[part].cpu().numpy() for name, part in parts.items()}
+    return run
+
+
+@torch.no_grad()
+def predict(model: nn.Module, x_ND: Tensor, settings: TrainingSettings) -> Tensor:
+    """Class numbers (N,), with BatchNorm's running statistics and without dropout."""
+    model.eval()
+    with autocast(x_ND, settings.precision):
+        return torch.cat([model(part).argmax(1) for part in x_ND.split(EVAL_ROWS)])
+
+
+# --- all runs as one pack
+
+
+class Pack:
+    """R models of the same shape with their parameters stacked along a leading axis, and Adam's state for them.
+
+    torch.optim knows one learning rate for a tensor; here each run has its own.
+    """
+
+    def __init__(self, models: list[nn.Sequential], settings: TrainingSettings, device: torch.device, dtype: torch.dtype):
+        self.settings = settings
+        self.linears = [i for i, module in enumerate(models[0]) if isinstance(module, nn.Linear)]
+        stack = lambda tensors: torch.stack([t.detach() for t in tensors]).to(device, dtype)  # noqa: E731
+        names = [name for name, _ in models[0].named_parameters()]
+        self.parameters = {name: stack([m.get_parameter(name) for m in models]).requires_grad_() for name in names}
+        statistics = [name for name, tensor in models[0].named_buffers() if tensor.is_floating_point()]
+        self.statistics = {name: stack([m.get_buffer(name) for m in models]) for name in statistics}
+        self.first = {name: torch.zeros_like(p) for name, p in self.parameters.items()}    # Adam's moments
+        self.second = {name: torch.zeros_like(p) for name, p in self.parameters.items()}
+        self.steps = 0
+
+    def __len__(self) -> int:
+        return len(next(iter(self.parameters.values())))
+
+    def logits(self, x_RBD: Tensor, training: bool, masks_LRBH: Tensor | None = None) -> Tensor:
+        """(R, B, C). `masks_LRBH` says which hidden units dropout keeps, one mask a hidden layer."""
+        p, h = self.parameters, x_RBD
+        for level, i in enumerate(self.linears[:-1]):
+            h = torch.baddbmm(p[f"{i}.bias"][:, None], h, p[f"{i}.weight"].mT)                         # (R, B, H)
+            h = F.relu(self.batch_norm(h, i + 1, training))
+            if masks_LRBH is not None:
+                h = h * masks_LRBH[level] / (1 - self.settings.dropout)
+        i = self.linears[-1]
+        return torch.baddbmm(p[f"{i}.bias"][:, None], h, p[f"{i}.weight"].mT)
+
+    def batch_norm(self, h_RBH: Tensor, i: int, training: bool) -> Tensor:
+        """BatchNorm1d of every run in one call: its channels are the R*H units."""
+        R, B, H = h_RBH.shape
+        units = h_RBH.transpose(0, 1).reshape(B, R * H)
+        units = F.batch_norm(
+            units, self.statistics[f"{i}.running_mean"].view(-1), self.statistics[f"{i}.running_var"].view(-1),
+            self.parameters[f"{i}.weight"].view(-1), self.parameters[f"{i}.bias"].view(-1), training,
+        )
+        return units.view(B, R, H).transpose(0, 1)
+
+    @torch.no_grad()
+    def step(self, learning_rates: list[float]) -> None:
+        """Adam with L2 weight decay in the gradient, as torch.optim.Adam, with run r's own learning rate."""
+        self.steps += 1
+        correction1, correction2 = 1 - BETA1**self.steps, 1 - BETA2**self.steps
+        rates_R = torch.tensor(learning_rates, dtype=torch.float64).to(next(iter(self.parameters.values())))
+        for name, parameter in self.parameters.items():
+            gradient = parameter.grad.add_(parameter, alpha=self.settings.weight_decay)
+            first = self.first[name].lerp_(gradient, 1 - BETA1)
+            second = self.second[name].mul_(BETA2).addcmul_(gradient, gradient, value=1 - BETA2)
+            denominator = (second.sqrt() / correction2**0.5).add_(ADAM_EPS)
+            size = (rates_R / correction1).view(-1, *[1] * (parameter.ndim - 1))
+            parameter.sub_(size * first / denominator)
+            parameter.grad = None
+
+    def state(self) -> dict[str, Tensor]:
+        """What a prediction depends on: parameters and BatchNorm statistics, (R, ...) each."""
+        return {name: tensor.detach() for name, tensor in (self.parameters | self.statistics).items()}
+
+    def keep(self, positions: list[int]) -> None:
+        """Drop every other run, so that those that have stopped cost nothing."""
+        for tensors in (self.parameters, self.statistics, self.first, self.second):
+            for name, tensor in tensors.items():
+                tensors[name] = tensor.detach()[positions].requires_grad_(tensor.requires_grad)
+
+    @torch.no_grad()
+    def predict(self, x_ND: Tensor) -> Tensor:
+        """Class numbers (R, N)."""
+        with autocast(x_ND, self.settings.precision):
+            return torch.cat([self.logits(part.expand(len(self), *part.shape), False).argmax(2) for part in x_ND.split(EVAL_ROWS)], 1)
+
+
+def dropout_masks(generators: list[torch.Generator], batch_size: int, settings: TrainingSettings, device) -> Iterator[Tensor | None]:
+    """Endless masks (L, R, B, H) of kept units, a step at a time; run r's come from its own generator, whatever R is."""
+    while True:
+        if settings.dropout == 0:
+            yield None
+            continue
+        shape = (DROPOUT_STEPS, HIDDEN_LAYERS, batch_size, settings.hidden_dim)
+        drawn = [torch.rand(shape, generator=g, device=device) >= settings.dropout for g in generators]
+        yield from torch.stack(drawn, dim=2)
+
+
+def train_packed(x_ND: Tensor, y_N: Tensor, parts: dict[str, Tensor], num_classes: int, settings: TrainingSettings,
+                 on_run: Callable[[Run, int], None]) -> list[Run]:
+    """All runs together. A run that stops leaves the pack; each run's time is the pack's divided by R."""
+    start = time.perf_counter()
+    device = x_ND.device
+    runs = [Run(seed) for seed in settings.seeds]
+    pack = Pack([build_model(run.seed, x_ND.shape[1], num_classes, settings) for run in runs], settings, device, x_ND.dtype)
+    schedulers = [new_scheduler(settings) for _ in runs]
+    orders = [batch_order(run.seed) for run in runs]
+    dropouts = [torch.Generator(device).manual_seed(stream_seed(run.seed, "dropout")) for run in runs]
+    best = {name: tensor.clone() for name, tensor in pack.state().items()}
+    x_train, y_train = x_ND[parts["train"]], y_N[parts["train"]]
+    x_val, y_val = x_ND[parts["val"]], y_N[parts["val"]]
+    alive = list(range(len(runs)))                                       # numbers of the runs in the pack, in its order
+    while alive:
+        rates = [schedulers[r].optimizer.param_groups[0]["lr"] for r in alive]
+        order_RN = torch.stack([torch.randperm(len(x_train), generator=orders[r]) for r in alive]).to(device)
+        masks = dropout_masks([dropouts[r] for r in alive], min(settings.batch_size, len(x_train)), settings, device)
+        total_R, rows = torch.zeros(len(alive), dtype=torch.float64, device=device), 0
+        for batch_RB in batches(order_RN, settings.batch_size):
+            size = batch_RB.shape[1]
+            kept = next(masks)
+            with autocast(x_ND, settings.precision):
+                logits_RBC = pack.logits(x_train[batch_RB], True, None if kept is None else kept[:, :, :size])
+            losses = F.cross_entropy(logits_RBC.to(x_ND.dtype).flatten(0, 1), y_train[batch_RB].flatten(), reduction="none")
+            loss_R = losses.view(len(alive), size).mean(1)
+            loss_R.sum().backward()
+            pack.step(rates)
+            total_R += loss_R.detach() * size
+            rows += size
+        correct = (pack.predict(x_val) == y_val).sum(1).tolist()
+        improved = []
+        for position, (r, loss) in enumerate(zip(alive, (total_R / rows).tolist(), strict=True)):
+            if record_epoch(runs[r], loss, correct[position], len(y_val), rates[position]):
+                improved.append(position)
+            schedulers[r].step(runs[r].val_accuracy[-1])
+        if improved:
+            for name, tensor in pack.state().items():
+                best[name][[alive[position] for position in improved]] = tensor[improved]
+        staying = [position for position, r in enumerate(alive) if not has_stopped(runs[r], settings)]
+        if len(staying) < len(alive):
+            alive = [alive[position] for position in staying]
+            pack.keep(staying)
+    for name, tensor in best.items():
+        (pack.parameters if name in pack.parameters else pack.statistics)[name] = tensor
+    classes_RN = pack.predict(x_ND)
+    seconds = (time.perf_counter() - start) / len(runs)
+    for number, (run, classes) in enumerate(zip(runs, classes_RN, strict=True), 1):
+        run.predictions = {name: classes[part].cpu().numpy() for name, part in parts.items()}
+        run.seconds = seconds
+        on_run(run, number)
+    return runs
