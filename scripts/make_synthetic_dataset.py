@@ -1,0 +1,104 @@
+#!/usr/bin/env python3
+"""Write a data set of random LoRAs with the published topology: 128 layers of SD v1.5, ten classes, nested float32 lists.
+
+A signal may be planted: in the chosen attention kind every class has its own scale in every layer, so that a
+representation that sees the size of a matrix can tell the classes apart there and nowhere else. The folder is read like
+one written by save_to_disk. Rows depend on --seed and their number alone, not on --rows, --layout or --signal's other kinds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+from datasets import Array2D, ClassLabel, Features, List, Value
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from lora_data import attention_kind, sd15_shapes  # noqa: E402
+
+SHARD_BYTES = 500_000_000
+NUM_CLASSES = 10
+SIGNAL_KINDS = {"none": (), "attn1": ("attn1",), "attn2": ("attn2",), "both": ("attn1", "attn2")}
+
+
+def features_of(shapes: list[tuple[str, int, int]], layout: str) -> Features:
+    """The columns as `datasets` knows them."""
+    def matrix(rows: int, cols: int):
+        return {"nested": List(List(Value("float32"))), "array2d": Array2D((rows, cols), "float32"),
+                "fixed": List(List(Value("float32"), length=cols), length=rows)}[layout]
+
+    columns = {layer: matrix(rows, cols) for layer, rows, cols in shapes}
+    return Features(columns | {"category_label": ClassLabel(names=[f"class_{i}" for i in range(NUM_CLASSES)])})
+
+
+def arrow_matrices(weights: np.ndarray, layout: str) -> pa.Array:
+    """(n, rows, cols) float32 as a column, over the same memory."""
+    n, rows, cols = weights.shape
+    flat = pa.array(weights.reshape(-1))
+    if layout == "fixed":
+        return pa.FixedSizeListArray.from_arrays(pa.FixedSizeListArray.from_arrays(flat, cols), rows)
+    inner = pa.ListArray.from_arrays(np.arange(0, n * rows + 1, dtype=np.int32) * cols, flat)
+    return pa.ListArray.from_arrays(np.arange(0, n + 1, dtype=np.int32) * rows, inner)
+
+
+def make_shard(start: int, stop: int, seed: int, shapes, layout: str, kinds: tuple[str, ...], strength: float, schema: pa.Schema) -> pa.Table:
+    """Rows start:stop."""
+    labels = np.random.default_rng([seed, 0]).integers(0, NUM_CLASSES, stop)[start:]
+    columns = []
+    for number, (layer, rows, cols) in enumerate(shapes, 1):
+        scales = np.exp(strength * np.random.default_rng([seed, 1, number]).normal(size=NUM_CLASSES)).astype(np.float32)
+        rng = np.random.Generator(np.random.SFC64([seed, 2, number, start]))
+        weights = rng.standard_normal((stop - start, rows, cols), dtype=np.float32)
+        if attention_kind(layer) in kinds:
+            weights *= scales[labels][:, None, None]
+        array = arrow_matrices(weights, layout)
+        columns.append(pa.ExtensionArray.from_storage(schema.field(layer).type, array) if layout == "array2d" else array)
+    return pa.Table.from_arrays([*columns, pa.array(labels)], schema=schema)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("output", type=Path, help="folder to write; an existing one is refused without --overwrite")
+    parser.add_argument("--rows", type=int, default=1000)
+    parser.add_argument("--rank", type=int, default=1)
+    parser.add_argument("--layout", choices=("nested", "array2d", "fixed"), default="nested", help="how a matrix is stored (default: nested)")
+    parser.add_argument("--signal", choices=tuple(SIGNAL_KINDS), default="both", help="attention kinds that know the class (default: both)")
+    parser.add_argument("--strength", type=float, default=0.01, help="std of the log of a class's scale in a layer (default: 0.01)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--overwrite", action="store_true")
+    arguments = parser.parse_args()
+    if arguments.rows < 1 or arguments.rank < 1:
+        parser.error("--rows and --rank are at least 1")
+    if arguments.output.exists():
+        if not (arguments.overwrite and (arguments.output / "state.json").is_file()):
+            parser.error(f"{arguments.output} exists: choose another folder, or --overwrite to replace a data set")
+        shutil.rmtree(arguments.output)
+    began = time.perf_counter()
+    shapes = sd15_shapes(arguments.rank)
+    features = features_of(shapes, arguments.layout)
+    schema = features.arrow_schema
+    row_bytes = 4 * sum(rows * cols for _, rows, cols in shapes)
+    shard_rows = max(1, SHARD_BYTES // row_bytes)
+    starts = range(0, arguments.rows, shard_rows)
+    arguments.output.mkdir(parents=True)
+    names = [f"data-{i:05}-of-{len(starts):05}.arrow" for i in range(len(starts))]
+    for name, start in zip(names, starts, strict=True):
+        stop = min(start + shard_rows, arguments.rows)
+        table = make_shard(start, stop, arguments.seed, shapes, arguments.layout, SIGNAL_KINDS[arguments.signal], arguments.strength, schema)
+        with pa.OSFile(str(arguments.output / name), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
+            writer.write_table(table, max_chunksize=1000)                 # as datasets' own writer
+        print(f"{stop}/{arguments.rows} rows, {time.perf_counter() - began:.1f}s", flush=True)
+    (arguments.output / "dataset_info.json").write_text(json.dumps({"features": features.to_dict()}))
+    state = {"_data_files": [{"filename": name} for name in names], "_fingerprint": f"synthetic-{arguments.seed}", "_format_columns": None,
+             "_format_kwargs": {}, "_format_type": None, "_output_all_columns": False, "_split": "train"}
+    (arguments.output / "state.json").write_text(json.dumps(state))
+
+
+if __name__ == "__main__":
+    main()

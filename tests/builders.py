@@ -1,0 +1,52 @@
+"""Small data sets for the tests, in every layout that a column can have."""
+
+import numpy as np
+from datasets import Array2D, ClassLabel, Dataset, Features, List, Value
+
+LAYOUTS = ("nested", "array2d", "fixed", "large", "float16", "float64")
+MODULES = [f"unet.down_blocks.{i}.attentions.0.transformer_blocks.0.{kind}.{p}.lora"
+           for i in range(2) for kind in ("attn1", "attn2") for p in ("to_q", "to_v")]
+
+
+def matrix_feature(layout, rows, cols):
+    if layout == "array2d":
+        return Array2D((rows, cols), "float32")
+    if layout == "fixed":
+        return List(List(Value("float32"), length=cols), length=rows)
+    if layout == "large":
+        from datasets import LargeList
+        return LargeList(LargeList(Value("float32")))
+    return List(List(Value(layout if layout.startswith("float") else "float32")))
+
+
+def lora_columns(n=24, rank=2, width=6, seed=0, signal=None):
+    """{column: (n, rows, cols) float32}; `signal` (n,) scales the attn2 matrices."""
+    rng = np.random.default_rng(seed)
+    columns = {}
+    for module in MODULES:
+        for side, shape in (("down", (rank, width)), ("up", (width, rank))):
+            w = rng.normal(size=(n, *shape)).astype(np.float32)
+            if signal is not None and "attn2" in module:
+                w *= np.asarray(signal, dtype=np.float32)[:, None, None]
+            columns[f"{module}.{side}.weight"] = w
+    return columns
+
+
+def labels_of(kind, n):
+    """A labels column and its feature."""
+    numbers = np.arange(n) % 3
+    if kind == "string":
+        return [["cat", "dog", "Ape"][i] for i in numbers], Value("string")
+    if kind == "integer":
+        return [[7, 3, 9][i] for i in numbers], Value("int64")
+    return numbers.tolist(), ClassLabel(names=["zebra", "apple", "mango", "never"])
+
+
+def lora_dataset(n=24, layout="nested", label_kind="string", seed=0, signal=False, **kwargs) -> Dataset:
+    labels, feature = labels_of(label_kind, n)
+    strengths = [1 + (i % 3) for i in range(n)] if signal else None
+    columns = lora_columns(n, seed=seed, signal=strengths, **kwargs)
+    features = {name: matrix_feature(layout, *w.shape[1:]) for name, w in columns.items()}
+    features |= {"category_label": feature, "group": Value("string")}
+    rows = {name: w.tolist() for name, w in columns.items()}
+    return Dataset.from_dict(rows | {"category_label": labels, "group": [f"g{i % 5}" for i in range(n)]}, features=Features(features))

@@ -1,0 +1,330 @@
+"""Names, columns, labels and splits: the Arrow path against the formatter, and everything that must be refused."""
+
+import shutil
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from datasets import Array3D, Dataset, DatasetDict, Features, List, Value, concatenate_datasets
+
+import lora_data
+from builders import LAYOUTS, lora_columns, lora_dataset
+from lora_data import attention_kind, from_dataset, is_layer, load_lora_data, split_rows, survey
+from settings import InputError
+
+
+@pytest.fixture(autouse=True)
+def own_cache(monkeypatch, tmp_path):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "hf")
+
+
+def assert_both_paths_agree(data, expected=None):
+    """`read_layer` and the formatter, bit for bit, in pieces that start and end anywhere."""
+    n = data.num_rows
+    for layer in data.layers:
+        for start, stop in ((0, n), (1, n - 1), (n // 2, n // 2 + 1)):
+            ours = data.read_layer(layer, start, stop)
+            assert ours.dtype == torch.float32 and ours.shape[0] == stop - start
+            assert torch.equal(ours, data.read_layer_formatted(layer, start, stop))
+            if expected is not None:
+                assert np.array_equal(ours.numpy(), expected[layer][start:stop])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_arrow_and_formatter_agree_bit_for_bit_in_every_layout(layout):
+    data = from_dataset(lora_dataset(layout=layout), "x")
+    assert all(data.matrices[layer].in_arrow for layer in data.layers)
+    expected = lora_columns()
+    if layout == "float16":
+        expected = {name: w.astype(np.float16).astype(np.float32) for name, w in expected.items()}
+    assert_both_paths_agree(data, expected)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("change", ["slice", "chunks", "sliced chunks", "shuffled", "split"])
+def test_sliced_chunked_and_reordered_tables(layout, change):
+    whole = lora_dataset(n=30, layout=layout)
+    parts = [lora_dataset(n=4, layout=layout, seed=1), whole, lora_dataset(n=3, layout=layout, seed=2)]
+    dataset = {
+        "slice": lambda: whole.select(range(5, 21)),
+        "chunks": lambda: concatenate_datasets(parts),
+        "sliced chunks": lambda: concatenate_datasets([part.select(range(1, len(part) - 1)) for part in parts]).select(range(1, 27)),
+        "shuffled": lambda: whole.shuffle(seed=3),
+        "split": lambda: whole.train_test_split(test_size=0.5, seed=1)["test"],
+    }[change]()
+    data = from_dataset(dataset, "x")
+    assert_both_paths_agree(data)
+    layer = data.layers[3]
+    assert np.array_equal(data.read_layer(layer, 0, data.num_rows).numpy(), np.array(dataset[layer][:], dtype=np.float32))
+
+
+def test_what_arrow_cannot_read_goes_through_the_formatter_with_a_warning(caplog):
+    rows = {"a.attn1.lora.down.weight": [[[1, 2], [3, 4]]] * 12, "category_label": ["x", "y"] * 6}
+    features = Features({"a.attn1.lora.down.weight": List(List(Value("int32"))), "category_label": Value("string")})
+    lora_data.log.propagate = True
+    data = from_dataset(Dataset.from_dict(rows, features=features), "x")
+    assert "torch formatter" in caplog.text
+    assert data.read_layer(data.layers[0], 2, 5).tolist() == [[[1, 2], [3, 4]]] * 3
+    assert len(data.content_hash()) == 32
+
+
+# --- refusals
+
+
+def with_rows(**rows):
+    base = lora_dataset(n=12).to_dict()
+    for index, value in rows.get("replace", {}).items():
+        base[LAYER][index] = value
+    return Dataset.from_dict(base, features=lora_dataset(n=12).features)
+
+
+LAYER = sorted(lora_columns(1))[2]
+GOOD = [[0.0] * 6] * 2
+
+
+@pytest.mark.parametrize("bad, reason", [
+    ([[0.0] * 5 + [float("nan")], [0.0] * 6], r"row 7: the weight at \(0, 5\) is nan"),
+    ([[0.0] * 6, [float("-inf")] + [0.0] * 5], r"row 7: the weight at \(1, 0\) is -inf"),
+    ([[0.0] * 5 + [None], [0.0] * 6], "row 7: null"),
+    ([[0.0] * 6, None], "row 7: null"),
+    (None, "row 7: null"),
+    ([[0.0] * 6], "row 7: a list of 1 where the column's first row has 2"),
+    ([[0.0] * 5, [0.0] * 7], "row 7: a list of 5 where the column's first row has 6"),
+    ([[0.0] * 4] * 3, "row 7: a list of 3 where the column's first row has 2"),
+])
+def test_bad_rows_are_named(bad, reason):
+    data = from_dataset(with_rows(replace={7: bad}), "x")
+    with pytest.raises(InputError, match=f"column '{LAYER}', {reason}"):
+        data.read_layer(LAYER, 0, 12)
+    with pytest.raises(InputError):
+        data.read_layer_formatted(LAYER, 0, 12)
+    if "weight at" not in reason:
+        with pytest.raises(InputError, match=reason):
+            data.content_hash()
+    assert data.read_layer(LAYER, 0, 7).shape == (7, 2, 6)
+
+
+@pytest.mark.parametrize("matrices, reason", [
+    ([(2, 2), [[1.0, 1.0, 1.0], [1.0]], (4, 1), (1, 4)], "row 2: a list of 4"),
+    ([(2, 2), [[1.0, 1.0, 1.0], [1.0]], (2, 2), (2, 2)], "row 1: a list of 3"),
+    ([(2, 2), (2, 2), (4, 1), (1, 4)], "row 2: a list of 4"),
+])
+def test_ragged_rows_whose_totals_fit_are_refused(matrices, reason):
+    matrices = [np.ones(m).tolist() if isinstance(m, tuple) else m for m in matrices]
+    assert sum(len(sum(m, [])) for m in matrices) == 16
+    rows = {"a.attn1.lora.down.weight": matrices * 3, "category_label": ["x", "y"] * 6}
+    features = Features({"a.attn1.lora.down.weight": List(List(Value("float32"))), "category_label": Value("string")})
+    data = from_dataset(Dataset.from_dict(rows, features=features), "x")
+    with pytest.raises(InputError, match=reason):
+        data.read_layer(data.layers[0], 0, 12)
+
+
+def test_a_float64_weight_beyond_float32_is_refused():
+    dataset = lora_dataset(n=12, layout="float64").to_dict()
+    dataset[LAYER][4] = [[1e300] * 6] * 2
+    data = from_dataset(Dataset.from_dict(dataset, features=lora_dataset(n=12, layout="float64").features), "x")
+    with pytest.raises(InputError, match="row 4: the weight at"):
+        data.read_layer(LAYER, 0, 12)
+
+
+@pytest.mark.parametrize("make, reason", [
+    (lambda: lora_dataset().select([]), "no rows"),
+    (lambda: lora_dataset().remove_columns(sorted(lora_columns(1))), "no LoRA layer"),
+    (lambda: lora_dataset().remove_columns("category_label"), "no column 'category_label': give --label-column, one of group"),
+    (lambda: lora_dataset().select([0, 3, 6, 9]), "has one class"),
+    (lambda: lora_dataset().remove_columns("category_label").add_column("category_label", [0.5] * 24), "holds double"),
+    (lambda: lora_dataset().remove_columns("category_label").add_column("category_label", ["a", "b", None] * 8), "row 2: null"),
+    (lambda: lora_dataset(label_kind="classlabel").map(lambda row, i: {"category_label": -1 if i == 5 else 0}, with_indices=True), "row 5: no label"),
+    (lambda: Dataset.from_dict({"a.lora.down.weight": [[1.0, 2.0]] * 4, "category_label": list("abab")}), "row 0: a LoRA layer is a matrix"),
+    (lambda: Dataset.from_dict({"a.lora.down.weight": [[[]]] * 4, "category_label": list("abab")}), "row 0: null or empty|row 0: a LoRA layer"),
+    (lambda: Dataset.from_dict({"a.lora.down.weight": [[[[1.0]]]] * 4, "category_label": list("abab")},
+                               features=Features({"a.lora.down.weight": Array3D((1, 1, 1), "float32"), "category_label": Value("string")})), "matrix"),
+])
+def test_data_sets_that_cannot_be_used_are_refused(make, reason):
+    with pytest.raises(InputError, match=reason):
+        from_dataset(make(), "x")
+
+
+# --- columns and labels
+
+
+@pytest.mark.parametrize("name, kind", [
+    ("unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q.lora.down.weight", "attn1"),
+    ("unet.mid_block.attentions.0.transformer_blocks.0.attn2.processor.to_v_lora.up.weight", "attn2"),
+    ("base_model.model.up_blocks.1.attentions.2.transformer_blocks.0.attn2.to_k.lora_A.weight", "attn2"),
+    ("base_model.model.up_blocks.1.attentions.2.transformer_blocks.0.attn1.to_k.lora_B.default.weight", "attn1"),
+    ("lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q.lora_down.weight", "attn1"),
+    ("lora_unet_up_blocks_3_attentions_2_transformer_blocks_0_attn2_to_out_0_lora_up_weight", "attn2"),
+    ("unet.down_blocks.0.attentions.0.transformer_blocks.0.ff.net.0.proj.lora.down.weight", "other"),
+    ("text_encoder.text_model.encoder.layers.0.self_attn.q_proj.lora_linear_layer.up.weight", "other"),
+])
+def test_layer_names_of_all_tools(name, kind):
+    assert is_layer(name) and attention_kind(name) == kind
+
+
+@pytest.mark.parametrize("name", ["category_label", "lora.alpha", "lora_unet_down_blocks_0_attn1_to_q.alpha", "rank", "flora.down.weight",
+                                  "unet.attn1.to_q.weight", "explora_down.weight"])
+def test_other_columns_are_no_layers(name):
+    assert not is_layer(name)
+
+
+@pytest.mark.parametrize("kind, classes", [("string", ["Ape", "cat", "dog"]), ("integer", [3, 7, 9]), ("classlabel", ["zebra", "apple", "mango"])])
+def test_labels(kind, classes):
+    data = from_dataset(lora_dataset(label_kind=kind), "x")
+    assert data.classes == classes
+    raw = lora_dataset(label_kind=kind)
+    names = raw["category_label"][:] if kind != "classlabel" else [raw.features["category_label"].int2str(i) for i in raw["category_label"]]
+    assert [classes[i] for i in data.labels] == list(names)
+    other = from_dataset(lora_dataset(label_kind=kind), "x", label_column="group")
+    assert other.classes == [f"g{i}" for i in range(5)]
+
+
+def test_integer_labels_are_in_numeric_order():
+    dataset = lora_dataset().remove_columns("category_label").add_column("category_label", [10, 9, 2] * 8)
+    assert from_dataset(dataset, "x").classes == [2, 9, 10]
+
+
+# --- split
+
+
+@pytest.mark.parametrize("n", [11, 24, 200, 1000])
+@pytest.mark.parametrize("seed", [42, 7])
+def test_the_split_is_the_origins_row_for_row(n, seed):
+    dataset = lora_dataset(n=n, rank=1, width=2).add_column("row", list(range(n)))
+    first = dataset.train_test_split(test_size=0.3, seed=seed)
+    second = first["test"].train_test_split(test_size=0.67, seed=seed)
+    split = split_rows(n, seed)
+    for ours, theirs in zip(split, (first["train"], second["train"], second["test"]), strict=False):
+        assert ours.tolist() == list(theirs["row"])
+    assert sorted(np.concatenate(split[:3])) == list(range(n)) and not split.overlap
+
+
+def test_ten_rows_or_fewer_are_not_divided():
+    for n in (2, 10):
+        split = split_rows(n, 42)
+        assert split.overlap and all(part.tolist() == list(range(n)) for part in split[:3])
+    assert not split_rows(11, 42).overlap
+
+
+# --- names
+
+
+def test_names_that_mean_nothing_are_refused_with_what_would_do(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="unknown dataset '2k': use 1k, 10k, 50k, 100k, small, sanity-check, a folder written by save_to_disk"):
+        load_lora_data("2k")
+    with pytest.raises(InputError, match="no such file or folder: './1k'"):
+        load_lora_data("./1k")
+    (tmp_path / "notes.csv").write_text("a,b")
+    with pytest.raises(InputError, match="neither Parquet nor Arrow"):
+        load_lora_data("notes.csv")
+    (tmp_path / "broken.parquet").write_bytes(b"PAR1 not really")
+    with pytest.raises(InputError, match="cannot load data set 'broken.parquet'"):
+        load_lora_data("broken.parquet")
+    with pytest.raises(InputError, match="--revision main needs a data set on the Hub"):
+        load_lora_data("sanity-check", revision="main")
+
+
+def test_an_alias_is_the_hubs_even_where_a_folder_has_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    lora_dataset().save_to_disk("1k")
+    assert lora_data.resolve_name("1k") == ("hub", "jacekduszenko/lora-ws-1k")
+    assert lora_data.resolve_name("./1k") == ("disk", "1k")
+    assert lora_data.resolve_name("someone/their-loras") == ("hub", "someone/their-loras")
+    assert load_lora_data("./1k").num_rows == 24
+
+
+def test_the_hub_is_asked_for_the_id_the_split_and_the_revision(monkeypatch):
+    asked = []
+    monkeypatch.setattr("datasets.load_dataset", lambda *args, **kwargs: (asked.append((args, kwargs)), lora_dataset())[1])
+    load_lora_data("50k", data_split="test", revision="v2")
+    assert asked == [(("jacekduszenko/lora-ws-50k",), {"split": "test", "revision": "v2"})]
+
+
+@pytest.mark.parametrize("layout", ["nested", "array2d", "fixed"])
+@pytest.mark.parametrize("form", ["disk", "disk dict", "parquet", "parquet folder", "hub folder", "arrow"])
+def test_every_local_form(tmp_path, form, layout):
+    dataset, other = lora_dataset(layout=layout), lora_dataset(layout=layout, seed=5)
+    path = tmp_path / "loras"
+    if form == "disk":
+        dataset.save_to_disk(path, num_shards=2)
+    elif form == "disk dict":
+        DatasetDict(test=other, train=dataset).save_to_disk(path)
+    elif form == "parquet":
+        path = tmp_path / "loras.parquet"
+        dataset.to_parquet(path)
+    elif form == "parquet folder":
+        path.mkdir()
+        dataset.select(range(10)).to_parquet(path / "a.parquet")
+        dataset.select(range(10, 24)).to_parquet(path / "b.parquet")
+    elif form == "hub folder":   # as `push_to_hub` lays it out, with a card
+        (path / "data").mkdir(parents=True)
+        (path / "README.md").write_text("---\nlicense: mit\n---\n")
+        for i in range(2):
+            dataset.shard(2, i, contiguous=True).to_parquet(path / "data" / f"train-{i:05}-of-00002.parquet")
+        other.to_parquet(path / "data" / "test-00000-of-00001.parquet")
+    else:
+        path = tmp_path / "loras.arrow"
+        table = dataset.with_format("arrow")[:]
+        with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
+            writer.write_table(table)
+    data = load_lora_data(str(path))
+    expected = lora_columns()
+    for layer in data.layers:
+        assert np.array_equal(data.read_layer(layer, 0, 24).numpy(), expected[layer])
+    assert data.files and data.content_hash() == from_dataset(lora_dataset(), "x").content_hash()
+    seen = survey(str(path))
+    assert seen.rows == 24
+    assert seen.shapes == [(layer, data.matrices[layer].rows, data.matrices[layer].cols) for layer in data.layers]
+    assert (seen.copied_bytes > 0) == (not form.startswith("disk"))
+    if form in ("disk dict", "hub folder"):
+        test = load_lora_data(str(path), data_split="test")
+        assert np.array_equal(test.read_layer(LAYER, 0, 24).numpy(), lora_columns(seed=5)[LAYER])
+        with pytest.raises(InputError, match="validation"):
+            load_lora_data(str(path), data_split="validation")
+
+
+def test_several_splits_without_train_must_be_chosen_from(tmp_path):
+    DatasetDict(a=lora_dataset(), b=lora_dataset()).save_to_disk(tmp_path / "two")
+    with pytest.raises(InputError, match="several splits and none is 'train': give --data-split, one of a, b"):
+        load_lora_data(str(tmp_path / "two"))
+    DatasetDict(only=lora_dataset()).save_to_disk(tmp_path / "one")
+    assert load_lora_data(str(tmp_path / "one")).num_rows == 24
+
+
+def test_surveys_of_what_is_not_a_local_file():
+    shapes = survey("50k").shapes
+    assert len(shapes) == 128 and sum(rows * cols for _, rows, cols in shapes) == 99_648
+    assert sum(".attn1." in layer for layer, *_ in shapes) == 64
+    assert survey("someone/their-loras") is None
+    data = load_lora_data("sanity-check")
+    assert survey("sanity-check").shapes == [(layer, data.matrices[layer].rows, data.matrices[layer].cols) for layer in data.layers]
+    assert (data.num_rows, len(data.layers), len(data.classes)) == (5, 20, 3)
+
+
+# --- identity
+
+
+def test_the_content_hash_sees_weights_and_names_and_nothing_else(tmp_path):
+    base = from_dataset(lora_dataset(), "x").content_hash()
+    for layout in ("array2d", "fixed", "large"):
+        assert from_dataset(lora_dataset(layout=layout), "x").content_hash() == base
+    chunked = concatenate_datasets([lora_dataset().select(range(0, 9)), lora_dataset().select(range(9, 24))])
+    assert from_dataset(chunked, "x").content_hash() == base
+    assert from_dataset(lora_dataset(label_kind="integer"), "x").content_hash() == base
+    assert from_dataset(lora_dataset(seed=1), "x").content_hash() != base
+    assert from_dataset(lora_dataset(layout="float64"), "x").content_hash() != base
+    assert from_dataset(lora_dataset(n=23), "x").content_hash() != base
+    assert from_dataset(lora_dataset().rename_column(LAYER, LAYER.replace("to_q", "to_k").replace("to_v", "to_w")), "x").content_hash() != base
+    rows = lora_dataset().to_dict()
+    rows[LAYER][11][1][2] += 1e-3
+    assert from_dataset(Dataset.from_dict(rows, features=lora_dataset().features), "x").content_hash() != base
+    lora_dataset().save_to_disk(tmp_path / "a")
+    shutil.move(tmp_path / "a", tmp_path / "b")
+    assert load_lora_data(str(tmp_path / "b")).content_hash() == base
+
+
+def test_the_data_set_is_opened_with_the_torch_format():
+    data = from_dataset(lora_dataset(), "x", "cpu")
+    assert data.dataset.format["type"] == "torch" and data.dataset.format["format_kwargs"] == {"device": "cpu"}
