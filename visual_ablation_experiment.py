@@ -48,7 +48,6 @@ log = logging.getLogger("visual_ablation")
 
 
 def main(argv: list[str] | None = None) -> int:
-    handle_signals()
     log_to_stdout()
     try:
         settings, action = parse_command_line(argv)
@@ -627,4 +626,5 @@ def stop(number: int, frame) -> None:
 
 
 if __name__ == "__main__":
+    handle_signals()
     sys.exit(main())

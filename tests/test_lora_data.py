@@ -6,10 +6,10 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from builders import LAYOUTS, lora_columns, lora_dataset
 from datasets import Array3D, Dataset, DatasetDict, Features, List, Value, concatenate_datasets
 
 import lora_data
-from builders import LAYOUTS, lora_columns, lora_dataset
 from lora_data import attention_kind, from_dataset, is_layer, load_lora_data, split_rows, survey
 from settings import InputError
 
@@ -310,7 +310,7 @@ def test_the_content_hash_sees_weights_and_names_and_nothing_else(tmp_path):
     base = from_dataset(lora_dataset(), "x").content_hash()
     for layout in ("array2d", "fixed", "large"):
         assert from_dataset(lora_dataset(layout=layout), "x").content_hash() == base
-    chunked = concatenate_datasets([lora_dataset().select(range(0, 9)), lora_dataset().select(range(9, 24))])
+    chunked = concatenate_datasets([lora_dataset().select(range(9)), lora_dataset().select(range(9, 24))])
     assert from_dataset(chunked, "x").content_hash() == base
     assert from_dataset(lora_dataset(label_kind="integer"), "x").content_hash() == base
     assert from_dataset(lora_dataset(seed=1), "x").content_hash() != base

@@ -1,0 +1,622 @@
+"""The program as its users meet it: a run, its resumption, everything that can go wrong, and the command line."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from builders import lora_dataset
+from conftest import ROOT
+from datasets import Dataset
+
+import representations
+import visual_ablation_experiment as experiment
+from lora_data import LoraData
+from settings import REPRESENTATIONS, Cell, cells_of
+
+SCRIPT = ROOT / "visual_ablation_experiment.py"
+FAST = ["--num-runs", "2", "--max-epochs", "3", "--hidden-dim", "8", "--batch-size", "8"]
+BOTH = cells_of(("all_layers", "visual_only"), REPRESENTATIONS)
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A folder to work in with a data set `loras` of 40 rows whose attn2 layers know the class."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "hf")
+    lora_dataset(n=40, signal=True).save_to_disk("loras")
+    return tmp_path
+
+
+@pytest.fixture
+def run(place, capsys):
+    """Run the program in this process: (exit status, log)."""
+    def run(*flags, dataset="./loras", fast=FAST):
+        capsys.readouterr()
+        status = experiment.main(["--dataset", dataset, *fast, *flags])
+        captured = capsys.readouterr()
+        return status, captured.out + captured.err
+    return run
+
+
+def folder(place, name="loras", output="visual-ablation-results"):
+    return place / output / f"visual_ablation_{name}"
+
+
+def checkpoints(place, **kwargs):
+    return sorted(os.listdir(folder(place, **kwargs) / "checkpoints"))
+
+
+def visible(path):
+    return sorted(name for name in os.listdir(path) if not name.startswith("."))
+
+
+def snapshot(path):
+    return {file.name: (file.stat().st_mtime_ns, file.stat().st_ino, file.read_bytes()) for file in sorted(path.iterdir()) if file.name[0] != "."}
+
+
+def without_times(record):
+    """A record less what may differ between two runs that are the same: seconds, and hashes that cover them."""
+    if isinstance(record, dict):
+        return {k: without_times(v) for k, v in record.items() if not k.startswith("training_time") and k not in ("checksum", "predictions_hash")}
+    return [without_times(v) for v in record] if isinstance(record, list) else record
+
+
+def cell_files(place, **kwargs):
+    return {name: without_times(json.loads((folder(place, **kwargs) / "checkpoints" / name).read_text()))
+            for name in visible(folder(place, **kwargs) / "checkpoints")}
+
+
+def never(*arguments, **kwargs):
+    raise AssertionError("this must not be called")
+
+
+# --- a whole run
+
+
+def test_a_run_writes_everything_that_is_promised(run, place):
+    status, log = run()
+    assert status == 0
+    assert visible(folder(place) / "checkpoints") == sorted(f"{cell.name}.json" for cell in BOTH)
+    assert visible(folder(place)) == ["checkpoints", "events.jsonl", "manifest.json", "predictions", "results.json", "results.txt"]
+    for line in ("PROGRESS SUMMARY", "All Layers Config:    0/9 completed, 9 remaining", "Visual-Only Config:   0/9 completed, 9 remaining",
+                 "Total Progress:       0/18 (0.0%)", "Progress: 16/16 layers | Rate: "):
+        assert line in log
+    assert log.count("Run 1/2: Train=") == log.count("Run 2/2: Train=") == log.count("Results: Train=") == 18
+    assert "\r" not in log
+
+    results = json.loads((folder(place) / "results.json").read_text())
+    assert (results["dataset"], results["num_runs"], results["num_classes"]) == ("./loras", 2, 3)
+    assert (results["num_all_layers"], results["num_visual_layers"], results["num_text_layers"]) == (16, 8, 8)
+    assert results["label_mapping"] == {"Ape": 0, "cat": 1, "dog": 2} and results["splits_overlap"] is False
+    for layer_set, layers in (("all_layers", 16), ("visual_only", 8)):
+        rows = results[f"{layer_set}_results"]
+        assert [row["representation"] for row in rows] == [f"{name}_{layer_set}" for name in REPRESENTATIONS]
+        assert [row["feature_dim"] for row in rows] == [layers * width for width, _ in REPRESENTATIONS.values()]
+        assert {row["num_layers"] for row in rows} == {layers}
+    assert len(results["comparison"]) == 9 and results["failed_cells"] == []
+    for entry in results["comparison"]:
+        assert entry["drop"] == pytest.approx(entry["all_layers"] - entry["visual_only"])
+
+    manifest = json.loads((folder(place) / "manifest.json").read_text())
+    assert set(manifest["seconds"]) == {"load", "read", "features", "training", "total"}
+    assert sum(manifest["seconds"][k] for k in ("load", "read", "features", "training")) <= manifest["seconds"]["total"]
+    assert manifest["settings"]["training"]["trainer"] == "sequential" and manifest["versions"]["torch"] == torch.__version__
+    events = [json.loads(line) for line in (folder(place) / "events.jsonl").read_text().splitlines()]
+    assert [event["event"] for event in events] == ["started"] + ["finished"] * 18 + ["ended"]
+    text = (folder(place) / "results.txt").read_text()
+    assert text.rstrip() in log and text.count("simple_stats") == 3
+
+
+def test_predictions_give_the_confusion_counts_and_accuracies(run, place):
+    run("--representations", "stats")
+    record = json.loads((folder(place) / "checkpoints" / "visual_only_stats.json").read_text())
+    with np.load(folder(place) / "predictions" / "visual_only_stats.npz", allow_pickle=False) as arrays:
+        data = experiment_data()
+        assert arrays["seeds"].tolist() == [42, 43]
+        for part in ("train", "val", "test"):
+            rows, labels, predictions = (arrays[f"{part}_{what}"] for what in ("rows", "labels", "predictions"))
+            assert rows.tolist() == getattr(data.split, part).tolist() and labels.tolist() == data.labels[rows].tolist()
+            assert (predictions == labels).mean(1).tolist() == pytest.approx(record[f"{part}_acc_all_runs"])
+            if part != "train":
+                for run_number, matrix in enumerate(record[f"{part}_confusion_matrices"]):
+                    for true in range(3):
+                        for predicted in range(3):
+                            assert matrix[true][predicted] == ((labels == true) & (predictions[run_number] == predicted)).sum()
+
+
+def experiment_data():
+    from lora_data import load_lora_data
+    return load_lora_data("./loras")
+
+
+def test_what_only_the_text_layers_know_is_lost_without_them(run, place):
+    lora_dataset(n=200, signal=True).save_to_disk("many")
+    status, _ = run("--layer-sets", "all_layers", "visual_only", "text_only", "--representations", "simple_stats", "--num-runs", "3",
+                    "--max-epochs", "60", "--hidden-dim", "32", dataset="./many", fast=[])
+    assert status == 0
+    (entry,) = json.loads((folder(place, "many") / "results.json").read_text())["comparison"]
+    assert entry["text_only"] > 0.9 and entry["all_layers"] > 0.9 and entry["visual_only"] < 0.7 and entry["drop"] > 0.25
+
+
+def test_features_are_the_representations_of_the_layers_in_their_order(run, place, monkeypatch):
+    seen = {}
+    import training
+    real = training.train_runs
+    monkeypatch.setattr(training, "train_runs", lambda x, *rest, **kwargs: (seen.setdefault(len(seen), x.clone()), real(x, *rest, **kwargs))[1])
+    run("--representations", "stats", "ensemble", "--layer-sets", "all_layers", "visual_only", "text_only")
+    data = experiment_data()
+    whole = {layer: data.read_layer(layer, 0, data.num_rows) for layer in data.layers}
+    for number, cell in enumerate(cells_of(("all_layers", "visual_only", "text_only"), ("stats", "ensemble"))):
+        layers = [layer for layer in data.layers if cell.layer_set == "all_layers" or {"visual_only": "attn1", "text_only": "attn2"}[cell.layer_set] in layer]
+        expected = torch.cat([representations.REPRESENTATIONS[cell.representation](whole[layer]) for layer in layers], dim=1)
+        assert torch.allclose(seen[number], expected, rtol=1e-6), cell
+
+
+def test_each_weight_is_read_once_for_all_that_needs_it(run, monkeypatch):
+    reads = []
+    real = LoraData.read_layer
+    monkeypatch.setattr(LoraData, "read_layer", lambda self, layer, start, stop: (reads.append((layer, start, stop)), real(self, layer, start, stop))[1])
+    run("--layer-sets", "all_layers", "visual_only", "text_only")
+    assert len(reads) == len(set(reads)) == 16
+
+
+def test_blocks_do_not_change_a_number(place, monkeypatch):
+    import lora_data
+    data = experiment_data()
+    names = [name for name in REPRESENTATIONS if name != "ensemble"]
+    whole, _ = experiment.extract_features(data, names, experiment.Clock())
+    monkeypatch.setattr(lora_data, "BLOCK_ROWS", 7)
+    monkeypatch.setitem(representations.SLICE_WEIGHTS, "cpu", 30)
+    pieces, _ = experiment.extract_features(data, names, experiment.Clock())
+    for name in names:
+        assert torch.allclose(whole[name], pieces[name], rtol=1e-6, atol=1e-7), name
+
+
+def test_the_same_command_gives_the_same_numbers(run, place):
+    for output in ("a", "b"):
+        assert run("--output-dir", output, "--no-cache-features")[0] == 0
+    assert cell_files(place, output="a") == cell_files(place, output="b")
+    run("--output-dir", "c", "--seed", "43")
+    different = [name for name, record in cell_files(place, output="c").items() if record["learning_curves"] != cell_files(place, output="a")[name]["learning_curves"]]
+    assert len(different) == 18
+
+
+def test_both_trainers_make_whole_cells(run, place):
+    for trainer in ("sequential", "packed"):
+        status, log = run("--trainer", trainer, "--output-dir", trainer, "--representations", "stats", "--precision", "bfloat16")
+        assert status == 0 and log.count("Run 2/2: Train=") == 2
+        assert json.loads((folder(place, output=trainer) / "checkpoints" / "all_layers_stats.json").read_text())["made_with"]["trainer"] == trainer
+
+
+# --- resuming
+
+
+def test_a_finished_run_is_only_read_again(run, place, monkeypatch):
+    run()
+    before, results = snapshot(folder(place) / "checkpoints"), json.loads((folder(place) / "results.json").read_text())
+    manifest = (folder(place) / "manifest.json").read_bytes()
+    monkeypatch.setattr(LoraData, "read_layer", never)
+    monkeypatch.setattr("training.train_runs", never)
+    status, log = run()
+    assert status == 0 and "Total Progress:       18/18 (100.0%)" in log
+    assert "All experiments already completed! Loading results from checkpoints..." in log
+    assert snapshot(folder(place) / "checkpoints") == before and json.loads((folder(place) / "results.json").read_text()) == results
+    assert (folder(place) / "manifest.json").read_bytes() == manifest, "how long the cells took is still told"
+
+
+def test_three_deleted_cells_and_only_those_run_again(run, place, monkeypatch):
+    run()
+    gone = ["all_layers_ensemble.json", "visual_only_spectral.json", "visual_only_ensemble.json"]
+    before, whole = snapshot(folder(place) / "checkpoints"), cell_files(place)
+    for name in gone:
+        (folder(place) / "checkpoints" / name).unlink()
+    monkeypatch.setattr(LoraData, "read_layer", never)     # the features are cached
+    status, log = run()
+    assert status == 0
+    for line in ("All Layers Config:    8/9 completed, 1 remaining", "Visual-Only Config:   7/9 completed, 2 remaining",
+                 "Total Progress:       15/18 (83.3%)", "Resuming from checkpoints. Will run 3 remaining..."):
+        assert line in log.splitlines()
+    assert log.count("Run 1/2") == 3
+    after = snapshot(folder(place) / "checkpoints")
+    assert {name for name in after if after[name] != before[name]} == set(gone)
+    assert cell_files(place) == whole
+
+
+def test_without_a_cache_only_what_is_missing_is_computed(run, place):
+    run("--no-cache-features")
+    assert not (place / ".feature_cache").exists()
+    (folder(place) / "checkpoints" / "visual_only_stats.json").unlink()
+    status, log = run("--no-cache-features")
+    assert status == 0 and "Computing stats\n" in log
+
+
+def test_a_folder_collects_cells_over_several_commands(run, place):
+    run("--representations", "stats", "--layer-sets", "visual_only")
+    status, log = run("--representations", "frequency", "stats", "--layer-sets", "all_layers", "visual_only", "text_only")
+    assert "Text-Only Config:     0/2 completed, 2 remaining" in log and "Total Progress:       1/6 (16.7%)" in log
+    run("--representations", "simple_stats", "--layer-sets", "text_only")
+    results = json.loads((folder(place) / "results.json").read_text())
+    assert [row["representation"] for row in results["text_only_results"]] == [f"{name}_text_only" for name in ("simple_stats", "stats", "frequency")]
+    assert [entry["representation"] for entry in results["comparison"]] == ["stats", "frequency"]
+
+
+CHANGES = [["--num-runs", "3"], ["--max-epochs", "4"], ["--hidden-dim", "9"], ["--batch-size", "9"], ["--dropout", "0.4"], ["--weight-decay", "0.01"],
+           ["--learning-rate", "0.01"], ["--patience", "2"], ["--seed", "7"], ["--trainer", "packed"], ["--precision", "bfloat16"],
+           ["--split-seed", "7"], ["--label-column", "group"]]
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=" ".join)
+def test_each_setting_that_changes_a_number_makes_old_cells_stale(run, place, change):
+    chosen = ["--representations", "info_theoretic"]
+    run(*chosen)
+    before = snapshot(folder(place) / "checkpoints")
+    status, log = run(*chosen, *change)
+    assert status == 2 and "were made with other settings" in log and "--rerun-stale" in log and "another --output-dir" in log
+    named = {"--split-seed": "rows of the split", "--label-column": "labels"}.get(change[0], change[0][2:].replace("-", "_"))
+    assert named in log
+    assert snapshot(folder(place) / "checkpoints") == before
+    status, log = run(*chosen, *change, "--rerun-stale")
+    assert status == 0 and log.count("Set aside stale checkpoint") == 2 and log.count("Run 1/") == 2
+    assert len(checkpoints_set_aside(place)) == 2
+    assert run(*chosen, *change)[0] == 0
+
+
+def checkpoints_set_aside(place):
+    return sorted(path.name for path in (folder(place) / "set_aside").glob("*.json"))
+
+
+def test_settings_that_change_no_number_change_nothing(run, place):
+    run("--representations", "stats")
+    before = snapshot(folder(place) / "checkpoints")
+    assert run("--representations", "stats", "--cache-dir", "elsewhere", "--device", "cpu", "--no-cache-features")[0] == 0
+    assert snapshot(folder(place) / "checkpoints") == before
+
+
+def test_a_new_version_of_a_representation_makes_its_cells_stale_and_the_ensembles(run, place, monkeypatch):
+    run()
+    import checkpointing
+    for module in (checkpointing, experiment):
+        monkeypatch.setitem(module.REPRESENTATIONS, "spectral", REPRESENTATIONS["spectral"]._replace(version=99))
+    status, log = run()
+    assert status == 2 and "4 finished cells" in log
+    status, log = run("--rerun-stale")
+    assert status == 0 and log.count("Run 1/2") == 4 and "cached features of spectral are not used" in log
+
+
+@pytest.mark.parametrize("damage", ["truncated", "empty", "flipped"])
+def test_damaged_checkpoints_are_set_aside_and_run_again(run, place, damage):
+    run()
+    whole = cell_files(place)
+    path = folder(place) / "checkpoints" / "all_layers_stats.json"
+    content = path.read_bytes()
+    position = content.index(b"test_acc_mean") + len(b'test_acc_mean": 0.')
+    flipped = content[:position] + bytes([content[position] ^ 1]) + content[position + 1:]
+    path.write_bytes({"truncated": content[: len(content) // 2], "empty": b"", "flipped": flipped}[damage])
+    status, log = run("--status")
+    assert "Total Progress:       17/18 (94.4%)" in log and "all_layers_stats is damaged" in log and path.exists()
+    status, log = run()
+    assert status == 0 and "Set aside damaged checkpoint all_layers_stats" in log and log.count("Run 1/2") == 1
+    assert checkpoints_set_aside(place) == ["all_layers_stats.1.json"] and cell_files(place) == whole
+
+
+def test_damaged_features_are_computed_again_and_said_so(run, place):
+    run("--representations", "stats")
+    (path,) = (place / ".feature_cache").rglob("stats.safetensors")
+    good = path.read_bytes()
+    path.write_bytes(good[:-1] + bytes([good[-1] ^ 64]))
+    status, log = run("--representations", "stats", "--layer-sets", "text_only")
+    assert status == 0 and "WARNING: cached features of stats are not used" in log
+    assert path.read_bytes() == good
+
+
+def test_killed_in_the_middle_and_rerun_equals_a_run_that_was_not(run, place):
+    run("--output-dir", "whole")
+    command = [sys.executable, str(SCRIPT), "--dataset", "./loras", *FAST, "--output-dir", "killed"]
+    done = folder(place, output="killed") / "checkpoints"
+    with open("log", "w") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log)
+        while process.poll() is None and (not done.exists() or len(visible(done)) < 5):
+            time.sleep(0.005)
+        process.kill()
+    assert process.wait() == -signal.SIGKILL
+    finished = snapshot(done)
+    assert 5 <= len(finished) < 18
+    status, log = run("--output-dir", "killed")
+    assert status == 0 and f"Will run {18 - len(finished)} remaining..." in log
+    assert {name: content for name, content in snapshot(done).items() if name in finished} == finished
+    assert cell_files(place, output="killed") == cell_files(place, output="whole")
+
+
+# --- the data set changes under a finished run
+
+
+def test_a_data_set_rebuilt_at_the_same_path_gets_neither_old_cells_nor_old_features(run, place):
+    run("--representations", "stats")
+    shutil.rmtree("loras")
+    lora_dataset(n=40, signal=True, seed=9).save_to_disk("loras")
+    status, log = run("--representations", "stats")
+    assert status == 2 and "the weights of the data set changed" in log
+    status, log = run("--representations", "stats", "--rerun-stale")
+    assert status == 0 and "Computing stats\n" in log
+    fresh = run("--representations", "stats", "--output-dir", "fresh", "--cache-dir", "fresh_cache")
+    assert fresh[0] == 0 and cell_files(place, output="fresh") == cell_files(place)
+
+
+def test_one_row_changed_in_place_is_noticed(run, place):
+    time.sleep(2.2)    # the files are old enough for their identity to be remembered
+    run("--representations", "stats")
+    assert any((place / ".feature_cache" / "identities").iterdir())
+    (file,) = (place / "loras").glob("*.arrow")
+    stat, content = file.stat(), file.read_bytes()
+    weight = np.float32(experiment_data().read_layer(experiment_data().layers[0], 7, 8)[0, 1, 2]).tobytes()
+    assert content.count(weight) == 1
+    with file.open("r+b") as opened:
+        opened.seek(content.index(weight))
+        opened.write(np.float32(0.123).tobytes())
+    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    status, log = run("--representations", "stats")
+    assert status == 2 and "the weights of the data set changed" in log
+    status, log = run("--representations", "stats", "--output-dir", "other")
+    assert status == 0 and "Computing stats\n" in log
+
+
+def test_the_same_data_moved_keeps_its_features(run, place, monkeypatch):
+    run("--representations", "stats")
+    shutil.move("loras", "elsewhere")
+    monkeypatch.setattr(LoraData, "read_layer", never)
+    status, log = run("--representations", "stats", dataset="./elsewhere")
+    assert status == 0 and "Cached features: stats" in log and checkpoints(place, name="elsewhere")
+
+
+def test_a_parquet_file_rebuilt_at_the_same_path_is_noticed(run, place):
+    lora_dataset(n=40).to_parquet("loras.parquet")
+    run("--representations", "stats", dataset="loras.parquet")
+    time.sleep(0.05)
+    lora_dataset(n=40, seed=3).to_parquet("loras.parquet")
+    status, log = run("--representations", "stats", dataset="loras.parquet")
+    assert status == 2 and "the weights of the data set changed" in log
+
+
+# --- failures
+
+
+def test_a_representation_that_fails_takes_its_cells_and_no_others(run, place, monkeypatch):
+    def broken(w):
+        raise FloatingPointError("did not converge")
+    monkeypatch.setitem(representations.REPRESENTATIONS, "spectral", broken)
+    status, log = run()
+    assert status == 1 and "did not converge" in log and "Traceback" in log and "4 cells FAILED" in log
+    assert len(visible(folder(place) / "checkpoints")) == 14
+    results = json.loads((folder(place) / "results.json").read_text())
+    assert {failed["cell"] for failed in results["failed_cells"]} == {f"{s}_{r}" for s in ("all_layers", "visual_only") for r in ("spectral", "ensemble")}
+    assert [entry["representation"] for entry in results["comparison"]] == [name for name in REPRESENTATIONS if name not in ("spectral", "ensemble")]
+    for entry in results["comparison"]:
+        assert entry["drop"] == pytest.approx(entry["all_layers"] - entry["visual_only"])
+    assert "FAILED" in (folder(place) / "results.txt").read_text()
+    monkeypatch.undo()
+    os.chdir(place)
+    status, log = run()
+    assert status == 0 and log.count("Run 1/2") == 4
+    assert json.loads((folder(place) / "results.json").read_text())["failed_cells"] == []
+
+
+def test_a_cell_whose_features_are_not_finite_fails_with_layer_and_row(run, place):
+    rows = lora_dataset(n=40).to_dict()
+    layer = next(name for name in sorted(rows) if "attn1" in name)
+    rows[layer][17] = [[3e38] * 6] * 2
+    Dataset.from_dict(rows, features=lora_dataset(n=40).features).save_to_disk("huge")
+    status, log = run("--representations", "simple_stats", "rank_based", dataset="./huge")
+    assert status == 1 and f"layer '{layer}', row 17, is inf" in log
+    assert visible(folder(place, "huge") / "checkpoints") == ["all_layers_rank_based.json", "visual_only_rank_based.json"]
+
+
+def test_a_cell_in_which_no_column_varies_fails_and_says_so(run, place):
+    rows = lora_dataset(n=40).to_dict()
+    for name in rows:
+        if "attn1" in name:
+            rows[name] = [rows[name][0]] * 40
+    Dataset.from_dict(rows, features=lora_dataset(n=40).features).save_to_disk("frozen")
+    status, log = run("--representations", "stats", dataset="./frozen")
+    assert status == 1 and "visual_only_stats FAILED: TrainingError: no column varies" in log
+    assert visible(folder(place, "frozen") / "checkpoints") == ["all_layers_stats.json"]
+
+
+def test_out_of_memory_on_the_device_halves_the_block_and_goes_on(run, place, monkeypatch):
+    run("--output-dir", "enough")
+    sizes = []
+    def describe(w, names):
+        sizes.append(len(w))
+        if len(w) > 10:
+            raise torch.OutOfMemoryError("pretended")
+        return real(w, names)
+    real = representations.describe
+    monkeypatch.setattr(representations, "describe", describe)
+    status, log = run("--output-dir", "tight", "--no-cache-features")
+    assert status == 0 and max(sizes) == 40 and 10 in sizes and "WARNING: out of memory on cpu" in log
+    assert cell_files(place, output="tight") == cell_files(place, output="enough")
+    monkeypatch.setattr(representations, "describe", lambda w, names: (_ for _ in ()).throw(torch.OutOfMemoryError("pretended")))
+    with pytest.raises(torch.OutOfMemoryError):
+        run("--output-dir", "none", "--no-cache-features")
+
+
+@pytest.mark.parametrize("flags, reason", [
+    (["--dataset", "2k"], "unknown dataset '2k'"), (["--dropout", "2"], "--dropout 2.0 is out of range"), (["--device", "cuda:7"], "is not there"),
+    (["--device", "abacus"], "unknown --device 'abacus'"), (["--precision", "tf32"], "needs a CUDA GPU"), (["--nonsense"], "unrecognized"),
+    (["--label-column", "absent"], "no column 'absent'"), (["--quick", "--num-runs", "2"], "leave one out"),
+])
+def test_bad_input_ends_with_status_2_and_one_line(place, capsys, flags, reason):
+    assert experiment.main(["--dataset", "./loras", *flags]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.count("\n") == 1 and captured.err.startswith("error: ") and reason in captured.err
+
+
+def test_bad_rows_end_with_status_2_naming_column_and_row(run, place):
+    rows = lora_dataset(n=40).to_dict()
+    layer = sorted(rows)[5]
+    rows[layer][33][0][1] = float("nan")
+    Dataset.from_dict(rows, features=lora_dataset(n=40).features).save_to_disk("bad")
+    status, log = run(dataset="./bad")
+    assert status == 2 and f"column '{layer}', row 33: the weight at (0, 1) is nan" in log
+    assert not (folder(place, "bad") / "checkpoints").exists()
+
+
+def test_a_layer_set_without_layers_is_refused(run):
+    columns = [name for name in lora_dataset(n=2).column_names if "attn2" in name]
+    lora_dataset(n=40).remove_columns(columns).save_to_disk("visual")
+    status, log = run("--layer-sets", "all_layers", "text_only", dataset="./visual")
+    assert status == 2 and "no layer for --layer-sets text_only" in log
+    assert run("--representations", "stats", dataset="./visual")[0] == 0
+
+
+def test_few_rows_are_warned_of_in_the_log_and_the_results(run, place):
+    status, log = run(dataset="sanity-check", fast=["--num-runs", "1", "--max-epochs", "2", "--hidden-dim", "8"])
+    assert status == 0 and "WARNING: ten rows or fewer" in log and "no accuracy here means anything" in log
+    results = json.loads((folder(place, "sanity-check") / "results.json").read_text())
+    assert results["splits_overlap"] is True and results["num_all_layers"] == 20 and results["num_classes"] == 3
+
+
+def test_layers_that_are_neither_attention_count_in_all_layers(run, place):
+    whole = lora_dataset(n=40)
+    name = next(column for column in whole.column_names if "attn2" in column)
+    whole.rename_column(name, name.replace("attn2", "ff")).save_to_disk("mixed")
+    status, log = run("--representations", "stats", dataset="./mixed")
+    assert status == 0 and "8 attn1, 7 attn2, 1 other" in log
+    results = json.loads((folder(place, "mixed") / "results.json").read_text())
+    assert (results["num_all_layers"], results["num_visual_layers"], results["num_text_layers"]) == (16, 8, 7)
+    assert results["all_layers_results"][0]["feature_dim"] == 16 * 7
+
+
+# --- processes
+
+
+def start(*flags, prefix=(), **kwargs):
+    return subprocess.Popen([*prefix, sys.executable, str(SCRIPT), "--dataset", "./loras", "--max-epochs", "300", "--patience", "300", *flags],
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **kwargs)
+
+
+def wait_for(process, text):
+    seen = ""
+    for line in process.stdout:
+        seen += line
+        if text in line:
+            return seen
+    raise AssertionError(seen)
+
+
+@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_signals_end_a_run_with_their_status_and_release_the_folder(place, number, status):
+    process = start()
+    wait_for(process, "[1/18]")
+    process.send_signal(number)
+    rest = process.communicate(timeout=60)[0]
+    assert process.returncode == status and f"Stopped by {number.name}" in rest and "Traceback" not in rest
+    again = start("--dry-run")
+    assert again.communicate(timeout=60) and again.returncode == 0
+    assert not list((place / "visual-ablation-results").rglob("*.tmp"))
+
+
+def test_under_nohup_a_hangup_is_ignored_and_the_log_has_whole_lines(place):
+    process = start("--num-runs", "1", "--hidden-dim", "8", "--max-epochs", "5", prefix=["nohup"], stdin=subprocess.DEVNULL)
+    log = wait_for(process, "[1/18]")
+    process.send_signal(signal.SIGHUP)
+    log += process.communicate(timeout=120)[0]
+    assert process.returncode == 0 and "\r" not in log and "Results: " in log and log.endswith("results.txt\n")
+
+
+def test_a_second_run_on_the_same_folder_ends_with_status_3(place):
+    process = start()
+    try:
+        wait_for(process, "[1/18]")
+        second = start()
+        assert "another process holds" in second.communicate(timeout=60)[0] and second.returncode == 3
+        third = start("--status")
+        assert "PROGRESS SUMMARY" in third.communicate(timeout=60)[0] and third.returncode == 0
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.parametrize("flag", ["--help", "--status", "--dry-run"])
+def test_questions_import_neither_torch_nor_datasets_and_write_nothing(place, flag):
+    code = f"import sys; sys.argv = ['x', '--dataset', './loras', {flag!r}]; sys.path.insert(0, {str(ROOT)!r})\n" \
+           "import visual_ablation_experiment as e\n" \
+           "try: status = e.main()\nexcept SystemExit as error: status = error.code\n" \
+           "assert status == 0 and not {'torch', 'datasets'} & set(sys.modules), sorted({'torch', 'datasets'} & set(sys.modules))"
+    before = visible(place)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert visible(place) == before
+
+
+# --- questions
+
+
+def test_status_tells_what_is_finished_stale_and_damaged_and_moves_nothing(run, place):
+    assert "Total Progress:       0/18 (0.0%)" in run("--status")[1]
+    run("--representations", "stats", "frequency")
+    path = folder(place) / "checkpoints" / "all_layers_stats.json"
+    path.write_bytes(path.read_bytes()[:-9])
+    before = snapshot(folder(place) / "checkpoints")
+    status, log = run("--status", "--representations", "stats", "frequency")
+    assert status == 0 and "All Layers Config:    1/2 completed, 1 remaining" in log and "all_layers_stats is damaged" in log
+    status, log = run("--status", "--representations", "stats", "frequency", "--dropout", "0.1")
+    assert status == 0 and "Total Progress:       0/4 (0.0%)" in log and "visual_only_stats is stale: dropout was 0.5, is now 0.1" in log
+    assert snapshot(folder(place) / "checkpoints") == before
+
+
+def test_dry_run_tells_what_would_run_why_and_what_it_needs(run, place):
+    lora_dataset(n=40).to_parquet("loras.parquet")
+    status, log = run("--dry-run", dataset="loras.parquet")
+    assert status == 0 and "all_layers_stats             runs: no checkpoint" in log and "Arrow copy" in log and "40 rows, 16 layers" in log
+    assert not (place / "visual-ablation-results").exists() and not (place / ".feature_cache").exists()
+    run("--representations", "stats")
+    status, log = run("--dry-run", "--representations", "stats", "spectral", "--num-runs", "3")
+    assert "all_layers_stats             stops the run, or runs with --rerun-stale: num_runs was 2, is now 3" in log
+    status, log = run("--dry-run", dataset="100k")
+    assert "100000 rows, 128 layers, 39.86 GB of weights" in log and "4.61 GB features" in log and "39.86 GB Arrow copy" in log
+    assert "not on this machine" in run("--dry-run", dataset="someone/their-loras")[1]
+    assert run("--dry-run", dataset="2k")[0] == 2
+
+
+# --- the log
+
+
+def test_silence_is_broken_by_a_whole_line(capsys, monkeypatch):
+    monkeypatch.setattr(experiment.Progress, "SILENCE", 0.5)
+    experiment.log_to_stdout()
+    with experiment.Progress(128, "layers") as progress:
+        progress.advance(80)
+        time.sleep(3)
+    with experiment.Progress(None, "hashing the weights"):
+        time.sleep(2)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("Progress: 80/128 layers | Rate: ") and " layers/s | ETA: " in lines[0]
+    assert any(line.startswith("Progress: hashing the weights | ") for line in lines)
+
+
+@pytest.mark.parametrize("seconds, text", [(0, "0s"), (6.4, "6s"), (130, "2m10s"), (3900, "1h05m"), (-1, "0s")])
+def test_durations(seconds, text):
+    assert experiment.duration(seconds) == text
+
+
+def test_under_a_terminal_there_are_bars_and_the_lines_stand_above_them(place):
+    pexpect = pytest.importorskip("pexpect")
+    child = pexpect.spawn(sys.executable, [str(SCRIPT), "--dataset", "./loras", *FAST, "--representations", "stats"], encoding="utf-8", timeout=60,
+                          dimensions=(40, 200))
+    child.expect(pexpect.EOF)
+    child.close()
+    assert child.exitstatus == 0
+    assert "\r" in child.before and "Run 2/2: Train=" in child.before and "Progress: " not in child.before
+
+
+def test_cell_names_are_the_files_names():
+    assert Cell("stats", "visual_only").name == "visual_only_stats"
+    assert Path("checkpoints", f"{BOTH[0].name}.json") == Path("checkpoints/all_layers_simple_stats.json")

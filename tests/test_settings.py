@@ -1,0 +1,118 @@
+"""Settings: defaults, ranges, conversion, precedence of files and flags, and errors that say what would do."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+import visual_ablation_experiment as experiment
+from settings import InputError, Settings, TrainingSettings, build_settings, read_yaml, setting_fields
+
+
+def test_the_defaults_are_the_published_ones():
+    training = TrainingSettings()
+    assert dataclasses.asdict(training) == {
+        "num_runs": 10, "seed": 42, "hidden_dim": 512, "dropout": 0.5, "batch_size": 64, "learning_rate": 1e-3, "weight_decay": 1e-4,
+        "max_epochs": 300, "patience": 15, "trainer": "auto", "precision": "float32",
+    }
+    assert Settings().output_dir == "visual-ablation-results" and Settings().cache_dir == ".feature_cache" and Settings().cache_features
+    assert len(Settings().cells) == 18 and Settings().cells[-1].name == "visual_only_ensemble"
+
+
+@pytest.mark.parametrize("name, value, reason", [
+    ("dropout", 1.0, r"--dropout 1.0 is out of range: use a value in \[0, 1\)"),
+    ("dropout", "nan", "out of range"),
+    ("dropout", "half", "'half' is not a number"),
+    ("num_runs", 0, "at least 1"),
+    ("num_runs", 2.5, "2.5 is not a whole number"),
+    ("num_runs", True, "not a whole number"),
+    ("batch_size", 1, "BatchNorm needs two"),
+    ("learning_rate", 0, "above 0"),
+    ("weight_decay", -1, "at least 0"),
+    ("trainer", "fast", "unknown --trainer 'fast': use auto, sequential, packed"),
+    ("precision", "float16", "use float32, tf32, bfloat16"),
+    ("representations", ["stats", "magic"], "unknown --representations 'magic': use simple_stats, rank_based"),
+    ("representations", ["stats", "stats"], "one twice"),
+    ("layer_sets", [], "nothing"),
+    ("cache_features", "yes", "not true or false"),
+    ("dropuot", 0.1, "unknown setting 'dropuot' in a.yaml: did you mean 'dropout'"),
+    ("quick", True, "unknown setting 'quick'"),
+    ("training", {}, "unknown setting 'training'"),
+    ("dataset", "", "--dataset is empty"),
+    ("dataset", None, "not text"),
+])
+def test_values_that_cannot_be_are_refused_with_what_could(name, value, reason):
+    with pytest.raises(InputError, match=reason):
+        build_settings({name: value}, "a.yaml")
+
+
+def test_values_are_converted_as_yaml_and_flags_write_them():
+    settings = build_settings({"weight_decay": "1e-4", "num_runs": "3", "dropout": 0, "dataset": 10, "layer_sets": "text_only", "max_epochs": 5.0})
+    assert settings.training.weight_decay == 1e-4 and settings.training.num_runs == 3 and settings.training.max_epochs == 5
+    assert settings.training.dropout == 0.0 and settings.dataset == "10" and settings.layer_sets == ("text_only",)
+
+
+def parse(*argv):
+    return experiment.parse_command_line(list(argv))[0]
+
+
+def test_flags_win_over_the_file_and_the_file_over_the_defaults(tmp_path):
+    path = tmp_path / "a.yaml"
+    path.write_text("num_runs: 4\ndropout: 0.25\nweight_decay: 1e-3\ncache_features: false\n")
+    settings = parse("--config", str(path), "--dropout", "0.1", "--cache-features")
+    assert (settings.training.num_runs, settings.training.dropout, settings.training.weight_decay) == (4, 0.1, 1e-3)
+    assert settings.training.batch_size == 64 and settings.cache_features
+    assert parse("--config", str(path), "--quick").training.num_runs == 3
+    assert not parse("--no-cache-features").cache_features
+    assert parse("--seed", "7", "--num-runs", "2").training.seeds == [7, 8]
+
+
+@pytest.mark.parametrize("content, reason", [
+    ("dropout: 2\n", "out of range.*a.yaml"), ("- a\n", "not a mapping"), ("a: [\n", "cannot read"), ("droput: 1\n", "did you mean 'dropout'"),
+    ("!!python/object/apply:os.system ['true']\n", "cannot read"),
+])
+def test_bad_files_are_refused(tmp_path, content, reason):
+    (tmp_path / "a.yaml").write_text(content)
+    with pytest.raises(InputError, match=reason):
+        parse("--config", str(tmp_path / "a.yaml"), "--dropout", "0.5")
+    with pytest.raises(InputError, match="cannot read --config"):
+        parse("--config", str(tmp_path / "absent.yaml"))
+
+
+@pytest.mark.parametrize("argv, reason", [
+    (["--quick", "--num-runs", "5"], "leave one out"), (["--quik"], "unrecognized arguments: --quik"), (["--num-runs"], "expected one argument"),
+    (["--drop", "0.1"], "unrecognized"), (["stray"], "unrecognized"),
+])
+def test_bad_command_lines_are_refused(argv, reason):
+    with pytest.raises(InputError, match=reason):
+        parse(*argv)
+
+
+def test_an_empty_file_changes_nothing(tmp_path):
+    (tmp_path / "a.yaml").write_text("# nothing yet\n")
+    assert parse("--config", str(tmp_path / "a.yaml")) == Settings()
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_presets_are_valid_and_say_what_they_are(path):
+    settings = build_settings(read_yaml(str(path)), str(path))
+    assert path.read_text().startswith("# ")
+    if path.stem[0].isdigit():
+        assert settings.dataset == path.stem and settings.training == TrainingSettings()
+
+
+def test_every_setting_is_a_flag_with_help(capsys):
+    with pytest.raises(SystemExit) as ended:
+        parse("--help")
+    assert ended.value.code == 0
+    text = capsys.readouterr().out
+    for name, f in setting_fields().items():
+        assert "--" + name.replace("_", "-") in text and f.metadata["help"].split()[0] in text
+    for flag in ("--config", "--quick", "--rerun-stale", "--dry-run", "--status"):
+        assert flag in text
+
+
+@pytest.mark.parametrize("dataset, name", [("50k", "50k"), ("a/b-c", "b-c"), ("./x/loras/", "loras"), ("x.parquet", "x.parquet")])
+def test_the_output_folder_ends_in_the_last_part_of_the_name(dataset, name):
+    assert experiment.output_folder(Settings(dataset=dataset)) == Path("visual-ablation-results") / f"visual_ablation_{name}"
