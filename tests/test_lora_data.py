@@ -138,8 +138,9 @@ def test_a_float64_weight_beyond_float32_is_refused():
     (lambda: lora_dataset(label_kind="classlabel").map(lambda row, i: {"category_label": -1 if i == 5 else 0}, with_indices=True), "row 5: no label"),
     (lambda: Dataset.from_dict({"a.lora.down.weight": [[1.0, 2.0]] * 4, "category_label": list("abab")}), "row 0: a LoRA layer is a matrix"),
     (lambda: Dataset.from_dict({"a.lora.down.weight": [[[]]] * 4, "category_label": list("abab")}), "row 0: null or empty|row 0: a LoRA layer"),
-    (lambda: Dataset.from_dict({"a.lora.down.weight": [[[[1.0]]]] * 4, "category_label": list("abab")},
-                               features=Features({"a.lora.down.weight": Array3D((1, 1, 1), "float32"), "category_label": Value("string")})), "matrix"),
+    (lambda: Dataset.from_dict(
+        {"a.lora.down.weight": [[[[1.0]]]] * 4, "category_label": list("abab")},
+        features=Features({"a.lora.down.weight": Array3D((1, 1, 1), "float32"), "category_label": Value("string")})), "matrix"),
 ])
 def test_data_sets_that_cannot_be_used_are_refused(make, reason):
     with pytest.raises(InputError, match=reason):

@@ -10,7 +10,9 @@ import reporting
 from settings import Cell
 
 
-@pytest.mark.parametrize("case", ["all occur", "absent from labels", "absent from predictions", "absent from both", "one class", "perfect", "all wrong"])
+@pytest.mark.parametrize("case", [
+    "all occur", "absent from labels", "absent from predictions", "absent from both", "one class", "perfect", "all wrong",
+])
 def test_scores_are_scikit_learns(case):
     rng = np.random.default_rng(3)
     labels, predictions = rng.integers(0, 6, 200), rng.integers(0, 6, 200)
@@ -54,7 +56,8 @@ def record(cell, accuracies):
 def test_a_record_has_the_origins_keys_and_true_numbers():
     cell = Cell("stats", "all_layers")
     found = record(cell, [0.5, 0.7, 0.9])
-    names = [f"{part}_{score}" for part in ("val", "test") for score in ("acc", "f1", "precision", "recall")] + ["train_acc", "training_time", "best_epoch"]
+    names = [f"{part}_{score}" for part in ("val", "test") for score in ("acc", "f1", "precision", "recall")]
+    names += ["train_acc", "training_time", "best_epoch"]
     for name in names:
         assert {f"{name}_mean", f"{name}_std"} <= found.keys()
         assert found[f"{name}_mean"] == pytest.approx(np.mean([run[name] for run in found["per_run_results"]]))
@@ -87,7 +90,9 @@ def test_the_comparison_goes_by_name_where_cells_are_missing():
     assert last["drop"] == pytest.approx(0.65 - 0.5) and last["text_only"] == pytest.approx(0.3)
     assert last["drop_std"] == pytest.approx(np.std([0.7 - 0.6, 0.6 - 0.4])) and last["retention"] == pytest.approx(0.5 / 0.65)
     assert [row["representation"] for row in results["visual_only_results"]] == ["simple_stats_visual_only", "frequency_visual_only"]
-    assert results["failed_cells"] == [{"cell": "visual_only_stats", "representation": "stats", "layer_set": "visual_only", "error": "ValueError: no"}]
+    assert results["failed_cells"] == [
+        {"cell": "visual_only_stats", "representation": "stats", "layer_set": "visual_only", "error": "ValueError: no"}
+    ]
     text = reporting.results_text(results)
     assert "stats           FAILED: ValueError: no" in text and "1 cells FAILED: visual_only_stats" in text
     (line,) = [line for line in text.splitlines() if line.startswith("frequency") and "76.9%" in line]
