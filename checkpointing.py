@@ -261,9 +261,10 @@ class ResultStore:
         import numpy as np
 
         buffer = io.BytesIO()
-        np.savez_compressed(buffer, **predictions)
+        np.savez_compressed(buffer, **predictions, fingerprint=np.array(hash_of(made_with)))
         write_bytes(self.predictions_path(cell), buffer.getvalue())
-        record = {**record, "cell": cell.name, "made_with": made_with, "predictions_hash": hash_of(buffer.getvalue())}
+        record = {**record, "cell": cell.name, "made_with": made_with, "fingerprint": hash_of(made_with),
+                  "predictions_hash": hash_of(buffer.getvalue())}
         write_json(self.path(cell), {**record, "checksum": hash_of(record)})
 
     def set_aside(self, cell: Cell, reason: str) -> Path:

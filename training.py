@@ -1,8 +1,9 @@
 """Standardise, then train R runs of the MLP: features and labels -> curves, best epochs and predictions.
 
-Two trainers with the same arithmetic. `train_sequential` is the reference: one nn.Sequential after another, torch's Adam
-and ReduceLROnPlateau. `train_packed` stacks the R models along a leading axis and takes each step for all of them at
-once. At dropout 0 they agree to rounding; initial weights and batch order are bit-equal whatever the trainer and R.
+Two trainers with the same arithmetic. `train_sequential` is the reference: each run is an nn.Sequential with torch's Adam
+and ReduceLROnPlateau; on a CPU one run a core. `train_packed` stacks the R models along a leading axis and takes each step
+for all of them at once. They agree to rounding: initial weights, batch order and, on one device, dropout masks of a run are
+bit-equal whatever the trainer and R.
 
 Suffixes name the axes: R runs, B rows of a batch, N rows, D features, H hidden units, C classes.
 """
@@ -11,8 +12,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -27,7 +30,7 @@ LR_FACTOR, LR_PATIENCE = 0.5, 10    # ReduceLROnPlateau on validation accuracy
 BETA1, BETA2, ADAM_EPS = 0.9, 0.999, 1e-8
 EVAL_ROWS = 4096                    # rows a forward pass without gradients
 COLUMN_BLOCK = 256                  # columns standardised at a time in float64
-DROPOUT_STEPS = 16                  # steps whose dropout masks a pack draws at a time
+DROPOUT_STEPS = 16                  # steps whose dropout masks are drawn at a time
 PARTS = ("train", "val", "test")
 
 
@@ -117,13 +120,39 @@ def stream_seed(seed: int, stream: str) -> int:
     return int(np.random.SeedSequence([seed, *stream.encode()]).generate_state(1)[0])
 
 
+class Dropout(nn.Module):
+    """Dropout with a mask that is handed to it, so that it can come from a run's own generator; nothing without one."""
+
+    def __init__(self, probability: float):
+        super().__init__()
+        self.probability = probability
+        self.kept: Tensor | None = None                                  # (B, H) bool
+
+    def forward(self, h_BH: Tensor) -> Tensor:
+        return h_BH if self.kept is None else drop(h_BH, self.kept, self.probability)
+
+
+def drop(h: Tensor, kept: Tensor, probability: float) -> Tensor:
+    return h * kept * (1 / (1 - probability))
+
+
+def dropout_masks(generators: list[torch.Generator], batch_size: int, settings: TrainingSettings) -> Iterator[Tensor | None]:
+    """Endless masks (L, R, B, H) of kept units, a step at a time, of the hidden layers of R runs; None at dropout 0."""
+    while settings.dropout == 0:
+        yield None
+    while True:
+        shape = (DROPOUT_STEPS, HIDDEN_LAYERS, batch_size, settings.hidden_dim)
+        drawn = [torch.empty(shape, dtype=torch.bool, device=g.device).bernoulli_(1 - settings.dropout, generator=g) for g in generators]
+        yield from torch.stack(drawn, dim=2)
+
+
 def build_model(seed: int, inputs: int, num_classes: int, settings: TrainingSettings) -> nn.Sequential:
     """The MLP on the CPU with torch's default initial weights, drawn from `seed` alone."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         layers: list[nn.Module] = []
         for _ in range(HIDDEN_LAYERS):
-            layers += [nn.Linear(inputs, settings.hidden_dim), nn.BatchNorm1d(settings.hidden_dim), nn.ReLU(), nn.Dropout(settings.dropout)]
+            layers += [nn.Linear(inputs, settings.hidden_dim), nn.BatchNorm1d(settings.hidden_dim), nn.ReLU(), Dropout(settings.dropout)]
             inputs = settings.hidden_dim
         return nn.Sequential(*layers, nn.Linear(inputs, num_classes))
 
@@ -131,6 +160,10 @@ def build_model(seed: int, inputs: int, num_classes: int, settings: TrainingSett
 def batch_order(seed: int) -> torch.Generator:
     """The generator behind a run's permutations, one an epoch."""
     return torch.Generator().manual_seed(stream_seed(seed, "batches"))
+
+
+def dropout_generator(seed: int, device: torch.device) -> torch.Generator:
+    return torch.Generator(device).manual_seed(stream_seed(seed, "dropout"))
 
 
 def batches(order: Tensor, batch_size: int) -> list[Tensor]:
@@ -173,59 +206,77 @@ def has_stopped(run: Run, settings: TrainingSettings) -> bool:
     return epoch >= settings.max_epochs or epoch - run.best_epoch >= settings.patience
 
 
-# --- one model after another
+# --- one model a run
 
 
 def train_sequential(x_ND: Tensor, y_N: Tensor, parts: dict[str, Tensor], num_classes: int, settings: TrainingSettings,
                      on_run: Callable[[Run, int], None]) -> list[Run]:
-    runs = []
-    for number, seed in enumerate(settings.seeds, 1):
-        start = time.perf_counter()
-        run = train_one(x_ND, y_N, parts, num_classes, settings, seed)
-        run.seconds = time.perf_counter() - start
-        runs.append(run)
-        on_run(run, number)
+    """Run after run; on a CPU as many at a time as there are cores, each on one: small products gain little from a second."""
+    threads = torch.get_num_threads()
+    workers = min(threads, settings.num_runs) if x_ND.device.type == "cpu" else 1
+    models = [build_model(seed, x_ND.shape[1], num_classes, settings).to(x_ND) for seed in settings.seeds]
+    stop, runs = threading.Event(), []
+    torch.set_num_threads(threads // workers)
+    pool = ThreadPoolExecutor(workers)
+    try:
+        for run in pool.map(lambda seed, model: train_one(model, x_ND, y_N, parts, settings, seed, stop), settings.seeds, models):
+            runs.append(run)
+            on_run(run, len(runs))
+    finally:
+        stop.set()
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(threads)
     return runs
 
 
-def train_one(x_ND: Tensor, y_N: Tensor, parts: dict[str, Tensor], num_classes: int, settings: TrainingSettings, seed: int) -> Run:
-    """One run: the plain loop. Dropout uses torch's own generators, put back as they were afterwards."""
-    model = build_model(seed, x_ND.shape[1], num_classes, settings).to(x_ND)
+def train_one(model: nn.Sequential, x_ND: Tensor, y_N: Tensor, parts: dict[str, Tensor], settings: TrainingSettings, seed: int,
+              stop: threading.Event) -> Run:
+    """One run: the plain loop. Ends with a TrainingError within a step once `stop` is set."""
+    start = time.perf_counter()
     optimizer = torch.optim.Adam(model.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay,
                                  betas=(BETA1, BETA2), eps=ADAM_EPS, fused=True)
     scheduler = plateau(optimizer)
     order, run, best = batch_order(seed), Run(seed), {}
     x_train, y_train = x_ND[parts["train"]], y_N[parts["train"]]
     x_val, y_val = x_ND[parts["val"]], y_N[parts["val"]]
-    with torch.random.fork_rng(devices=[x_ND.device] if x_ND.is_cuda else []):
-        torch.manual_seed(stream_seed(seed, "dropout"))
-        while not (run.best_epoch and has_stopped(run, settings)):
-            model.train()
-            total, rows = torch.zeros((), dtype=torch.float64, device=x_ND.device), 0
-            permutation = torch.randperm(len(x_train), generator=order).to(x_ND.device)
-            for batch in batches(permutation, settings.batch_size):
-                optimizer.zero_grad()
-                with autocast(x_ND, settings.precision):
-                    logits_BC = model(x_train[batch])
-                loss = F.cross_entropy(logits_BC.to(x_ND.dtype), y_train[batch])
-                loss.backward()
-                optimizer.step()
-                total += loss.detach() * len(batch)
-                rows += len(batch)
-            correct = int((predict(model, x_val, settings) == y_val).sum())
-            learning_rate = optimizer.param_groups[0]["lr"]
-            if record_epoch(run, total.item() / rows, correct, len(y_val), learning_rate):
-                best = {name: tensor.clone() for name, tensor in model.state_dict().items()}   # a copy: training goes on
-            scheduler.step(run.val_accuracy[-1])
+    dropouts = [module for module in model if isinstance(module, Dropout)]
+    generator = dropout_generator(seed, x_ND.device)
+    while not (run.best_epoch and has_stopped(run, settings)):
+        model.train()
+        total, rows = torch.zeros((), dtype=torch.float64, device=x_ND.device), 0
+        permutation = torch.randperm(len(x_train), generator=order).to(x_ND.device)
+        masks = dropout_masks([generator], min(settings.batch_size, len(x_train)), settings)
+        for batch in batches(permutation, settings.batch_size):
+            if stop.is_set():
+                raise TrainingError("stopped")
+            kept_LRBH = next(masks)
+            for level, dropout in enumerate(dropouts):
+                dropout.kept = None if kept_LRBH is None else kept_LRBH[level, 0, :len(batch)]
+            optimizer.zero_grad()
+            with autocast(x_ND, settings.precision):
+                logits_BC = model(x_train[batch])
+            loss = F.cross_entropy(logits_BC.to(x_ND.dtype), y_train[batch])
+            loss.backward()
+            optimizer.step()
+            total += loss.detach() * len(batch)
+            rows += len(batch)
+        for dropout in dropouts:
+            dropout.kept = None
+        correct = int((predict(model, x_val, settings) == y_val).sum())
+        learning_rate = optimizer.param_groups[0]["lr"]
+        if record_epoch(run, total.item() / rows, correct, len(y_val), learning_rate):
+            best = {name: tensor.clone() for name, tensor in model.state_dict().items()}   # a copy: training goes on
+        scheduler.step(run.val_accuracy[-1])
     model.load_state_dict(best)
     classes = predict(model, x_ND, settings)
     run.predictions = {name: classes[part].cpu().numpy() for name, part in parts.items()}
+    run.seconds = time.perf_counter() - start
     return run
 
 
 @torch.no_grad()
 def predict(model: nn.Module, x_ND: Tensor, settings: TrainingSettings) -> Tensor:
-    """Class numbers (N,), with BatchNorm's running statistics and without dropout."""
+    """Class numbers (N,), with BatchNorm's running statistics; dropout has no mask then."""
     model.eval()
     with autocast(x_ND, settings.precision):
         return torch.cat([model(part).argmax(1) for part in x_ND.split(EVAL_ROWS)])
@@ -262,7 +313,7 @@ class Pack:
             h = torch.baddbmm(p[f"{i}.bias"][:, None], h, p[f"{i}.weight"].mT)                         # (R, B, H)
             h = F.relu(self.batch_norm(h, i + 1, training))
             if masks_LRBH is not None:
-                h = h * masks_LRBH[level] / (1 - self.settings.dropout)
+                h = drop(h, masks_LRBH[level], self.settings.dropout)
         i = self.linears[-1]
         return torch.baddbmm(p[f"{i}.bias"][:, None], h, p[f"{i}.weight"].mT)
 
@@ -308,17 +359,6 @@ class Pack:
             return torch.cat([self.logits(part.expand(len(self), *part.shape), False).argmax(2) for part in x_ND.split(EVAL_ROWS)], 1)
 
 
-def dropout_masks(generators: list[torch.Generator], batch_size: int, settings: TrainingSettings, device) -> Iterator[Tensor | None]:
-    """Endless masks (L, R, B, H) of kept units, a step at a time; run r's come from its own generator, whatever R is."""
-    while True:
-        if settings.dropout == 0:
-            yield None
-            continue
-        shape = (DROPOUT_STEPS, HIDDEN_LAYERS, batch_size, settings.hidden_dim)
-        drawn = [torch.rand(shape, generator=g, device=device) >= settings.dropout for g in generators]
-        yield from torch.stack(drawn, dim=2)
-
-
 def train_packed(x_ND: Tensor, y_N: Tensor, parts: dict[str, Tensor], num_classes: int, settings: TrainingSettings,
                  on_run: Callable[[Run, int], None]) -> list[Run]:
     """All runs together. A run that stops leaves the pack; each run's time is the pack's divided by R."""
@@ -328,7 +368,7 @@ def train_packed(x_ND: Tensor, y_N: Tensor, parts: dict[str, Tensor], num_classe
     pack = Pack([build_model(run.seed, x_ND.shape[1], num_classes, settings) for run in runs], settings, device, x_ND.dtype)
     schedulers = [new_scheduler(settings) for _ in runs]
     orders = [batch_order(run.seed) for run in runs]
-    dropouts = [torch.Generator(device).manual_seed(stream_seed(run.seed, "dropout")) for run in runs]
+    generators = [dropout_generator(run.seed, device) for run in runs]
     best = {name: tensor.clone() for name, tensor in pack.state().items()}
     x_train, y_train = x_ND[parts["train"]], y_N[parts["train"]]
     x_val, y_val = x_ND[parts["val"]], y_N[parts["val"]]
@@ -336,7 +376,7 @@ def train_packed(x_ND: Tensor, y_N: Tensor, parts: dict[str, Tensor], num_classe
     while alive:
         rates = [schedulers[r].optimizer.param_groups[0]["lr"] for r in alive]
         order_RN = torch.stack([torch.randperm(len(x_train), generator=orders[r]) for r in alive]).to(device)
-        masks = dropout_masks([dropouts[r] for r in alive], min(settings.batch_size, len(x_train)), settings, device)
+        masks = dropout_masks([generators[r] for r in alive], min(settings.batch_size, len(x_train)), settings)
         total_R, rows = torch.zeros(len(alive), dtype=torch.float64, device=device), 0
         for batch_RB in batches(order_RN, settings.batch_size):
             size = batch_RB.shape[1]

@@ -122,6 +122,7 @@ def run_cell(cell: Cell, features: dict, data, settings: Settings, device: str, 
     with Progress(settings.training.num_runs, "runs") as progress:
         trained = train_runs(x, data.labels, data.split, len(data.classes), settings.training, device, on_run)
     record = cell_record(cell, trained, labels, len(data.classes), len(data.layers_of(cell.layer_set)), x.shape[1])
+    record["made_on"] = {"time": utc_now(), "machine": machine(device), "versions": versions()}
     store.save(cell, record, prediction_arrays(trained, labels, data.split), made_with)
     log.info("Results: " + ", ".join(f"{part.title()}={record[f'{part}_acc_mean']:.4f}±{record[f'{part}_acc_std']:.4f}" for part in PARTS)
              + f", best epoch {record['best_epoch_mean']:.0f}, {trained.trained_dim} columns trained")
@@ -320,11 +321,6 @@ def write_results(store: ResultStore, settings: Settings, data, made_with: dict,
 
 def manifest(settings: Settings, data, ran: list[Cell], failures: dict, clock: Clock, status: int) -> dict:
     """What ran, on what, how long."""
-    import torch
-
-    versions = {"python": platform.python_version()}
-    for package in ("torch", "datasets", "numpy", "pyarrow", "safetensors", "xxhash"):
-        versions[package] = version(package)
     return {
         "command": command(),
         "settings": dataclasses.asdict(settings),
@@ -332,15 +328,23 @@ def manifest(settings: Settings, data, ran: list[Cell], failures: dict, clock: C
         "cells_run": [cell.name for cell in ran if cell not in failures],
         "cells_failed": {cell.name: error for cell, error in failures.items()},
         "exit_status": status,
-        "seconds": clock.seconds,
         "started": clock.started,
-        "versions": versions,
-        "machine": {
-            "platform": platform.platform(), "processor": platform.processor(), "cores": os.cpu_count(),
-            "threads": torch.get_num_threads(), "device": data.device,
-            "gpu": torch.cuda.get_device_name(data.device) if data.device.startswith("cuda") else None,
-        },
+        "seconds": clock.seconds,
+        "versions": versions(),
+        "machine": machine(data.device),
     }
+
+
+def versions() -> dict[str, str]:
+    packages = ("torch", "datasets", "numpy", "pyarrow", "safetensors", "xxhash")
+    return {"python": platform.python_version()} | {package: version(package) for package in packages}
+
+
+def machine(device: str) -> dict:
+    import torch
+
+    gpu = torch.cuda.get_device_name(device) if device.startswith("cuda") else None
+    return {"platform": platform.platform(), "cores": os.cpu_count(), "threads": torch.get_num_threads(), "device": device, "gpu": gpu}
 
 
 # --- what is finished, what would run
@@ -586,7 +590,7 @@ class Clock:
 
     def __init__(self):
         self.began = time.perf_counter()
-        self.started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        self.started = utc_now()
         self.spent = dict.fromkeys(("load", "read", "features", "training"), 0.0)
 
     @contextmanager
@@ -607,6 +611,10 @@ class Clock:
 
 def announce(store: ResultStore, event: str, **what) -> None:
     append_event(store.folder / "events.jsonl", event=event, **what)
+
+
+def utc_now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
 def describe_error(error: Exception) -> str:

@@ -62,10 +62,13 @@ def snapshot(path):
     return {file.name: (file.stat().st_mtime_ns, file.stat().st_ino, file.read_bytes()) for file in sorted(path.iterdir()) if file.name[0] != "."}
 
 
+UNKEYED = ("checksum", "predictions_hash", "made_on")
+
+
 def without_times(record):
     """A record less what may differ between two runs that are the same: seconds, and hashes that cover them."""
     if isinstance(record, dict):
-        return {k: without_times(v) for k, v in record.items() if not k.startswith("training_time") and k not in ("checksum", "predictions_hash")}
+        return {k: without_times(v) for k, v in record.items() if k[:13] != "training_time" and k not in UNKEYED}
     return [without_times(v) for v in record] if isinstance(record, list) else record
 
 

@@ -49,7 +49,8 @@ def assert_same_runs(ours, theirs):
 
 
 @pytest.mark.parametrize("overrides", [
-    {}, {"patience": 60, "max_epochs": 80}, {"weight_decay": 0.1}, {"learning_rate": 0.03}, {"batch_size": 21}, {"num_runs": 1}, {"seed": 7},
+    {}, {"dropout": 0.5}, {"dropout": 0.3, "batch_size": 19},
+    {"patience": 60, "max_epochs": 80}, {"weight_decay": 0.1}, {"learning_rate": 0.03}, {"batch_size": 21}, {"num_runs": 1}, {"seed": 7},
 ], ids=str)
 def test_packed_equals_sequential_in_float64(overrides):
     settings = dataclasses.replace(SMALL, **overrides)
@@ -136,23 +137,34 @@ def test_a_packed_run_does_not_depend_on_how_many_run_beside_it():
     assert np.allclose(three[2].train_loss, one[0].train_loss, rtol=0, atol=1e-10)
 
 
-def test_dropout_trains_to_the_same_distribution_in_both_trainers():
+def test_dropout_is_torchs_in_distribution():
+    """Against torch.nn.Dropout in the same model: the same mean loss over seeds, and not that without dropout."""
     x, labels, split = problem(n=400, noise=1.5, dtype=torch.float32)
     settings = dataclasses.replace(SMALL, num_runs=12, dropout=0.5, max_epochs=12, hidden_dim=32)
-    means = {}
-    for trainer in ("sequential", "packed"):
-        losses = [run.train_loss[-1] for run in train_runs(x, labels, split, 3, dataclasses.replace(settings, trainer=trainer)).runs]
-        means[trainer] = np.mean(losses), np.std(losses, ddof=1) / np.sqrt(len(losses))
-    difference = abs(means["sequential"][0] - means["packed"][0])
-    assert difference < 4 * np.hypot(means["sequential"][1], means["packed"][1])
-    without = train_runs(x, labels, split, 3, dataclasses.replace(settings, dropout=0.0)).runs
-    assert np.mean([run.train_loss[-1] for run in without]) < means["packed"][0] - 0.1     # dropout does something
+
+    def losses(settings):
+        return np.array([run.train_loss[-1] for run in train_runs(x, labels, split, 3, settings).runs])
+    ours, without = losses(settings), losses(dataclasses.replace(settings, dropout=0.0))
+    with pytest.MonkeyPatch.context() as patch:
+        real = training.build_model
+
+        def build_model(*arguments):
+            model = real(*arguments)
+            for i, module in enumerate(model):
+                if isinstance(module, training.Dropout):
+                    model[i] = torch.nn.Dropout(0.5)
+            return model
+        patch.setattr(training, "build_model", build_model)
+        theirs = losses(settings)
+    assert not np.array_equal(ours, theirs)
+    assert abs(ours.mean() - theirs.mean()) < 4 * np.hypot(ours.std(ddof=1), theirs.std(ddof=1)) / np.sqrt(12)
+    assert without.mean() < ours.mean() - 0.1
 
 
 def test_dropout_masks_keep_the_right_share_and_differ_between_runs_layers_and_steps():
     settings = dataclasses.replace(SMALL, dropout=0.3, hidden_dim=200)
     generators = [torch.Generator().manual_seed(s) for s in (1, 2)]
-    masks = training.dropout_masks(generators, 50, settings, "cpu")
+    masks = training.dropout_masks(generators, 50, settings)
     first, second = next(masks), next(masks)
     assert first.shape == (3, 2, 50, 200)
     assert first.float().mean() == pytest.approx(0.7, abs=0.01)
@@ -193,6 +205,41 @@ def test_a_last_batch_of_one_row_is_left_out(trainer):
     settings = dataclasses.replace(SMALL, trainer=trainer, batch_size=(len(split.train) - 1) // 1, max_epochs=3)
     assert len(split.train) % settings.batch_size == 1
     assert len(train_runs(x, labels, split, 3, settings).runs[0].train_loss) == 3
+
+
+def test_runs_on_all_cores_give_what_one_core_gives_and_leave_the_threads_as_they_were():
+    x, labels, split = problem(dtype=torch.float32)
+    settings = dataclasses.replace(SMALL, dropout=0.5, num_runs=4, max_epochs=5)
+    before = torch.get_num_threads()
+    results = {}
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            results[threads] = [run.train_loss for run in train_runs(x, labels, split, 3, settings).runs]
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    assert results[1] == results[3]
+
+
+def test_a_run_that_fails_ends_the_others_at_once(monkeypatch):
+    x, labels, split = problem(dtype=torch.float32)
+    settings = dataclasses.replace(SMALL, num_runs=50, max_epochs=10**6, patience=10**6)
+
+    def interrupt(run, number):
+        raise KeyboardInterrupt
+    short = dataclasses.replace(settings, max_epochs=2)
+    with pytest.raises(KeyboardInterrupt):
+        train_runs(x, labels, split, 3, short, on_run=interrupt)
+    real = training.record_epoch
+
+    def fail_first(run, *arguments):
+        if run.seed == 42:
+            raise FloatingPointError("only this one")
+        return real(run, *arguments)
+    monkeypatch.setattr(training, "record_epoch", fail_first)
+    with pytest.raises(FloatingPointError, match="only this one"):
+        train_runs(x, labels, split, 3, settings)                                        # the others would go on for hours
 
 
 def test_bfloat16_trains_and_tf32_needs_a_gpu():
