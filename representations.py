@@ -59,8 +59,7 @@ class Layer:
 
     @cached_property
     def mean(self) -> Tensor:
-        mean = self.x.sum(1, dtype=torch.float64) / self.N
-        return torch.where(self.max == self.min, self.max, mean)         # (n,) exact for a constant, so that its std is 0
+        return self.x.sum(1, dtype=torch.float64) / self.N               # (n,) exact for a constant: 24 bits times N fit, so its std is 0
 
     @cached_property
     def centred(self) -> Tensor:

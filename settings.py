@@ -82,7 +82,8 @@ def cells_of(layer_sets, representations) -> list[Cell]:
     return [Cell(representation, layer_set) for layer_set in layer_sets for representation in representations]
 
 
-class Range(NamedTuple):
+@dataclass(frozen=True)
+class Range:
     low: float = -math.inf
     high: float = math.inf
     open_low: bool = False

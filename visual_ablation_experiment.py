@@ -455,7 +455,10 @@ def parse_command_line(argv: list[str] | None) -> tuple[Settings, argparse.Names
     parser = Parser(description=__doc__.split("\n\n")[0], epilog=__doc__[__doc__.index("Exit status"):], allow_abbrev=False)
     for name, f in setting_fields().items():
         default = " ".join(f.default) if isinstance(f.default, tuple) else f.default
-        help = f"{f.metadata['help']} (default: {default or 'none'})".replace("%", "%%")
+        allowed = f.metadata["allowed"]
+        choices = f": {', '.join(allowed)}" if isinstance(allowed, tuple) else ""
+        help = f"{f.metadata['help']}{choices}" + (f" (default: {default})" if default != "" and default != allowed else "")
+        help = help.replace("%", "%%")
         if f.type == "bool":
             parser.add_argument(flag(name), action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=help)
         else:

@@ -68,8 +68,10 @@ def test_constant_matrices(name, shape):
     assert (np.abs(ours - truth) <= 2e-6 * np.abs(truth) + 2e-6 * np.maximum(scale, 1e-3)).all()
 
 
-def test_a_constant_has_no_spread_no_skew_and_no_entropy():
-    w = torch.full((1, 1, 1280), 0.1)
+@pytest.mark.parametrize("shape", [(1, 1280), (7, 3), (64, 1280)], ids=str)
+@pytest.mark.parametrize("value", [0.1, -1 / 3, 1e-30, 3e30])
+def test_a_constant_has_no_spread_no_skew_and_no_entropy(value, shape):
+    w = torch.full((1, *shape), value)
     assert REPRESENTATIONS["stats"](w)[0, [1, 5, 6]].tolist() == [0, 0, 0]
     assert REPRESENTATIONS["distribution"](w)[0, [7, 8, 9, 10, 11]].tolist() == [0] * 5
     assert REPRESENTATIONS["simple_stats"](w)[0, 2] == 0
