@@ -1,11 +1,16 @@
 """The program as its users meet it: a run, its resumption, everything that can go wrong, and the command line."""
 
+import contextlib
+import fcntl
 import json
 import os
+import pty
 import shutil
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 
@@ -616,13 +621,19 @@ def test_durations(seconds, text):
 
 
 def test_under_a_terminal_there_are_bars_and_the_lines_stand_above_them(place):
-    pexpect = pytest.importorskip("pexpect")
-    child = pexpect.spawn(sys.executable, [str(SCRIPT), "--dataset", "./loras", *FAST, "--representations", "stats"], encoding="utf-8", timeout=60,
-                          dimensions=(40, 200))
-    child.expect(pexpect.EOF)
-    child.close()
-    assert child.exitstatus == 0
-    assert "\r" in child.before and "Run 2/2: Train=" in child.before and "Progress: " not in child.before
+    controller, terminal = pty.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 120, 0, 0))
+    process = subprocess.Popen([sys.executable, str(SCRIPT), "--dataset", "./loras", *FAST, "--representations", "stats"],
+                               stdin=terminal, stdout=terminal, stderr=terminal)
+    os.close(terminal)
+    shown = b""
+    with contextlib.suppress(OSError):                     # the terminal closes with the process
+        while part := os.read(controller, 4096):
+            shown += part
+    os.close(controller)
+    assert process.wait() == 0
+    text = shown.decode()
+    assert "\r" in text.replace("\r\n", "\n") and "0/2 runs [" in text and "Run 2/2: Train=" in text and " | Rate: " not in text
 
 
 def test_cell_names_are_the_files_names():
