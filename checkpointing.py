@@ -10,7 +10,9 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import logging
 import os
+import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,7 +26,9 @@ from settings import LAYER_SETS, REPRESENTATIONS, Cell, InputError, cells_of
 if TYPE_CHECKING:
     import numpy as np
 
-FORGOTTEN = 3600      # seconds after which a hidden .tmp is what a killed process left behind
+log = logging.getLogger("visual_ablation")
+
+FORGOTTEN = 3600      # seconds after which another machine's hidden .tmp is what a killed process left behind
 SETTLED = 2.0         # seconds: a file touched less than this before it was hashed could change again at the same time stamp
 
 
@@ -47,10 +51,9 @@ def replacing(path: Path) -> Iterator[Path]:
     """A hidden path beside `path` to write to; it takes the place of `path`, synced to disk, if the block ends without an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
     for leftover in path.parent.glob(f".{path.name}.*.tmp"):
-        with contextlib.suppress(FileNotFoundError):                     # another process may be clearing up too
-            if time.time() - leftover.stat().st_mtime > FORGOTTEN:
-                leftover.unlink()
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        if is_abandoned(leftover):
+            leftover.unlink(missing_ok=True)
+    temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
     try:
         yield temporary
         sync(temporary)
@@ -58,6 +61,20 @@ def replacing(path: Path) -> Iterator[Path]:
         sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def is_abandoned(temporary: Path) -> bool:
+    """Whether the process that was writing a temporary file is gone; of one on another machine, whether it is long silent."""
+    pid = temporary.name.split(".")[-2]
+    try:
+        if temporary.name.endswith(f".{socket.gethostname()}.{pid}.tmp"):
+            os.kill(int(pid), 0)
+            return False
+        return time.time() - temporary.stat().st_mtime > FORGOTTEN
+    except ProcessLookupError:
+        return True
+    except (OSError, ValueError):   # another user's process; gone meanwhile; not a name of ours
+        return False
 
 
 def sync(path: Path) -> None:
@@ -78,10 +95,16 @@ def write_json(path: Path, value, indent: int | None = None) -> None:
 
 
 def append_event(path: Path, **event) -> None:
-    """One line of JSON with the time, in UTC, at the end of the file."""
+    """One line of JSON with the time, in UTC, at the end of the file; on a line of its own after one that was cut off."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps({"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), **event}) + "\n")
+    with path.open("ab+") as file:
+        whole = file.tell() == 0 or (file.seek(-1, os.SEEK_END), file.read(1))[1] == b"\n"
+        line = json.dumps({"time": utc_now(), **event})
+        file.write(f"{'' if whole else chr(10)}{line}\n".encode())
+
+
+def utc_now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
 # --- the identity of a data set's content
@@ -113,7 +136,10 @@ def identify(files: list[str], which: list, compute, cache_dir: Path | None) -> 
     identity = compute()
     newest = max(max(mtime, ctime) for _, _, mtime, ctime, _ in stamps)
     if newest < now - SETTLED * 1e9 and file_stamps(files) == stamps:
-        write_json(memory, {"identity": identity, "check": hash_of([identity, stamps, which]), "files": stamps})
+        try:
+            write_json(memory, {"identity": identity, "check": hash_of([identity, stamps, which]), "files": stamps})
+        except OSError as error:
+            log.warning(f"the content hash is not remembered: {error}")
     return identity, False
 
 
@@ -152,11 +178,16 @@ class FeatureCache:
         return (features, "") if payload == hash_of(features) else (None, "its content does not match its hash")
 
     def save(self, representation: str, features: np.ndarray) -> None:
+        """Raises OSError if the disk does not take them."""
+        from safetensors import SafetensorError
         from safetensors.numpy import save_file
 
         made_by = self.description(representation) | {"payload": hash_of(features)}
         with locked(self.path(representation)), replacing(self.path(representation)) as temporary:
-            save_file({"features": features}, temporary, metadata={"description": json.dumps(made_by)})
+            try:
+                save_file({"features": features}, temporary, metadata={"description": json.dumps(made_by)})
+            except SafetensorError as error:   # how it reports a full disk
+                raise OSError(str(error)) from error
 
 
 # --- locks
@@ -171,26 +202,44 @@ def lock_path(path: Path) -> Path:
 
 
 @contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Wait for and hold the lock of a file that is going to be written. Files stay whole where locks do not work."""
+def locked(path: Path, wait: bool = True) -> Iterator[None]:
+    """Hold the lock of a file that is going to be written; raises Held at once if another process has it and not `wait`.
+
+    Where the file system has no locks it goes on without, and says so: files stay whole, work may be done twice.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with filelock.FileLock(lock_path(path)):
-        yield
-
-
-@contextlib.contextmanager
-def holding(folder: Path) -> Iterator[None]:
-    """Hold the output folder for a plain run. Raises Held at once if another process does."""
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(folder / ".lock", timeout=0)
+    lock = filelock.FileLock(lock_path(path))
     try:
-        lock.acquire()
-    except filelock.Timeout:
-        raise Held(f"another process holds {folder}: wait for it, or choose another --output-dir") from None
+        try:
+            lock.acquire(timeout=0)
+        except filelock.Timeout:
+            if not wait:
+                raise Held(f"another process holds {path}") from None
+            log.info(f"Waiting for another process that works on {path.stem}")
+            lock.acquire()
+    except (OSError, NotImplementedError) as error:
+        log.warning(f"no lock on {path}: {error}; make sure that no other process writes there")
     try:
         yield
     finally:
         lock.release()
+
+
+@contextlib.contextmanager
+def holding(folder: Path) -> Iterator[None]:
+    """Hold the output folder for a plain run. Raises Held if another process does, InputError if it cannot be written to."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_bytes(folder / ".writable", b"")
+        (folder / ".writable").unlink(missing_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot write to {folder}: {error.strerror or error}; choose another --output-dir") from None
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(locked(folder / "folder", wait=False))
+        except Held:
+            raise Held(f"another process holds {folder}: wait for it, or choose another --output-dir") from None
+        yield
 
 
 # --- results
@@ -253,7 +302,7 @@ class ResultStore:
             return State("damaged", "its predictions are missing")
         except (OSError, ValueError, KeyError) as error:
             return State("damaged", str(error) or type(error).__name__)
-        changed = differences(record["made_with"], wanted)
+        changed = differences({**record.get("asked", {}), **record["made_with"]}, wanted)
         return State("stale", "; ".join(changed)) if changed else State("done")
 
     def save(self, cell: Cell, record: dict, predictions: dict[str, np.ndarray], made_with: dict) -> None:
@@ -268,7 +317,7 @@ class ResultStore:
         write_json(self.path(cell), {**record, "checksum": hash_of(record)})
 
     def set_aside(self, cell: Cell, reason: str) -> Path:
-        """Move a cell's files to set_aside/, with the reason beside them. Returns the checkpoint's new path."""
+        """Move a cell's files to set_aside/, with the reason beside them. Returns the checkpoint's new path. Call it under the cell's lock."""
         folder = self.folder / "set_aside"
         folder.mkdir(exist_ok=True)
         number = 1
@@ -285,8 +334,8 @@ class ResultStore:
         """Make `checkpoints/` hold finished cells only, before the first cell runs; a line for each file that was moved.
 
         `wanted` describes every cell that could be there, `requested` are those that this run is about. Damaged ones are
-        set aside, stale requested ones too with `rerun_stale`. Raises InputError, before anything is moved, if a
-        requested cell is stale otherwise.
+        set aside, stale ones too with `rerun_stale`. Raises InputError, before anything is moved, if a requested cell is
+        stale otherwise.
         """
         states = {cell: self.state(cell, wanted[cell]) for cell in wanted}
         stale = {cell: states[cell].why for cell in requested if states[cell].kind == "stale"}
@@ -298,8 +347,9 @@ class ResultStore:
             )
         lines = []
         for cell, state in states.items():
-            if state.kind == "damaged" or cell in stale:
-                target = self.set_aside(cell, f"{state.kind}: {state.why}")
+            if state.kind == "damaged" or (state.kind == "stale" and rerun_stale):
+                with locked(self.path(cell)):
+                    target = self.set_aside(cell, f"{state.kind}: {state.why}")
                 lines.append(f"Set aside {state.kind} checkpoint {cell.name} ({state.why}) as {target.relative_to(self.folder)}")
         return lines
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +18,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
 
-from settings import ALIASES, DATASET_NAMES, LAYER_SETS, InputError
+from checkpointing import file_stamps, hash_of
+from settings import ALIASES, ATTENTION_KINDS, DATASET_NAMES, LAYER_SETS, InputError
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -201,8 +203,8 @@ class LoraData:
         refuse_non_finite(weights.cpu().numpy(), layer, start)
         return weights
 
-    def content_hash(self) -> str:
-        """128-bit xxHash of every layer's name, shape, stored type and weights, row by row.
+    def content_hash(self, on_layer: Callable[[], None] = lambda: None) -> str:
+        """128-bit xxHash of every layer's name, shape, stored type and weights, row by row; `on_layer()` is called after each.
 
         It does not depend on where the rows lie, how they are chunked, or on any other column.
         """
@@ -216,6 +218,7 @@ class LoraData:
                         digest.update(values)
                 else:
                     digest.update(self.read_layer_formatted(layer, start, stop).cpu().numpy())
+            on_layer()
         return digest.hexdigest()
 
     def card(self) -> dict:
@@ -226,10 +229,10 @@ class LoraData:
             "rows": self.num_rows,
             "classes": len(self.classes),
             "rows_per_class": {str(name): int(count) for name, count in zip(self.classes, counts, strict=True)},
-            "layers": {kind: self.kinds.count(kind) for kind in ("attn1", "attn2", "other")},
+            "layers": {kind: self.kinds.count(kind) for kind in ATTENTION_KINDS},
             "ranks": sorted({min(shape.rows, shape.cols) for shape in shapes}),
             "weights_per_row": sum(shape.rows * shape.cols for shape in shapes),
-            "split": {part: len(getattr(self.split, part)) for part in ("train", "val", "test")},
+            "split": {part: len(getattr(self.split, part)) for part in self.split._fields[:3]},
         }
 
 
@@ -314,6 +317,7 @@ def encode_labels(dataset: Dataset, column: str, name: str) -> tuple[np.ndarray,
 # --- names
 
 
+FILE_FORMATS = {".parquet": "parquet", ".arrow": "arrow"}
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -328,6 +332,8 @@ def resolve_name(name: str) -> tuple[str, str]:
         return "hub", ALIASES[name]
     path = Path(name).expanduser()
     if path.exists():
+        if path.is_file() and path.suffix not in FILE_FORMATS:
+            raise InputError(f"'{name}' is neither Parquet nor Arrow: give a file that ends in .parquet or .arrow, or a folder of them")
         saved = any((path / marker).is_file() for marker in ("state.json", "dataset_dict.json"))
         return ("disk" if saved else "files"), str(path)
     if name.startswith(("/", ".", "~")) or path.suffix in FILE_FORMATS:
@@ -337,9 +343,6 @@ def resolve_name(name: str) -> tuple[str, str]:
     raise InputError(f"unknown dataset '{name}': use {DATASET_NAMES}")
 
 
-FILE_FORMATS = {".parquet": "parquet", ".arrow": "arrow"}
-
-
 def open_dataset(name: str, data_split: str = "", revision: str = "") -> Dataset:
     """The rows that a name means, memory-mapped. Raises InputError if there are none to be had."""
     import datasets
@@ -347,32 +350,58 @@ def open_dataset(name: str, data_split: str = "", revision: str = "") -> Dataset
     kind, where = resolve_name(name)
     if revision and kind != "hub":
         raise InputError(f"--revision {revision} needs a data set on the Hub, '{name}' is local")
-    if kind == "generated":
-        opened = sanity_check()
-    else:
-        if kind == "files" and Path(where).is_file() and Path(where).suffix not in FILE_FORMATS:
-            raise InputError(f"'{name}' is neither Parquet nor Arrow: give a file that ends in .parquet or .arrow, or a folder of them")
-        try:
-            if kind == "disk":
-                opened = datasets.load_from_disk(where)
-            elif Path(where).is_file() and kind == "files":
-                opened = datasets.load_dataset(FILE_FORMATS[Path(where).suffix], data_files=where, split=data_split or None)
-            else:
-                opened = datasets.load_dataset(where, split=data_split or None, revision=revision or None)
-        except Exception as error:  # whatever the library raises, the name cannot be read: one line, status 2
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise InputError(f"cannot load data set '{name}': {reason[:500]}") from error
+    try:
+        if kind == "generated":
+            opened = sanity_check()
+        elif kind == "disk":
+            opened = datasets.load_from_disk(where)
+        elif kind == "hub":
+            opened = datasets.load_dataset(where, split=data_split or None, revision=revision or None)
+        else:
+            opened = load_files(Path(where), data_split)
+    except InputError:
+        raise
+    except Exception as error:  # whatever the library raises, the name cannot be read: one line, status 2
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise InputError(f"cannot load data set '{name}': {reason[:500]}") from error
     if isinstance(opened, dict):
-        available = ", ".join(opened)
-        if data_split and data_split not in opened:
-            raise InputError(f"data set '{name}' has no split '{data_split}': use one of {available}")
-        chosen = data_split or ("train" if "train" in opened else available)
-        if chosen not in opened:
-            raise InputError(f"data set '{name}' has several splits and none is 'train': give --data-split, one of {available}")
-        return opened[chosen]
+        return opened[choose_split(name, list(opened), data_split)]
     if data_split and kind in ("disk", "generated") and str(opened.split) != data_split:
         raise InputError(f"data set '{name}' has no split '{data_split}': it has {opened.split or 'none'}; leave out --data-split")
     return opened
+
+
+def choose_split(name: str, splits: list[str], wanted: str) -> str:
+    """The split to read: the one that was asked for, else train, else the only one. Raises InputError if there is none such."""
+    if wanted and wanted not in splits:
+        raise InputError(f"data set '{name}' has no split '{wanted}': use one of {', '.join(splits)}")
+    if not wanted and "train" not in splits and len(splits) > 1:
+        raise InputError(f"data set '{name}' has several splits and none is 'train': give --data-split, one of {', '.join(splits)}")
+    return wanted or ("train" if "train" in splits else splits[0])
+
+
+def load_files(path: Path, data_split: str) -> Dataset:
+    """A local file or folder through `datasets`, which keeps an Arrow copy of it in its cache.
+
+    That cache knows a file by its modification time alone, which copying and unpacking preserve: the copy lies in a folder
+    named by the files' sizes, times and inodes too, so that a rebuilt file is never answered with the old rows.
+    """
+    import datasets
+
+    files = [path] if path.is_file() else data_files(path)
+    stamp = hash_of(file_stamps([str(file) for file in files]))
+    cache = str(Path(datasets.config.HF_DATASETS_CACHE) / f"visual_ablation_{stamp}")
+    if path.is_file():
+        return datasets.load_dataset(FILE_FORMATS[path.suffix], data_files=str(path), split=data_split or None, cache_dir=cache)
+    return datasets.load_dataset(str(path), split=data_split or None, cache_dir=cache)
+
+
+def data_files(folder: Path) -> list[Path]:
+    """Every Parquet and Arrow file below a folder. Raises InputError if there is none."""
+    files = sorted(path for path in folder.rglob("*") if path.suffix in FILE_FORMATS and path.is_file())
+    if not files:
+        raise InputError(f"'{folder}' holds no Parquet or Arrow file, and was not written by save_to_disk")
+    return files
 
 
 SANITY_LABELS = {"cat": 0.5, "dog": 1.0, "fox": 2.0}   # and the std of their weights
@@ -399,55 +428,61 @@ def sanity_check() -> Dataset:
 class Survey(NamedTuple):
     rows: int
     shapes: list[tuple[str, int, int]]   # layer, rows, cols; sorted by layer
-    copied_bytes: int                    # of the Arrow copy that `datasets` will make of Parquet and the like
+    downloaded: bool                     # from the Hub, as Parquet
+    copied: bool                         # to Arrow, by `datasets`
 
 
 PUBLISHED_ROWS = {"1k": 1_000, "10k": 10_000, "50k": 50_000, "100k": 100_000}
 
 
 def survey(name: str, data_split: str = "") -> Survey | None:
-    """Rows, layers and the Arrow copy of a data set, without `datasets`; None for one that is not on this machine.
+    """Rows and layers of a data set, without `datasets`; None for one on the Hub that is not among the four published sizes.
 
-    The four published sets are known without a download. Of several splits it takes the one that a run would take, as
-    far as file names tell. Raises InputError for a name that is no data set's.
+    Of several splits it takes the one that a run would take, as far as file names tell. Raises InputError for a name that
+    is no data set's and for files that cannot be read.
     """
     kind, where = resolve_name(name)
     if kind == "hub":
-        if name not in PUBLISHED_ROWS:
-            return None
-        shapes = sd15_shapes(rank=1)
-        weights = sum(rows * cols for _, rows, cols in shapes)
-        return Survey(PUBLISHED_ROWS[name], shapes, 4 * weights * PUBLISHED_ROWS[name])
+        return Survey(PUBLISHED_ROWS[name], sd15_shapes(rank=1), True, True) if name in PUBLISHED_ROWS else None
     if kind == "generated":
-        return Survey(len(SANITY_ROWS), SANITY_SHAPES, 0)
-    root = Path(where)
-    if kind == "disk" and (root / "dataset_dict.json").is_file():
-        splits = sorted(path.parent.name for path in root.glob("*/state.json"))
-        root = root / (data_split or ("train" if "train" in splits else splits[0]))
-    files = [root] if root.is_file() else sorted(path for path in root.rglob("*") if path.suffix in FILE_FORMATS)
-    split_files = [file for file in files if re.search(rf"(?:^|[^a-z]){data_split or 'train'}(?:[^a-z]|$)", file.name)]
-    files = split_files or files
-    if not files:
-        raise InputError(f"'{name}' holds no Parquet or Arrow file")
+        return Survey(len(SANITY_ROWS), SANITY_SHAPES, False, False)
     rows, first = 0, None
-    for file in files:
-        if file.suffix == ".parquet":
-            parquet = pq.ParquetFile(file)
-            rows += parquet.metadata.num_rows
-            if first is None:
-                names = [column for column in parquet.schema_arrow.names if is_layer(column)]
-                first = next(parquet.iter_batches(batch_size=1, columns=names), None)
-        else:
-            with pa.memory_map(str(file)) as source:
-                for batch in read_arrow(source):
-                    rows += len(batch)
-                    first = batch.slice(0, 1) if first is None else first
+    try:
+        for file in files_of_split(name, kind, Path(where), data_split):
+            count, head = survey_file(file)
+            rows, first = rows + count, first if first is not None else head
+    except (OSError, pa.ArrowInvalid) as error:
+        raise InputError(f"cannot read data set '{name}': {' '.join(str(error).split())[:500]}") from error
     shapes = []
-    for layer in sorted(filter(is_layer, first.schema.names)) if first is not None and len(first) else []:
+    for layer in sorted(filter(is_layer, first.schema.names)) if first is not None else []:
         matrix = first.column(layer)[0].as_py()
+        if not matrix or not matrix[0]:
+            raise InputError(f"column '{layer}', row 0: null or empty where a matrix is expected")
         shapes.append((layer, len(matrix), len(matrix[0])))
-    weights = sum(r * c for _, r, c in shapes)
-    return Survey(rows, shapes, 0 if kind == "disk" else 4 * weights * rows)
+    return Survey(rows, shapes, False, kind == "files")
+
+
+def files_of_split(name: str, kind: str, root: Path, data_split: str) -> list[Path]:
+    """The files that hold the split which a run would read, by the names of folders and files."""
+    if kind == "disk":
+        if (root / "dataset_dict.json").is_file():
+            root = root / choose_split(name, sorted(path.parent.name for path in root.glob("*/state.json")), data_split)
+        return data_files(root)
+    files = [root] if root.is_file() else data_files(root)
+    wanted = re.escape(data_split.split("[")[0] or "train")
+    named = [file for file in files if re.search(rf"(?:^|[^a-zA-Z]){wanted}(?:[^a-zA-Z]|$)", str(file.relative_to(root)))]
+    return named or files
+
+
+def survey_file(file: Path) -> tuple[int, pa.RecordBatch | None]:
+    """Rows of a file, and its first row's layers."""
+    if file.suffix == ".parquet":
+        parquet = pq.ParquetFile(file)
+        names = [column for column in parquet.schema_arrow.names if is_layer(column)]
+        return parquet.metadata.num_rows, next(parquet.iter_batches(batch_size=1, columns=names), None)
+    with pa.memory_map(str(file)) as source:
+        batches = read_arrow(source)
+        return sum(map(len, batches)), next((batch.slice(0, 1) for batch in batches if len(batch)), None)
 
 
 def read_arrow(source):

@@ -67,7 +67,7 @@ def cell_record(cell: Cell, trained, labels: dict[str, np.ndarray], num_classes:
         "feature_dim": feature_dim,
         "trained_dim": trained.trained_dim,
     }
-    for key in per_run[0].keys() - {"run", "feature_dim"}:
+    for key in (key for key in per_run[0] if key not in ("run", "feature_dim")):
         record[f"{key}_mean"], record[f"{key}_std"] = mean_and_std([run[key] for run in per_run])
     record["training_time_total"] = sum(run["training_time"] for run in per_run)
     record["per_run_results"] = per_run

@@ -117,11 +117,12 @@ class Layer:
         """|2-D FFT|, unnormalised: the bins that stand once, and those whose mirror image stands for a second one.
 
         The FFT of a real matrix is conjugate-symmetric, so half of it is computed; along the longer side, because the
-        magnitudes of a transposed matrix are the same. The mean only shows in bin (0, 0): it is taken out before and put
-        back after, or its float32 rounding would drown the other bins. (n, a) and (n, b) with a + 2b = N.
+        magnitudes of a transposed matrix are the same. In float64: a strong wave's float32 rounding would drown the other
+        bins. The mean, which shows in bin (0, 0) alone, is put back after, so that a constant has zeros elsewhere.
+        (n, a) and (n, b) float64 with a + 2b = N.
         """
         rows, cols = self.w.shape[1:]
-        centred = self.centred.float().view_as(self.w)
+        centred = self.centred.view_as(self.w)
         wide = centred if rows <= cols else centred.mT
         half = torch.fft.rfft2(wide).abs()                               # (n, m, longer // 2 + 1)
         half[:, 0, 0] = self.N * self.mean.abs()
@@ -222,10 +223,10 @@ def frequency(w: Tensor | Layer) -> Tensor:
     candidates = [once.topk(min(TOP, once.shape[1])).values]
     candidates.append(twice.topk(min(TOP, twice.shape[1])).values.repeat_interleave(2, dim=1))
     top = torch.cat(candidates, dim=1)
-    top = top.topk(min(TOP, top.shape[1])).values.double()               # (n, 10 or N)
+    top = top.topk(min(TOP, top.shape[1])).values                        # (n, 10 or N)
     top = pad(top, (0, TOP - top.shape[1]))                              # (n, 10)
-    mean = (once.sum(1, dtype=torch.float64) + 2 * twice.sum(1, dtype=torch.float64)) / layer.N
-    deviations = [((part.double() - mean[:, None]) ** 2).sum(1) for part in (once, twice)]
+    mean = (once.sum(1) + 2 * twice.sum(1)) / layer.N
+    deviations = [((part - mean[:, None]) ** 2).sum(1) for part in (once, twice)]
     std = ((deviations[0] + 2 * deviations[1]) / layer.N).sqrt()
     share = (top**2).sum(1) / (layer.N * layer.sum_of_squares + EPS)
     return columns(top, mean, std, top[:, 0], share)
@@ -284,5 +285,7 @@ def describe(w: Tensor, names: list[str]) -> tuple[dict[str, Tensor], dict[str, 
                 except torch.OutOfMemoryError:
                     raise
                 except Exception as error:  # the other representations of this layer go on; the caller reports it
+                    if "ALLOC_FAILED" in str(error):                     # how cuFFT, cuBLAS and cuSOLVER say it
+                        raise torch.OutOfMemoryError(str(error)) from error
                     failed[name] = error
     return {name: torch.cat(found) for name, found in parts.items() if name not in failed}, failed

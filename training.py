@@ -51,6 +51,10 @@ class Run:
     seconds: float = 0.0
 
 
+OnRun = Callable[[Run, int], None]
+OnEpoch = Callable[[Run], None]
+
+
 @dataclass
 class TrainedRuns:
     runs: list[Run]
@@ -67,11 +71,12 @@ def resolve_training(settings: TrainingSettings, device: str) -> TrainingSetting
 
 
 def train_runs(features: Tensor, labels: np.ndarray, split, num_classes: int, settings: TrainingSettings, device: str = "cpu",
-               on_run: Callable[[Run, int], None] = lambda run, number: None) -> TrainedRuns:
+               on_run: OnRun = lambda run, number: None, on_epoch: OnEpoch = lambda run: None) -> TrainedRuns:
     """Train one MLP a seed on `features` (N, D) and `labels` (N,), and predict every row of the split.
 
-    `split` has the row numbers `train`, `val` and `test`. `on_run(run, number)` is called as runs finish, number from 1.
-    Raises TrainingError if no column varies over the training rows, if there is one such row only, or if a loss is not finite.
+    `split` has the row numbers `train`, `val` and `test`. `on_run(run, number)` is called as runs finish, number from 1,
+    `on_epoch(run)` after each epoch of each run, from any thread. Raises TrainingError if no column varies over the
+    training rows, if there is one such row only, or if a loss is not finite.
     """
     if len(split.train) < 2:
         raise TrainingError("one training row: BatchNorm needs at least two")
@@ -79,8 +84,9 @@ def train_runs(features: Tensor, labels: np.ndarray, split, num_classes: int, se
     x_ND = standardise(features.to(device), parts["train"])
     y_N = torch.from_numpy(labels).to(device)
     trainer = {"sequential": train_sequential, "packed": train_packed}[settings.trainer]
+    new_scheduler(settings)   # a process's first optimizer makes torch import its compiler: seconds that are not a run's
     with arithmetic(settings.precision):
-        runs = trainer(x_ND, y_N, parts, num_classes, settings, on_run)
+        runs = trainer(x_ND, y_N, parts, num_classes, settings, on_run, on_epoch)
     return TrainedRuns(runs, x_ND.shape[1])
 
 
@@ -210,7 +216,7 @@ def has_stopped(run: Run, settings: TrainingSettings) -> bool:
 
 
 def train_sequential(x_ND: Tensor, y_N: Tensor, parts: dict[str, Tensor], num_classes: int, settings: TrainingSettings,
-                     on_run: Callable[[Run, int], None]) -> list[Run]:
+                     on_run: OnRun, on_epoch: OnEpoch) -> list[Run]:
     """Run after run; on a CPU as many at a time as there are cores, each on one: small products gain little from a second."""
     threads = torch.get_num_threads()
     workers = min(threads, settings.num_runs) if x_ND.device.type == "cpu" else 1
@@ -219,7 +225,7 @@ def train_sequential(x_ND: Tensor, y_N: Tensor, parts: dict[str, Tensor], num_cl
     torch.set_num_threads(threads // workers)
     pool = ThreadPoolExecutor(workers)
     try:
-        for run in pool.map(lambda seed, model: train_one(model, x_ND, y_N, parts, settings, seed, stop), settings.seeds, models):
+        for run in pool.map(lambda seed, model: train_one(model, x_ND, y_N, parts, settings, seed, stop, on_epoch), settings.seeds, models):
             runs.append(run)
             on_run(run, len(runs))
     finally:
@@ -230,7 +236,7 @@ def train_sequential(x_ND: Tensor, y_N: Tensor, parts: dict[str, Tensor], num_cl
 
 
 def train_one(model: nn.Sequential, x_ND: Tensor, y_N: Tensor, parts: dict[str, Tensor], settings: TrainingSettings, seed: int,
-              stop: threading.Event) -> Run:
+              stop: threading.Event, on_epoch: OnEpoch) -> Run:
     """One run: the plain loop. Ends with a TrainingError within a step once `stop` is set."""
     start = time.perf_counter()
     optimizer = torch.optim.Adam(model.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay,
@@ -241,7 +247,7 @@ def train_one(model: nn.Sequential, x_ND: Tensor, y_N: Tensor, parts: dict[str, 
     x_val, y_val = x_ND[parts["val"]], y_N[parts["val"]]
     dropouts = [module for module in model if isinstance(module, Dropout)]
     generator = dropout_generator(seed, x_ND.device)
-    while not (run.best_epoch and has_stopped(run, settings)):
+    while not has_stopped(run, settings):
         model.train()
         total, rows = torch.zeros((), dtype=torch.float64, device=x_ND.device), 0
         permutation = torch.randperm(len(x_train), generator=order).to(x_ND.device)
@@ -267,6 +273,7 @@ def train_one(model: nn.Sequential, x_ND: Tensor, y_N: Tensor, parts: dict[str, 
         if record_epoch(run, total.item() / rows, correct, len(y_val), learning_rate):
             best = {name: tensor.clone() for name, tensor in model.state_dict().items()}   # a copy: training goes on
         scheduler.step(run.val_accuracy[-1])
+        on_epoch(run)
     model.load_state_dict(best)
     classes = predict(model, x_ND, settings)
     run.predictions = {name: classes[part].cpu().numpy() for name, part in parts.items()}
@@ -328,11 +335,10 @@ class Pack:
         return units.view(B, R, H).transpose(0, 1)
 
     @torch.no_grad()
-    def step(self, learning_rates: list[float]) -> None:
+    def step(self, rates_R: Tensor) -> None:
         """Adam with L2 weight decay in the gradient, as torch.optim.Adam, with run r's own learning rate."""
         self.steps += 1
         correction1, correction2 = 1 - BETA1**self.steps, 1 - BETA2**self.steps
-        rates_R = torch.tensor(learning_rates, dtype=torch.float64).to(next(iter(self.parameters.values())))
         for name, parameter in self.parameters.items():
             gradient = parameter.grad.add_(parameter, alpha=self.settings.weight_decay)
             first = self.first[name].lerp_(gradient, 1 - BETA1)
@@ -360,7 +366,7 @@ class Pack:
 
 
 def train_packed(x_ND: Tensor, y_N: Tensor, parts: dict[str, Tensor], num_classes: int, settings: TrainingSettings,
-                 on_run: Callable[[Run, int], None]) -> list[Run]:
+                 on_run: OnRun, on_epoch: OnEpoch) -> list[Run]:
     """All runs together. A run that stops leaves the pack; each run's time is the pack's divided by R."""
     start = time.perf_counter()
     device = x_ND.device
@@ -375,6 +381,7 @@ def train_packed(x_ND: Tensor, y_N: Tensor, parts: dict[str, Tensor], num_classe
     alive = list(range(len(runs)))                                       # numbers of the runs in the pack, in its order
     while alive:
         rates = [schedulers[r].optimizer.param_groups[0]["lr"] for r in alive]
+        rates_R = torch.tensor(rates, dtype=torch.float64).to(x_ND)
         order_RN = torch.stack([torch.randperm(len(x_train), generator=orders[r]) for r in alive]).to(device)
         masks = dropout_masks([generators[r] for r in alive], min(settings.batch_size, len(x_train)), settings)
         total_R, rows = torch.zeros(len(alive), dtype=torch.float64, device=device), 0
@@ -386,7 +393,7 @@ def train_packed(x_ND: Tensor, y_N: Tensor, parts: dict[str, Tensor], num_classe
             losses = F.cross_entropy(logits_RBC.to(x_ND.dtype).flatten(0, 1), y_train[batch_RB].flatten(), reduction="none")
             loss_R = losses.view(len(alive), size).mean(1)
             loss_R.sum().backward()
-            pack.step(rates)
+            pack.step(rates_R)
             total_R += loss_R.detach() * size
             rows += size
         correct = (pack.predict(x_val) == y_val).sum(1).tolist()
@@ -395,6 +402,7 @@ def train_packed(x_ND: Tensor, y_N: Tensor, parts: dict[str, Tensor], num_classe
             if record_epoch(runs[r], loss, correct[position], len(y_val), rates[position]):
                 improved.append(position)
             schedulers[r].step(runs[r].val_accuracy[-1])
+            on_epoch(runs[r])
         if improved:
             for name, tensor in pack.state().items():
                 best[name][[alive[position] for position in improved]] = tensor[improved]

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import logging
 import os
 import platform
@@ -29,7 +30,21 @@ from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 
-from checkpointing import FeatureCache, Held, ResultStore, all_cells, append_event, hash_of, holding, identify, locked, write_bytes, write_json
+from checkpointing import (
+    FeatureCache,
+    Held,
+    ResultStore,
+    State,
+    all_cells,
+    append_event,
+    hash_of,
+    holding,
+    identify,
+    locked,
+    utc_now,
+    write_bytes,
+    write_json,
+)
 from settings import (
     ENSEMBLE_PARTS,
     LAYER_SETS,
@@ -55,6 +70,9 @@ def main(argv: list[str] | None = None) -> int:
             return print_status(settings)
         if action.dry_run:
             return print_plan(settings)
+        from lora_data import resolve_name
+
+        resolve_name(settings.dataset)   # a name that means nothing leaves no folder behind
         with holding(output_folder(settings)):
             return run_experiment(settings, action.rerun_stale)
     except InputError as error:
@@ -91,8 +109,9 @@ def run_experiment(settings: Settings, rerun_stale: bool) -> int:
             with clock("training"), locked(store.path(cell)):
                 run_cell(cell, features, data, settings, device, store, made_with[cell])
         except Exception as error:  # this cell is lost and reported; the others go on
-            failures[cell] = describe_error(error)
-            log.error(f"{cell.name} FAILED: {failures[cell]}" + ("" if isinstance(error, CellError) else f"\n{traceback.format_exc()}"))
+            known = isinstance(error, CellError)
+            failures[cell] = str(error) if known else describe_error(error)
+            log.error(f"{cell.name} FAILED: {failures[cell]}" + ("" if known else f"\n{traceback.format_exc()}"))
             announce(store, "failed", cell=cell.name, error=failures[cell])
     return write_results(store, settings, data, made_with, missing, failures, clock)
 
@@ -119,9 +138,13 @@ def run_cell(cell: Cell, features: dict, data, settings: Settings, device: str, 
                  f"Test={found['test_acc']:.4f}, Time={run.seconds:.1f}s")
         progress.advance()
 
+    def on_epoch(run) -> None:
+        progress.note = f"epoch {len(run.train_loss)} of the run with seed {run.seed}"
+
     with Progress(settings.training.num_runs, "runs") as progress:
-        trained = train_runs(x, data.labels, data.split, len(data.classes), settings.training, device, on_run)
+        trained = train_runs(x, data.labels, data.split, len(data.classes), settings.training, device, on_run, on_epoch)
     record = cell_record(cell, trained, labels, len(data.classes), len(data.layers_of(cell.layer_set)), x.shape[1])
+    record["asked"] = asked(settings)
     record["made_on"] = {"time": utc_now(), "machine": machine(device), "versions": versions()}
     store.save(cell, record, prediction_arrays(trained, labels, data.split), made_with)
     log.info("Results: " + ", ".join(f"{part.title()}={record[f'{part}_acc_mean']:.4f}±{record[f'{part}_acc_std']:.4f}" for part in PARTS)
@@ -150,10 +173,10 @@ def load(settings: Settings, device: str, clock: Clock):
     for layer_set in settings.layer_sets:
         if not data.layers_of(layer_set):
             raise InputError(f"data set '{settings.dataset}' has no layer for --layer-sets {layer_set}: leave it out")
-    with clock("read"), Progress(None, "hashing the weights"):
+    with clock("read"), Progress(len(data.layers), "layers hashed") as progress:
         start = time.perf_counter()
         which = [settings.data_split, data.num_rows, data.layers]
-        data.identity, remembered = identify(data.files, which, data.content_hash, cache_folder(settings))
+        data.identity, remembered = identify(data.files, which, lambda: data.content_hash(progress.advance), cache_folder(settings))
     if not remembered:
         size = 4 * card["weights_per_row"] * card["rows"] / 1e9
         log.info(f"Content hash of {size:.2f} GB of weights: {data.identity} ({time.perf_counter() - start:.1f}s)")
@@ -183,11 +206,13 @@ def load_or_extract(data, cells: list[Cell], settings: Settings, clock: Clock) -
         log.info(f"Computing {', '.join(absent)}")
         computed, errors = extract_features(data, absent, clock)
         features |= computed
-        for name in computed if cache else []:
-            try:
-                cache.save(name, computed[name].numpy())
-            except OSError as error:
-                log.warning(f"features of {name} are not cached: {error}")
+        with clock("features"), Progress(len(computed), "representations cached") as progress:
+            for name in computed if cache else []:
+                try:
+                    cache.save(name, computed[name].numpy())
+                except OSError as error:
+                    log.warning(f"features of {name} are not cached: {error}")
+                progress.advance()
     failures = {}
     for cell in cells:
         for part in parts_of(cell.representation):
@@ -202,64 +227,90 @@ def parts_of(representation: str) -> tuple[str, ...]:
 
 
 def extract_features(data, wanted: list[str], clock: Clock) -> tuple[dict, dict[str, Exception]]:
-    """Every representation in `wanted` of all layers, (N, L*k) each, layer-major; and the errors of those that failed.
-
-    Blocks of rows outside, layers inside; on a CPU one layer a core. Each weight is read once.
-    """
+    """Every representation in `wanted` of all rows and layers, (N, L*k) each, layer-major; and the errors of those that failed."""
     import torch
 
     from lora_data import BLOCK_ROWS
-    from representations import describe
 
     features = {name: torch.empty(data.num_rows, len(data.layers), REPRESENTATIONS[name].width) for name in wanted}
     errors: dict[str, Exception] = {}
     seconds = {"read": 0.0, "features": 0.0}
+    starts = range(0, data.num_rows, BLOCK_ROWS)
+    began = time.perf_counter()
+    with Progress(len(data.layers), "layers") as progress:
+        for start in starts:
+            stop = min(start + BLOCK_ROWS, data.num_rows)
+            names = [name for name in wanted if name not in errors]
+            found, failed = extract(data, names, start, stop, seconds, lambda: progress.advance(1 / len(starts)))
+            errors |= failed
+            for name, block in found.items():
+                features[name][start:stop] = block
+    wall = time.perf_counter() - began
+    read = wall * seconds["read"] / (sum(seconds.values()) or 1)             # the threads' seconds overlap
+    clock.add("read", read)
+    clock.add("features", wall - read)
+    log.info(f"Features of {data.num_rows} rows x {len(data.layers)} layers: {wall:.1f}s (reading {read:.1f}s, computing {wall - read:.1f}s)")
+    return {name: x.flatten(1) for name, x in features.items() if name not in errors}, errors
+
+
+def extract(data, names: list[str], start: int, stop: int, seconds: dict[str, float], on_layer) -> tuple[dict, dict[str, Exception]]:
+    """Rows start:stop of every representation in `names`, (n, L, k) each on the CPU; and the errors of those that failed.
+
+    Each weight is read once. On a CPU one layer a core. Adds to `seconds` and calls `on_layer()` as layers are done.
+    """
+    import torch
+
     threads = torch.get_num_threads()
     workers = threads if data.device == "cpu" else 1
+    found = {name: torch.empty(stop - start, len(data.layers), REPRESENTATIONS[name].width) for name in names}
+    errors: dict[str, Exception] = {}
 
-    def fill(layer: int, start: int, stop: int) -> None:
-        """One layer of a block; in halves if the device has no memory for it."""
-        names = [name for name in wanted if name not in errors]
-        began = time.perf_counter()
-        try:
-            w = data.read_layer(data.layers[layer], start, stop)
-            seconds["read"] += (read := time.perf_counter()) - began
-            found, failed = describe(w, names)
-            for name, columns in found.items():
-                features[name][start:stop, layer] = columns.cpu()
-            seconds["features"] += time.perf_counter() - read
-        except torch.OutOfMemoryError:
-            if stop - start == 1:
-                raise
-            log.warning(f"out of memory on {data.device}: rows {start}..{stop} of {data.layers[layer]} are done in halves")
-            failed = None
-        if failed is None:               # outside the except clause, whose traceback would keep the tensors alive
-            middle = (start + stop) // 2
-            fill(layer, start, middle)
-            fill(layer, middle, stop)
-            return
-        for name, error in failed.items():
-            log.error(f"{name} failed on rows {start}..{stop} of {data.layers[layer]}:\n{''.join(traceback.format_exception(error))}")
-            errors[name] = error
+    def fill(position: int) -> None:
+        for first, columns, failed in describe_layer(data, data.layers[position], names, start, stop, seconds):
+            for name, error in failed.items():
+                if name not in errors:
+                    trace = "".join(traceback.format_exception(error))
+                    log.error(f"{name} failed on rows {start}..{stop} of {data.layers[position]}:\n{trace}")
+                errors.setdefault(name, error)
+            for name, part in columns.items():
+                found[name][first - start:first - start + len(part), position] = part
 
-    blocks = [(start, min(start + BLOCK_ROWS, data.num_rows)) for start in range(0, data.num_rows, BLOCK_ROWS)]
-    began = time.perf_counter()
     torch.set_num_threads(threads // workers)
     pool = ThreadPoolExecutor(workers)
     try:
-        with Progress(len(data.layers), "layers") as progress:
-            for start, stop in blocks:
-                for _ in pool.map(lambda layer: fill(layer, start, stop), range(len(data.layers))):  # noqa: B023
-                    progress.advance(1 / len(blocks))
+        for _ in pool.map(fill, range(len(data.layers))):
+            on_layer()
     finally:
         pool.shutdown(cancel_futures=True)
         torch.set_num_threads(threads)
-        wall, busy = time.perf_counter() - began, sum(seconds.values()) or 1.0
-        for stage, spent in seconds.items():
-            clock.add(stage, wall * spent / busy)
-    log.info(f"Features of {data.num_rows} rows x {len(data.layers)} layers: {wall:.1f}s "
-             f"(reading {wall * seconds['read'] / busy:.1f}s, computing {wall * seconds['features'] / busy:.1f}s)")
-    return {name: x.flatten(1) for name, x in features.items() if name not in errors}, errors
+    return {name: block for name, block in found.items() if name not in errors}, errors
+
+
+def describe_layer(data, layer: str, names: list[str], start: int, stop: int, seconds: dict[str, float]):
+    """Yields (first row, {name: (n, k)}, {name: error}) of one layer of rows start:stop; in halves if the device has no memory for all."""
+    import torch
+
+    from representations import describe
+
+    began = time.perf_counter()
+    try:
+        w = data.read_layer(layer, start, stop)
+        read = time.perf_counter()
+        found, failed = describe(w, names)
+        found = {name: columns.cpu() for name, columns in found.items()}
+        seconds["read"] += read - began
+        seconds["features"] += time.perf_counter() - read
+        yield start, found, failed
+        return
+    except torch.OutOfMemoryError as error:
+        if stop - start == 1:
+            yield start, {}, dict.fromkeys(names, error)
+            return
+        log.warning(f"out of memory on {data.device}: rows {start}..{stop} of {layer} are done in halves")
+    w = found = None   # outside the except clause, whose traceback keeps the tensors alive
+    middle = (start + stop) // 2
+    yield from describe_layer(data, layer, names, start, middle, seconds)
+    yield from describe_layer(data, layer, names, middle, stop, seconds)
 
 
 def feature_matrix(features: dict, cell: Cell):
@@ -306,17 +357,39 @@ def write_results(store: ResultStore, settings: Settings, data, made_with: dict,
         "data": {"identity": data.identity, **card},
         "settings": dataclasses.asdict(settings),
     }
-    results = collect(records, failures, header)
+    results = collect(records, earlier_failures(store, records) | failures, header)
     write_json(store.folder / "results.json", results, indent=2)
     write_bytes(store.folder / "results.txt", results_text(results).encode())
     status = 1 if failures else 0
-    if ran or not (store.folder / "manifest.json").exists():
-        write_json(store.folder / "manifest.json", manifest(settings, data, ran, failures, clock, status), indent=2)
+    path = store.folder / "manifest.json"
+    if ran or not path.exists():
+        entry = manifest(settings, data, ran, failures, clock, status)
+        previous = read_json(path)
+        earlier = [*previous.pop("earlier", []), previous] if previous else []
+        write_json(path, {**entry, "earlier": earlier}, indent=2)
     announce(store, "ended", status=status, seconds=clock.seconds)
     log.info("\n" + results_text(results).rstrip())
     log.info("\nSeconds: " + ", ".join(f"{stage} {spent:.1f}" for stage, spent in clock.seconds.items()))
     log.info(f"Results: {store.folder / 'results.txt'}")
     return status
+
+
+def earlier_failures(store: ResultStore, records: dict[Cell, dict]) -> dict[Cell, str]:
+    """Failures that an earlier command reported of cells that still have no checkpoint."""
+    reported = read_json(store.folder / "results.json").get("failed_cells", [])
+    failed = {Cell(entry["representation"], entry["layer_set"]): entry["error"] for entry in reported}
+    return {cell: error for cell, error in failed.items() if cell not in records}
+
+
+def read_json(path: Path) -> dict:
+    """A file that this program wrote; {} where there is none or it is damaged, because it only adds to what is written anew."""
+    try:
+        return json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        log.warning(f"{path} is not readable and is written anew: {error}")
+        return {}
 
 
 def manifest(settings: Settings, data, ran: list[Cell], failures: dict, clock: Clock, status: int) -> dict:
@@ -358,6 +431,11 @@ def cache_folder(settings: Settings) -> Path | None:
     return Path(settings.cache_dir) if settings.cache_features else None
 
 
+def asked(settings: Settings) -> dict:
+    """Settings that act through the data: recorded with a cell, compared only where the data itself is not at hand."""
+    return {name: getattr(settings, name) for name in ("data_split", "revision", "label_column", "split_seed")}
+
+
 def descriptions(settings: Settings, data=None) -> dict[Cell, dict]:
     """What a cell's numbers depend on, for every cell; without `data`, what the settings alone tell."""
     training = dataclasses.asdict(settings.training)
@@ -365,7 +443,9 @@ def descriptions(settings: Settings, data=None) -> dict[Cell, dict]:
         del training["trainer"]
     shared = {"training_version": TRAINING_VERSION, **training}
     layers: dict[str, dict] = {layer_set: {} for layer_set in LAYER_SETS}
-    if data is not None:
+    if data is None:
+        shared |= asked(settings)
+    else:
         shared |= {
             "data": data.identity,
             "labels": hash_of([data.labels.tolist(), data.classes]),
@@ -401,10 +481,15 @@ def print_progress_summary(settings: Settings, missing: list[Cell]) -> None:
         log.info(f"No checkpoints yet. Will run {len(missing)}...")
 
 
-def print_status(settings: Settings) -> int:
-    """What is finished, from the files of the output folder alone."""
+def cell_states(settings: Settings) -> dict[Cell, State]:
+    """Of the cells that the settings ask for, from the files of the output folder alone."""
     store, wanted = ResultStore(output_folder(settings)), descriptions(settings)
-    states = {cell: store.state(cell, wanted[cell]) for cell in settings.cells}
+    return {cell: store.state(cell, wanted[cell]) for cell in settings.cells}
+
+
+def print_status(settings: Settings) -> int:
+    """What is finished; nothing is moved."""
+    states = cell_states(settings)
     print_progress_summary(settings, [cell for cell, state in states.items() if state.kind != "done"])
     for cell, state in states.items():
         if state.kind in ("damaged", "stale"):
@@ -412,22 +497,23 @@ def print_status(settings: Settings) -> int:
     return 0
 
 
+REASONS = {"done": "kept, if the data set has not changed", "missing": "runs: no checkpoint", "damaged": "runs: damaged checkpoint, ",
+           "stale": "stops the run, or runs with --rerun-stale: "}
+
+
 def print_plan(settings: Settings) -> int:
     """What would run and why, and the memory and disk it needs; nothing is read but file headers, nothing written."""
     from lora_data import survey
 
-    store, wanted = ResultStore(output_folder(settings)), descriptions(settings)
-    states = {cell: store.state(cell, wanted[cell]) for cell in settings.cells}
     found = survey(settings.dataset, settings.data_split)
+    states = cell_states(settings)
     to_run = [cell for cell, state in states.items() if state.kind != "done"]
     print_progress_summary(settings, to_run)
-    log.info(f"\nOutput folder: {store.folder}")
+    log.info(f"\nOutput folder: {output_folder(settings)}")
     for cell, state in states.items():
-        why = {"done": "kept, if the data set has not changed", "missing": "runs: no checkpoint", "damaged": f"runs: damaged checkpoint, {state.why}",
-               "stale": f"stops the run, or runs with --rerun-stale: {state.why}"}[state.kind]
-        log.info(f"  {cell.name:<28} {why}")
+        log.info(f"  {cell.name:<28} {REASONS[state.kind]}{state.why}")
     if found is None:
-        log.info(f"\nData set {settings.dataset} is not on this machine: its size is known after the download")
+        log.info(f"\nData set {settings.dataset}: its size is not known before the download")
         return 0
     parts = {part for cell in to_run for part in parts_of(cell.representation)}
     matrix = 4 * found.rows * len(found.shapes)                              # bytes of one column a layer
@@ -437,9 +523,11 @@ def print_plan(settings: Settings) -> int:
     log.info(f"\nData set {settings.dataset}: {found.rows} rows, {len(found.shapes)} layers, {gigabytes(weights)} of weights")
     log.info(f"Memory:  {gigabytes(features)} features, up to {gigabytes(3 * largest)} more while the largest cell trains")
     if settings.cache_features:
-        log.info(f"Disk:    {gigabytes(features)} feature cache in {settings.cache_dir}, for what is not cached yet")
-    if found.copied_bytes:
-        log.info(f"Disk:    {gigabytes(found.copied_bytes)} Arrow copy in the cache of datasets (HF_DATASETS_CACHE), if it is not there yet")
+        log.info(f"Disk:    {gigabytes(features)} feature cache in {settings.cache_dir}, less what is cached already")
+    if found.downloaded:
+        log.info(f"Disk:    about {gigabytes(weights)} download in the cache of huggingface_hub (HF_HOME), unless it is there already")
+    if found.copied:
+        log.info(f"Disk:    {gigabytes(weights)} Arrow copy in the cache of datasets (HF_DATASETS_CACHE), unless it is there already")
     return 0
 
 
@@ -542,6 +630,7 @@ class Progress:
 
     def __init__(self, total: int | None, unit: str):
         self.total, self.unit, self.done = total, unit, 0.0
+        self.note = ""   # what is going on within a unit
         self.started = time.monotonic()
         self.over = threading.Event()
         self.bar = None
@@ -578,8 +667,9 @@ class Progress:
         if self.total is None:
             return f"Progress: {self.unit} | {duration(elapsed)} so far"
         rate = self.done / elapsed
+        shown = f"{rate:.1f} {self.unit}/s" if rate >= 0.1 else f"{3600 * rate:.1f} {self.unit}/h"
         eta = duration((self.total - self.done) / rate) if rate else "unknown"
-        return f"Progress: {self.done + 1e-6:.0f}/{self.total} {self.unit} | Rate: {rate:.1f} {self.unit}/s | ETA: {eta}"
+        return f"Progress: {int(self.done + 1e-6)}/{self.total} {self.unit} | Rate: {shown} | ETA: {eta}" + (f" | {self.note}" if self.note else "")
 
 
 def duration(seconds: float) -> str:
@@ -614,10 +704,6 @@ class Clock:
 
 def announce(store: ResultStore, event: str, **what) -> None:
     append_event(store.folder / "events.jsonl", event=event, **what)
-
-
-def utc_now() -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
 def describe_error(error: Exception) -> str:

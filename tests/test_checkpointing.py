@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -46,11 +47,25 @@ def test_a_writer_that_is_killed_leaves_the_old_file_and_a_hidden_one_that_goes_
     assert subprocess.run([sys.executable, "-c", code]).returncode == -9
     (leftover,) = [name for name in os.listdir(tmp_path) if name != "a.json"]
     assert leftover.startswith(".") and json.loads(path.read_text()) == {"old": 1}
+    elsewhere = tmp_path / ".a.json.another-host.1.tmp"
+    elsewhere.write_text("half")
+    running = tmp_path / f".a.json.{socket.gethostname()}.{os.getppid()}.tmp"
+    running.write_text("half")
     write_json(path, {"new": 2})
-    assert leftover in os.listdir(tmp_path), "it could be another process's, just being written"
-    os.utime(tmp_path / leftover, (time.time() - 7200,) * 2)
+    assert sorted(os.listdir(tmp_path)) == sorted([elsewhere.name, running.name, "a.json"]), "others may be writing those"
+    os.utime(elsewhere, (time.time() - 7200,) * 2)
     write_json(path, {"new": 3})
-    assert os.listdir(tmp_path) == ["a.json"]
+    assert sorted(os.listdir(tmp_path)) == sorted([running.name, "a.json"])
+
+
+def test_an_event_after_one_that_was_cut_off_has_a_line_of_its_own(tmp_path):
+    path = tmp_path / "events.jsonl"
+    checkpointing.append_event(path, event="a")
+    with path.open("a") as file:
+        file.write('{"event": "b')
+    checkpointing.append_event(path, event="c")
+    events = [line.rpartition("\"event\": ")[2] for line in path.read_text().splitlines()]
+    assert events == ['"a"}', '"b', '"c"}']
 
 
 def test_hashes_do_not_depend_on_the_order_of_keys():
@@ -214,7 +229,7 @@ def test_stale_cells_stop_the_run_unless_told_otherwise(tmp_path):
                                          r"data set changed\): choose another --output-dir, or give --rerun-stale"):
         store.clear({CELL: wanted}, [CELL], rerun_stale=False)
     assert store.path(CELL).exists()
-    assert store.clear({CELL: wanted}, [], rerun_stale=True) == [], "a cell that nobody asked for stays"
+    assert store.clear({CELL: wanted}, [], rerun_stale=False) == [], "a cell that nobody asked for stays"
     (line,) = store.clear({CELL: wanted}, [CELL], rerun_stale=True)
     assert "stale" in line and not store.path(CELL).exists() and (tmp_path / "set_aside" / "all_layers_stats.1.npz").exists()
 

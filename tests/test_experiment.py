@@ -456,8 +456,8 @@ def test_out_of_memory_on_the_device_halves_the_block_and_goes_on(run, place, mo
     assert status == 0 and max(sizes) == 40 and 10 in sizes and "WARNING: out of memory on cpu" in log
     assert cell_files(place, output="tight") == cell_files(place, output="enough")
     monkeypatch.setattr(representations, "describe", lambda w, names: (_ for _ in ()).throw(torch.OutOfMemoryError("pretended")))
-    with pytest.raises(torch.OutOfMemoryError):
-        run("--output-dir", "none", "--no-cache-features")
+    status, log = run("--output-dir", "none", "--no-cache-features")
+    assert status == 1 and "18 cells FAILED" in log and "OutOfMemoryError: pretended" in log
 
 
 @pytest.mark.parametrize("flags, reason", [
@@ -507,6 +507,66 @@ def test_layers_that_are_neither_attention_count_in_all_layers(run, place):
     assert results["all_layers_results"][0]["feature_dim"] == 16 * 7
 
 
+def test_a_later_command_keeps_what_an_earlier_one_reported(run, place, monkeypatch):
+    def broken(w):
+        raise FloatingPointError("did not converge")
+    with monkeypatch.context() as patch:
+        patch.setitem(representations.REPRESENTATIONS, "spectral", broken)
+        assert run("--representations", "spectral")[0] == 1
+    assert run("--representations", "stats")[0] == 0
+    failed = json.loads((folder(place) / "results.json").read_text())["failed_cells"]
+    assert [entry["error"] for entry in failed] == ["features of spectral: FloatingPointError: did not converge"] * 2
+    manifest = json.loads((folder(place) / "manifest.json").read_text())
+    assert manifest["cells_run"] == ["all_layers_stats", "visual_only_stats"]
+    assert [sorted(entry["cells_failed"]) for entry in manifest["earlier"]] == [["all_layers_spectral", "visual_only_spectral"]]
+    assert run("--representations", "spectral")[0] == 0
+    assert json.loads((folder(place) / "results.json").read_text())["failed_cells"] == []
+
+
+@pytest.mark.parametrize("how", ["full", "a file"])
+def test_a_cache_that_cannot_be_written_costs_a_warning_and_no_cell(run, place, monkeypatch, how):
+    time.sleep(2.2)    # the files are old enough for their identity to be remembered
+    if how == "a file":
+        (place / "cache").write_text("")
+    else:
+        from safetensors import SafetensorError
+        monkeypatch.setattr("safetensors.numpy.save_file", lambda *a, **k: (_ for _ in ()).throw(SafetensorError("No space left on device")))
+    status, log = run("--representations", "stats", "--cache-dir", "cache")
+    assert status == 0 and "WARNING: features of stats are not cached: " in log
+    assert ("WARNING: the content hash is not remembered" in log) == (how == "a file")
+
+
+def test_an_output_folder_that_cannot_be_made_is_bad_input(run, place):
+    (place / "file").write_text("")
+    status, log = run("--output-dir", "file")
+    assert status == 2 and "error: cannot write to file" in log and "another --output-dir" in log
+    status, log = run(dataset="2k")
+    assert status == 2 and not (place / "visual-ablation-results").exists()
+
+
+def test_without_locks_it_runs_and_says_so(run, place, monkeypatch):
+    def acquire(*arguments, **kwargs):
+        raise OSError(37, "No locks available")
+    monkeypatch.setattr("filelock.FileLock.acquire", acquire)
+    status, log = run("--representations", "stats")
+    assert status == 0 and "WARNING: no lock on" in log and len(visible(folder(place) / "checkpoints")) == 2
+
+
+def test_a_cell_that_another_process_finishes_meanwhile_is_not_run_again(run, place, monkeypatch):
+    run("--representations", "stats")
+    real = experiment.print_progress_summary
+    kept = snapshot(folder(place) / "checkpoints")
+
+    def finish_meanwhile(settings, missing):
+        shutil.move("away.json", folder(place) / "checkpoints" / "all_layers_stats.json")
+        real(settings, missing)
+    shutil.move(folder(place) / "checkpoints" / "all_layers_stats.json", "away.json")
+    monkeypatch.setattr(experiment, "print_progress_summary", finish_meanwhile)
+    monkeypatch.setattr("training.train_runs", never)
+    assert run("--representations", "stats")[0] == 0
+    assert snapshot(folder(place) / "checkpoints") == kept
+
+
 # --- processes
 
 
@@ -531,13 +591,15 @@ def test_signals_end_a_run_with_their_status_and_release_the_folder(place, numbe
     process.send_signal(number)
     rest = process.communicate(timeout=60)[0]
     assert process.returncode == status and f"Stopped by {number.name}" in rest and "Traceback" not in rest
-    again = start("--dry-run")
-    assert again.communicate(timeout=60) and again.returncode == 0
+    again = start("--hidden-dim", "8", "--representations", "stats", "--max-epochs", "1", "--num-runs", "1")
+    assert "another process" not in again.communicate(timeout=60)[0] and again.returncode == 0
     assert not list((place / "visual-ablation-results").rglob("*.tmp"))
 
 
 def test_under_nohup_a_hangup_is_ignored_and_the_log_has_whole_lines(place):
-    process = start("--num-runs", "1", "--hidden-dim", "8", "--max-epochs", "5", prefix=["nohup"], stdin=subprocess.DEVNULL)
+    lora_dataset(n=40).to_parquet("loras.parquet")     # datasets would draw a bar while it copies this
+    process = start("--num-runs", "1", "--hidden-dim", "8", "--max-epochs", "5", "--dataset", "loras.parquet", prefix=["nohup"],
+                    stdin=subprocess.DEVNULL, env={**os.environ, "HF_DATASETS_CACHE": str(place / "hf")})
     log = wait_for(process, "[1/18]")
     process.send_signal(signal.SIGHUP)
     log += process.communicate(timeout=120)[0]
@@ -580,6 +642,9 @@ def test_status_tells_what_is_finished_stale_and_damaged_and_moves_nothing(run, 
     before = snapshot(folder(place) / "checkpoints")
     status, log = run("--status", "--representations", "stats", "frequency")
     assert status == 0 and "All Layers Config:    1/2 completed, 1 remaining" in log and "all_layers_stats is damaged" in log
+    for change, words in ((["--split-seed", "7"], "split_seed was 42, is now 7"), (["--label-column", "group"], "label_column was category_label")):
+        status, log = run("--status", "--representations", "frequency", *change)
+        assert "Total Progress:       0/2 (0.0%)" in log and words in log
     status, log = run("--status", "--representations", "stats", "frequency", "--dropout", "0.1")
     assert status == 0 and "Total Progress:       0/4 (0.0%)" in log and "visual_only_stats is stale: dropout was 0.5, is now 0.1" in log
     assert snapshot(folder(place) / "checkpoints") == before
@@ -594,8 +659,9 @@ def test_dry_run_tells_what_would_run_why_and_what_it_needs(run, place):
     status, log = run("--dry-run", "--representations", "stats", "spectral", "--num-runs", "3")
     assert "all_layers_stats             stops the run, or runs with --rerun-stale: num_runs was 2, is now 3" in log
     status, log = run("--dry-run", dataset="100k")
-    assert "100000 rows, 128 layers, 39.86 GB of weights" in log and "4.61 GB features" in log and "39.86 GB Arrow copy" in log
-    assert "not on this machine" in run("--dry-run", dataset="someone/their-loras")[1]
+    assert "100000 rows, 128 layers, 39.86 GB of weights" in log and "4.61 GB features" in log
+    assert "39.86 GB Arrow copy" in log and "39.86 GB download" in log
+    assert "not known before the download" in run("--dry-run", dataset="someone/their-loras")[1]
     assert run("--dry-run", dataset="2k")[0] == 2
 
 
@@ -608,11 +674,22 @@ def test_silence_is_broken_by_a_whole_line(capsys, monkeypatch):
     with experiment.Progress(128, "layers") as progress:
         progress.advance(80)
         time.sleep(3)
-    with experiment.Progress(None, "hashing the weights"):
+    with experiment.Progress(10, "runs") as progress:
+        progress.note = "epoch 7"
+        time.sleep(2)
+    with experiment.Progress(None, "loading"):
         time.sleep(2)
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("Progress: 80/128 layers | Rate: ") and " layers/s | ETA: " in lines[0]
-    assert any(line.startswith("Progress: hashing the weights | ") for line in lines)
+    assert any(line.startswith("Progress: 0/10 runs | ") and line.endswith("| epoch 7") for line in lines)
+    assert any(line.startswith("Progress: loading | ") for line in lines)
+
+
+def test_slow_work_has_a_rate_too():
+    progress = experiment.Progress(10, "runs")
+    progress.started -= 1000
+    progress.advance(2)
+    assert progress.line() == "Progress: 2/10 runs | Rate: 7.2 runs/h | ETA: 1h06m"
 
 
 @pytest.mark.parametrize("seconds, text", [(0, "0s"), (6.4, "6s"), (130, "2m10s"), (3900, "1h05m"), (-1, "0s")])

@@ -1,5 +1,6 @@
 """Names, columns, labels and splits: the Arrow path against the formatter, and everything that must be refused."""
 
+import os
 import shutil
 
 import numpy as np
@@ -278,10 +279,12 @@ def test_every_local_form(tmp_path, form, layout):
     seen = survey(str(path))
     assert seen.rows == 24
     assert seen.shapes == [(layer, data.matrices[layer].rows, data.matrices[layer].cols) for layer in data.layers]
-    assert (seen.copied_bytes > 0) == (not form.startswith("disk"))
+    assert seen.copied == (not form.startswith("disk")) and not seen.downloaded
     if form in ("disk dict", "hub folder"):
         test = load_lora_data(str(path), data_split="test")
         assert np.array_equal(test.read_layer(LAYER, 0, 24).numpy(), lora_columns(seed=5)[LAYER])
+        assert survey(str(path), "test").rows == 24
+        assert form == "disk dict" or survey(str(path), "test[:50%]").rows == 24
         with pytest.raises(InputError, match="validation"):
             load_lora_data(str(path), data_split="validation")
 
@@ -290,8 +293,41 @@ def test_several_splits_without_train_must_be_chosen_from(tmp_path):
     DatasetDict(a=lora_dataset(), b=lora_dataset()).save_to_disk(tmp_path / "two")
     with pytest.raises(InputError, match="several splits and none is 'train': give --data-split, one of a, b"):
         load_lora_data(str(tmp_path / "two"))
+    with pytest.raises(InputError, match="several splits and none is 'train'"):
+        survey(str(tmp_path / "two"))
     DatasetDict(only=lora_dataset()).save_to_disk(tmp_path / "one")
     assert load_lora_data(str(tmp_path / "one")).num_rows == 24
+
+
+def test_a_survey_refuses_what_a_run_would_refuse(tmp_path):
+    (tmp_path / "broken.parquet").write_bytes(b"PAR1 not really")
+    lora_dataset().save_to_disk(tmp_path / "cut")
+    (file,) = (tmp_path / "cut").glob("*.arrow")
+    file.write_bytes(file.read_bytes()[:3000])
+    (tmp_path / "empty").mkdir()
+    for name, reason in (("broken.parquet", "cannot read"), ("cut", "cannot read"), ("empty", "holds no Parquet or Arrow")):
+        with pytest.raises(InputError, match=reason):
+            survey(str(tmp_path / name))
+        with pytest.raises(InputError):
+            load_lora_data(str(tmp_path / name))
+
+
+def test_splits_in_folders_are_told_apart(tmp_path):
+    for split, seed in (("train", 0), ("test", 5)):
+        (tmp_path / split).mkdir()
+        lora_dataset(seed=seed).to_parquet(tmp_path / split / "0.parquet")
+    assert survey(str(tmp_path)).rows == load_lora_data(str(tmp_path)).num_rows == 24
+
+
+def test_a_file_replaced_with_the_same_time_stamp_is_read_anew(tmp_path):
+    """As `cp -p`, rsync and tar do; the cache of `datasets` would answer with the old rows."""
+    path = tmp_path / "loras.parquet"
+    lora_dataset().to_parquet(path)
+    before = load_lora_data(str(path)).content_hash()
+    stat = path.stat()
+    lora_dataset(seed=4).to_parquet(path)
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert load_lora_data(str(path)).content_hash() != before
 
 
 def test_surveys_of_what_is_not_a_local_file():
@@ -318,6 +354,12 @@ def test_the_content_hash_sees_weights_and_names_and_nothing_else(tmp_path):
     assert from_dataset(lora_dataset(layout="float64"), "x").content_hash() != base
     assert from_dataset(lora_dataset(n=23), "x").content_hash() != base
     assert from_dataset(lora_dataset().rename_column(LAYER, LAYER.replace("to_q", "to_k").replace("to_v", "to_w")), "x").content_hash() != base
+    shapes = [{"rank": 2, "width": 6}, {"rank": 6, "width": 2}, {"rank": 3, "width": 4}]    # the same twelve weights a row
+    hashes = set()
+    for shape in shapes:
+        columns = {LAYER: lora_columns(**shape)[LAYER].tolist(), "category_label": ["x", "y"] * 12}
+        hashes.add(from_dataset(Dataset.from_dict(columns), "x").content_hash())
+    assert len(hashes) == 3
     rows = lora_dataset().to_dict()
     rows[LAYER][11][1][2] += 1e-3
     assert from_dataset(Dataset.from_dict(rows, features=lora_dataset().features), "x").content_hash() != base

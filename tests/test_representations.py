@@ -2,6 +2,7 @@
 
 import numpy as np
 import oracles
+import representations
 import pytest
 import torch
 from hypothesis import given, settings
@@ -13,12 +14,13 @@ from representations import REPRESENTATIONS, Layer
 
 NAMES = list(REPRESENTATIONS)
 SHAPES = [(1, 320), (320, 1), (1280, 1), (2, 64), (64, 2), (4, 320), (64, 64), (48, 17), (1, 1), (1, 2), (3, 7), (1, 25)]
-KINDS = ["normal", "offset", "uniform", "heavy", "tiny", "large", "integers"]
+KINDS = ["normal", "offset", "uniform", "heavy", "tiny", "large", "integers", "wave", "shared base"]
 
 
 def draw(kind, n, rows, cols, seed=0):
     rng = np.random.default_rng([seed, rows, cols])
     shape = (n, rows, cols)
+    entry = np.arange(rows * cols).reshape(rows, cols)
     w = {
         "normal": lambda: rng.normal(size=shape),
         "offset": lambda: 3 + 0.5 * rng.normal(size=shape),
@@ -27,6 +29,8 @@ def draw(kind, n, rows, cols, seed=0):
         "tiny": lambda: 1e-6 * rng.normal(size=shape),
         "large": lambda: 1e12 * rng.normal(size=shape),
         "integers": lambda: rng.integers(-4, 9, shape),        # ties, and entries on the edges of histogram bins
+        "wave": lambda: 1000 * np.cos(0.7 * entry) + rng.normal(size=shape),            # one FFT bin far above the others
+        "shared base": lambda: rng.normal(size=(rows, cols)) + 1e-3 * rng.normal(size=shape),   # rows that differ by little
     }[kind]()
     return w.astype(np.float32)
 
@@ -217,6 +221,30 @@ def test_runs_on_a_device_that_is_not_the_cpu(name, shape):
         out = REPRESENTATIONS[name](torch.empty(7, *shape, device="meta"))
     assert out.device.type == "meta" and out.dtype == torch.float32
     assert out.shape == (7, project.REPRESENTATIONS[name].width)
+
+
+def test_many_matrices_are_decomposed_in_batches(monkeypatch):
+    w = torch.from_numpy(draw("normal", 10, 4, 9))
+    whole = Layer(w).singular_values
+    monkeypatch.setattr(representations, "EIGH_BATCH", 3)
+    assert torch.equal(Layer(w).singular_values, whole)
+
+
+def test_describe_shares_work_names_failures_and_leaves_out_of_memory_to_the_caller(monkeypatch):
+    w = torch.from_numpy(draw("normal", 10, 4, 9))
+    monkeypatch.setitem(representations.SLICE_WEIGHTS, "cpu", 100)
+
+    def fails(message):
+        def function(layer):
+            raise RuntimeError(message)
+        return function
+    monkeypatch.setitem(REPRESENTATIONS, "stats", fails("did not converge"))
+    found, failed = representations.describe(w, ["simple_stats", "stats", "spectral"])
+    assert set(found) == {"simple_stats", "spectral"} and str(failed["stats"]) == "did not converge"
+    assert torch.allclose(found["spectral"], REPRESENTATIONS["spectral"](w))
+    monkeypatch.setitem(REPRESENTATIONS, "stats", fails("CUFFT_ALLOC_FAILED"))
+    with pytest.raises(torch.OutOfMemoryError):
+        representations.describe(w, ["stats"])
 
 
 def test_torchs_sort_gives_what_numpys_does():

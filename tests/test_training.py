@@ -14,6 +14,7 @@ from lora_data import Split
 from settings import InputError, TrainingSettings
 from training import TrainingError, standardise, train_packed, train_runs, train_sequential
 
+SILENT = (lambda run, number: None, lambda run: None)
 SMALL = TrainingSettings(num_runs=3, hidden_dim=24, batch_size=16, max_epochs=40, dropout=0.0, trainer="sequential")
 
 
@@ -34,7 +35,7 @@ def tensors(x, labels, split):
 
 def run_both(settings, **kwargs):
     x, labels, split = problem(**kwargs)
-    arguments = (*tensors(x, labels, split), 3, settings, lambda run, number: None)
+    arguments = (*tensors(x, labels, split), 3, settings, *SILENT)
     return train_sequential(*arguments), train_packed(*arguments)
 
 
@@ -65,7 +66,7 @@ def test_packed_equals_sequential_in_float64(overrides):
 def test_sequential_equals_a_loop_written_from_the_definition():
     x, labels, split = problem()
     x, y, parts = tensors(x, labels, split)
-    runs = train_sequential(x, y, parts, 3, SMALL, lambda run, number: None)
+    runs = train_sequential(x, y, parts, 3, SMALL, *SILENT)
     for run in runs:
         order = training.batch_order(run.seed)
         def batches(epoch, order=order):
@@ -83,13 +84,15 @@ def test_sequential_equals_a_loop_written_from_the_definition():
 def test_the_best_epoch_is_scored_and_not_the_last(trainer):
     x, labels, split = problem(noise=4.0)
     x, y, parts = tensors(x, labels, split)
-    for run in trainer(x, y, parts, 3, SMALL, lambda run, number: None):
+    runs = trainer(x, y, parts, 3, SMALL, *SILENT)
+    assert all(run.best_epoch < len(run.val_accuracy) for run in runs), "the best epoch was not to be the last in this test"
+    for run in runs:
         epochs = len(run.val_accuracy)
-        assert run.best_epoch < epochs and epochs - run.best_epoch == SMALL.patience or epochs == SMALL.max_epochs
+        assert epochs in (run.best_epoch + SMALL.patience, SMALL.max_epochs)
         assert run.val_accuracy.index(max(run.val_accuracy)) == run.best_epoch - 1       # ties: the earliest
         # Trained for just so long, the same seed ends in that very state: train, val and test must be predicted by it.
         shorter = dataclasses.replace(SMALL, num_runs=1, seed=run.seed, max_epochs=run.best_epoch)
-        (again,) = trainer(x, y, parts, 3, shorter, lambda run, number: None)
+        (again,) = trainer(x, y, parts, 3, shorter, *SILENT)
         for part in training.PARTS:
             assert np.array_equal(run.predictions[part], again.predictions[part])
         accuracy = (run.predictions["val"] == labels[split.val]).mean()
@@ -135,6 +138,38 @@ def test_a_packed_run_does_not_depend_on_how_many_run_beside_it():
     three = train_runs(x, labels, split, 3, settings).runs
     one = train_runs(x, labels, split, 3, dataclasses.replace(settings, num_runs=1, seed=44)).runs
     assert np.allclose(three[2].train_loss, one[0].train_loss, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("trainer", ["sequential", "packed"])
+def test_dropout_comes_from_the_runs_own_seed(trainer, monkeypatch):
+    x, labels, split = problem(dtype=torch.float32)
+    settings = dataclasses.replace(SMALL, trainer=trainer, dropout=0.5, max_epochs=1)
+    real = training.build_model
+    monkeypatch.setattr(training, "build_model", lambda seed, *rest: real(1, *rest))
+    monkeypatch.setattr(training, "batch_order", lambda seed: torch.Generator().manual_seed(1))
+    losses = [run.train_loss[0] for run in train_runs(x, labels, split, 3, settings).runs]
+    assert len(set(losses)) == 3
+    undropped = [run.train_loss[0] for run in train_runs(x, labels, split, 3, dataclasses.replace(settings, dropout=0.0)).runs]
+    assert max(undropped) - min(undropped) < 1e-5
+
+
+@pytest.mark.parametrize("trainer", ["sequential", "packed"])
+def test_rows_keep_their_places_when_predicted_in_pieces(trainer, monkeypatch):
+    x, labels, split = problem(dtype=torch.float32)
+    settings = dataclasses.replace(SMALL, trainer=trainer, max_epochs=8)
+    whole = train_runs(x, labels, split, 3, settings).runs
+    monkeypatch.setattr(training, "EVAL_ROWS", 7)
+    for ours, theirs in zip(train_runs(x, labels, split, 3, settings).runs, whole, strict=True):
+        for part in training.PARTS:
+            assert np.array_equal(ours.predictions[part], theirs.predictions[part])
+
+
+def test_tf32_is_switched_on_for_the_training_only():
+    with training.arithmetic("tf32"):
+        assert torch.get_float32_matmul_precision() == "high"
+    with training.arithmetic("float32"):
+        assert torch.get_float32_matmul_precision() == "highest"
+    assert torch.get_float32_matmul_precision() == "highest"
 
 
 def test_dropout_is_torchs_in_distribution():
@@ -280,6 +315,6 @@ def test_a_training_step_runs_on_a_device_that_is_not_the_cpu():
         masks = torch.empty(3, 3, 16, 24, dtype=torch.bool, device="meta")
         logits = pack.logits(x[rows], True, masks)
         F.cross_entropy(logits.flatten(0, 1), y[rows].flatten(), reduction="none").view(3, 16).mean(1).sum().backward()
-        pack.step([1e-3, 1e-3, 5e-4])
+        pack.step(torch.empty(3, device="meta"))
         pack.keep([0, 2])
         assert pack.predict(x).shape == (2, 30) and pack.predict(x).device.type == "meta"
