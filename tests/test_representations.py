@@ -2,13 +2,13 @@
 
 import numpy as np
 import oracles
-import representations
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+import representations
 import settings as project
 from representations import REPRESENTATIONS, Layer
 
