@@ -20,6 +20,7 @@ import argparse
 import collections
 import csv
 import fnmatch
+import hashlib
 import json
 import os
 import re
@@ -40,7 +41,7 @@ from datasets import Features, List, Value
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from arrow_folder import arrow_matrices, finish_folder, write_shard  # noqa: E402
-from checkpointing import Held, hash_of, holding, write_json  # noqa: E402
+from checkpointing import Held, holding, write_json  # noqa: E402
 from lora_data import attention_kind  # noqa: E402
 from lora_files import BadFile, Layout, read_adapter, survey_file  # noqa: E402
 from settings import ATTENTION_KINDS, InputError  # noqa: E402
@@ -498,8 +499,8 @@ def finished(shard: Path, marker: Path) -> dict | None:
 
 
 def hash_of_file(path: Path) -> str:
-    with pa.memory_map(str(path)) as source:
-        return hash_of(source.read_buffer())
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
 
 
 def tables(arguments: argparse.Namespace, plan: Plan, labels: Labels, names: list[str], record: dict, progress: Progress) -> Iterator[pa.Table]:
