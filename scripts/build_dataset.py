@@ -40,6 +40,8 @@ import xxhash
 from datasets import Features, List, Value
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from progress import Progress  # noqa: E402
+
 from arrow_folder import arrow_matrices, finish_folder, write_shard  # noqa: E402
 from checkpointing import Held, holding, write_json  # noqa: E402
 from lora_data import attention_kind  # noqa: E402
@@ -49,7 +51,6 @@ from settings import ATTENTION_KINDS, InputError  # noqa: E402
 VERSION = 1                   # raise it whenever the same inputs give another data set
 SHARD_BYTES = 256_000_000     # of weights; what a kill can cost
 BATCH_BYTES = 32_000_000      # of weights held in memory at a time
-SECONDS_A_LINE = 10.0         # between two lines of progress
 NAMED = 20                    # bad files named in an error; all of them are in build.json
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -487,7 +488,7 @@ def write_shards(arguments: argparse.Namespace, plan: Plan, labels: Labels, work
             record["rows"] = write_shard(shard, plan.features.arrow_schema, tables(arguments, plan, labels, names, record, progress))
             write_json(marker, {**record, "hash": hash_of_file(shard)})
         yield record
-    progress.finish()
+    progress.line()
 
 
 def finished(shard: Path, marker: Path) -> dict | None:
@@ -549,34 +550,6 @@ def read_row(arguments: argparse.Namespace, plan: Plan, labels: Labels, name: st
 
 
 # --- what is said
-
-
-class Progress:
-    """A line with rate and time left, at most every SECONDS_A_LINE and at the end of work that took so long."""
-
-    def __init__(self, total: int, unit: str):
-        self.total, self.unit = total, unit
-        self.done = self.skipped = 0
-        self.began = self.last = time.monotonic()
-
-    def skip(self, amount: int) -> None:
-        """Count what an earlier build has done, without crediting this one with its speed."""
-        self.done += amount
-        self.skipped += amount
-
-    def advance(self) -> None:
-        self.done += 1
-        if time.monotonic() - self.last > SECONDS_A_LINE:
-            self.line()
-
-    def line(self) -> None:
-        self.last = time.monotonic()
-        rate = (self.done - self.skipped) / max(self.last - self.began, 1e-9)
-        left = f"{(self.total - self.done) / rate:.0f}s" if rate else "unknown"
-        say(f"Progress: {self.done}/{self.total} {self.unit} | Rate: {rate:.1f} {self.unit}/s | ETA: {left}")
-
-    def finish(self) -> None:
-        self.line()
 
 
 def print_summary(arguments: argparse.Namespace, plan: Plan, inputs: Inputs, summary: dict, seconds: float) -> None:

@@ -687,7 +687,7 @@ def test_two_builders_of_one_output(place, build):
 
 
 def test_progress_has_rate_and_time_left(place, build, monkeypatch):
-    monkeypatch.setattr(build_dataset, "SECONDS_A_LINE", 0.0)
+    monkeypatch.setattr("progress.SECONDS_A_LINE", 0.0)
     make_files(place / "in")
     said = build("in")[1]
     assert re.search(r"Progress: 3/6 files \| Rate: [\d.]+ files/s \| ETA: \d+s", said)
