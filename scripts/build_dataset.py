@@ -94,7 +94,7 @@ def build(arguments: argparse.Namespace, work: Path) -> None:
         return
     say(f"{len(plan.kept)} files to read, {len(plan.layout.columns)} layers of rank {plan.rank}, {plan.row_bytes * len(plan.kept) / 1e9:.2f} GB "
         f"of weights; labels from {labels.kind}")
-    clear_foreign(work, plan.fingerprint)
+    prepare(work, plan.fingerprint)
     records = list(write_shards(arguments, plan, labels, work))
     bad = plan.bad + [tuple(entry) for record in records for entry in record["bad"]]
     names = [record["name"] for record in records if record["rows"]]
@@ -459,9 +459,11 @@ def refuse_bad(arguments: argparse.Namespace, bad) -> None:
 # --- writing
 
 
-def clear_foreign(work: Path, fingerprint: str) -> None:
-    """Drop what an unfinished build of other files, or with other options, left in the work folder."""
+def prepare(work: Path, fingerprint: str) -> None:
+    """Drop what a killed build was writing, and the shards of an unfinished build of other files or with other options."""
     marker = work / "plan.json"
+    for half_written in [*work.glob(".*.tmp"), *work.glob("set/.*.tmp")]:   # nobody writes there now: this process holds the folder
+        half_written.unlink()
     if marker.is_file() and json.loads(marker.read_text(encoding="utf-8")) != {"fingerprint": fingerprint}:
         say("an unfinished build of other files, or with other options, is dropped")
         shutil.rmtree(work / "set", ignore_errors=True)
