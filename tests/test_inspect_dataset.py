@@ -171,6 +171,7 @@ def test_an_unknown_group_column_is_refused():
 def test_down_that_is_its_initialisation_is_called_so(plain):
     found = plain["initialisation"]
     assert found["std_is_that_of"] == "gaussian" and not found["rows_are_correlated"] and not plain["class_signal"]["down"]["significant"]
+    assert abs(plain["class_signal"]["down"]["direction"]["within_minus_between"]) < 0.005     # a row is not compared with itself
     assert abs(found["between_rows"]["mean"]) < 0.003 and found["between_rows"]["pairs"] == N * (N - 1) // 2
     assert said(plain, "`down` looks like its gaussian initialisation and nothing else")
 
@@ -333,6 +334,17 @@ def test_planted_constant_columns(plain):
     only = planted()
     downs(only)[2][:, 0, 0] = 50
     assert look(only)["representations"]["simple_stats"]["constant"] == {"a_layer": 1 / 8, "in_every_layer": [], "in_some_layers": ["max"]}
+
+
+def test_constant_rounding_and_varying_columns_over_several_blocks():
+    rng = np.random.default_rng(0)
+    x = np.stack([np.full(40, 3.0), 3 + 1e-7 * rng.normal(size=40), rng.normal(size=40), np.r_[1.0, np.full(39, 2.0)]], axis=1)
+    moments = inspect_dataset.Moments()
+    for block in np.split(x, 4):
+        moments.add(block)
+    assert moments.constant().tolist() == [True, False, False, False] and moments.rounding().tolist() == [False, True, False, False]
+    which = np.array([2, 3])
+    np.testing.assert_allclose(moments.correlations(which), np.corrcoef(x[:, which].T), atol=1e-12)
 
 
 def test_a_column_that_is_only_rounding():
