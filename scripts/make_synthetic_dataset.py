@@ -9,7 +9,6 @@ one written by save_to_disk. Rows depend on --seed and their number alone, not o
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import sys
 import time
@@ -20,6 +19,7 @@ import pyarrow as pa
 from datasets import Array2D, ClassLabel, Features, List, Value
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from arrow_folder import arrow_matrices, finish_folder, write_shard  # noqa: E402
 from lora_data import attention_kind, sd15_shapes  # noqa: E402
 
 SHARD_BYTES = 500_000_000
@@ -35,16 +35,6 @@ def features_of(shapes: list[tuple[str, int, int]], layout: str) -> Features:
 
     columns = {layer: matrix(rows, cols) for layer, rows, cols in shapes}
     return Features(columns | {"category_label": ClassLabel(names=[f"class_{i}" for i in range(NUM_CLASSES)])})
-
-
-def arrow_matrices(weights: np.ndarray, layout: str) -> pa.Array:
-    """(n, rows, cols) float32 as a column, over the same memory."""
-    n, rows, cols = weights.shape
-    flat = pa.array(weights.reshape(-1))
-    if layout == "fixed":
-        return pa.FixedSizeListArray.from_arrays(pa.FixedSizeListArray.from_arrays(flat, cols), rows)
-    inner = pa.ListArray.from_arrays(np.arange(0, n * rows + 1, dtype=np.int32) * cols, flat)
-    return pa.ListArray.from_arrays(np.arange(0, n + 1, dtype=np.int32) * rows, inner)
 
 
 def make_shard(start: int, stop: int, seed: int, shapes, layout: str, kinds: tuple[str, ...], strength: float, schema: pa.Schema) -> pa.Table:
@@ -91,13 +81,9 @@ def main() -> None:
     for name, start in zip(names, starts, strict=True):
         stop = min(start + shard_rows, arguments.rows)
         table = make_shard(start, stop, arguments.seed, shapes, arguments.layout, SIGNAL_KINDS[arguments.signal], arguments.strength, schema)
-        with pa.OSFile(str(arguments.output / name), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
-            writer.write_table(table, max_chunksize=1000)                 # as datasets' own writer
+        write_shard(arguments.output / name, schema, [table])
         print(f"{stop}/{arguments.rows} rows, {time.perf_counter() - began:.1f}s", flush=True)
-    (arguments.output / "dataset_info.json").write_text(json.dumps({"features": features.to_dict()}))
-    state = {"_data_files": [{"filename": name} for name in names], "_fingerprint": f"synthetic-{arguments.seed}", "_format_columns": None,
-             "_format_kwargs": {}, "_format_type": None, "_output_all_columns": False, "_split": "train"}
-    (arguments.output / "state.json").write_text(json.dumps(state))
+    finish_folder(arguments.output, features, names, f"synthetic-{arguments.seed}")
 
 
 if __name__ == "__main__":

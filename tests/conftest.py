@@ -1,7 +1,7 @@
-"""Shared by all tests: the project's root on the path."""
+"""Shared by all tests: the project's root and its scripts on the path."""
 
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
