@@ -40,12 +40,12 @@ import xxhash
 from datasets import Features, List, Value
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from arrow_folder import arrow_matrices, finish_folder, write_shard  # noqa: E402
+from lora_files import BadFile, Layout, read_adapter, survey_file  # noqa: E402
 from progress import Progress  # noqa: E402
 
-from arrow_folder import arrow_matrices, finish_folder, write_shard  # noqa: E402
 from checkpointing import Held, holding, write_json  # noqa: E402
 from lora_data import attention_kind  # noqa: E402
-from lora_files import BadFile, Layout, read_adapter, survey_file  # noqa: E402
 from settings import ATTENTION_KINDS, InputError  # noqa: E402
 
 VERSION = 1                   # raise it whenever the same inputs give another data set

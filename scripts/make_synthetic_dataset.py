@@ -20,6 +20,7 @@ from datasets import Array2D, ClassLabel, Features, List, Value
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from arrow_folder import arrow_matrices, finish_folder, write_shard  # noqa: E402
+
 from lora_data import attention_kind, sd15_shapes  # noqa: E402
 
 SHARD_BYTES = 500_000_000

@@ -14,15 +14,15 @@ import build_dataset
 import numpy as np
 import pytest
 import torch
+from arrow_folder import arrow_matrices
 from conftest import ROOT
+from lora_files import BadFile, dotted, parse_key, read_adapter, survey_file
 from make_adapter_files import random_matrices, write_adapter
 from safetensors.numpy import load_file, save_file
 from safetensors.torch import save_file as save_torch_file
 
 import visual_ablation_experiment as experiment
-from arrow_folder import arrow_matrices
 from lora_data import attention_kind, is_layer, load_lora_data
-from lora_files import BadFile, dotted, parse_key, read_adapter, survey_file
 
 BLOCK = "unet.down_blocks.0.attentions.0.transformer_blocks.0"
 MODULES = {f"{BLOCK}.attn1.to_q": (8, 8), f"{BLOCK}.attn2.to_v": (8, 6), f"{BLOCK}.ff.net.0.proj": (16, 8),
