@@ -5,8 +5,8 @@ import sys
 
 import pytest
 import torch
-
 from conftest import ROOT
+
 from lora_data import load_lora_data
 
 
