@@ -52,13 +52,13 @@ class Recipe:
     """Everything that the weights of one LoRA depend on, besides its number."""
 
     prompt: str = "neutral"           # neutral: one context for all; named: the digit's own
-    rank: int = 1
-    steps: tuple[int, ...] = (40, 60, 80)   # a LoRA's number of steps is one of these
-    images: tuple[int, ...] = (4, 6, 8)     # and so is its number of images
-    groups: int = 4                   # k-means clusters of each digit's images
+    rank: int = 2
+    steps: tuple[int, ...] = (54, 60, 66)   # a LoRA's number of steps is one of these
+    images: tuple[int, ...] = (6, 8, 10)    # and so is its number of images
+    groups: int = 2                   # k-means clusters of each digit's images
     learning_rate: float = 1e-2
     batch_size: int = 8
-    pretrain_steps: int = 1500
+    pretrain_steps: int = 300
     pretrain_batch: int = 32
     seed: int = 0
 
@@ -70,7 +70,7 @@ class Plan(NamedTuple):
     group: int
     images: np.ndarray   # which of the 1,797
     steps: int
-    seed: int            # of its initial weights, batches, noise levels and noise
+    seed: int            # of its initial weights and batches
 
     @property
     def category_label(self) -> str:
@@ -197,19 +197,24 @@ class Draws(NamedTuple):
 
 
 def draw(plan: Plan, unet: UNet2DConditionModel, recipe: Recipe) -> Draws:
-    """`down` is Gaussian with std 1/rank and `up` is zero, as peft's init_lora_weights="gaussian"."""
+    """`down` is Gaussian with std 1/rank and `up` is zero, as peft's init_lora_weights="gaussian".
+
+    Noise levels and noise are one sequence for all LoRAs, so that these differ by their images and initial weights alone:
+    with a sequence each, so short a training tells more about its noise than about its images.
+    """
     generator = torch.Generator().manual_seed(plan.seed)
     loras = {}
     for module in lora_modules(unet):
         out_features, in_features = unet.get_submodule(module).weight.shape
         loras[column_of(module, "down")] = torch.randn(recipe.rank, in_features, generator=generator) / recipe.rank
         loras[column_of(module, "up")] = torch.zeros(out_features, recipe.rank)
-    size = (plan.steps, recipe.batch_size)
+    common = torch.Generator().manual_seed(recipe.seed)
+    size = (max(plan.steps, *recipe.steps), recipe.batch_size)
     return Draws(
         loras,
-        torch.randint(len(plan.images), size, generator=generator),
-        torch.randint(NOISE_LEVELS, size, generator=generator),
-        torch.randn(*size, 1, 8, 8, generator=generator),
+        torch.randint(len(plan.images), size, generator=generator)[:plan.steps],
+        torch.randint(NOISE_LEVELS, size, generator=common)[:plan.steps],
+        torch.randn(*size, 1, 8, 8, generator=common)[:plan.steps],
     )
 
 
@@ -311,7 +316,7 @@ class ProgressLines:
         return self
 
     def __exit__(self, *exception) -> None:
-        if exception[0] is None:
+        if exception[0] is None and self.total:
             self.print()
 
     def advance(self, amount: int = 1) -> None:
