@@ -318,16 +318,20 @@ def encode_labels(dataset: Dataset, column: str, name: str) -> tuple[np.ndarray,
 
 
 FILE_FORMATS = {".parquet": "parquet", ".arrow": "arrow"}
+EMBEDDED = {"digits": Path(__file__).resolve().parent / "data" / "digits.parquet"}   # made by scripts/build_digits_dataset.py
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 def resolve_name(name: str) -> tuple[str, str]:
     """What kind of data set a name means: ("generated", name), ("disk" | "files", path) or ("hub", id).
 
-    An alias is the Hub's; a folder of that name is written as a path, ./1k. Raises InputError for anything else.
+    An alias is the Hub's, `digits` the file beside this module; a folder of such a name is written as a path, ./1k. Raises
+    InputError for anything else.
     """
     if name == "sanity-check":
         return "generated", name
+    if name in EMBEDDED:
+        return "files", str(EMBEDDED[name])
     if name in ALIASES:
         return "hub", ALIASES[name]
     path = Path(name).expanduser()

@@ -61,7 +61,7 @@ ALIASES = {
     "small": "jacekduszenko/weights-dataset-small",
 }
 DATASET_NAMES = (
-    "1k, 10k, 50k, 100k, small, sanity-check, a folder written by save_to_disk, "
+    "1k, 10k, 50k, 100k, small, digits, sanity-check, a folder written by save_to_disk, "
     "a file or folder of Parquet or Arrow, or owner/name on the Hub"
 )
 
@@ -137,7 +137,7 @@ class TrainingSettings:
 class Settings:
     """What to read, what to compute, where to put it. `training` holds the rest."""
 
-    dataset: str = setting("sanity-check", f"data set: {DATASET_NAMES}")
+    dataset: str = setting("digits", f"data set: {DATASET_NAMES}")
     data_split: str = setting("", "split of the data set to read (default: train, or the only one there is)")
     revision: str = setting("", "branch, tag or commit of a data set on the Hub")
     label_column: str = setting("category_label", "column that holds the class: strings, integers or ClassLabel")

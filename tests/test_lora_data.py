@@ -8,6 +8,7 @@ import pyarrow as pa
 import pytest
 import torch
 from builders import LAYOUTS, lora_columns, lora_dataset
+from conftest import ROOT
 from datasets import Array3D, Dataset, DatasetDict, Features, List, Value, concatenate_datasets
 
 import lora_data
@@ -214,7 +215,7 @@ def test_ten_rows_or_fewer_are_not_divided():
 
 def test_names_that_mean_nothing_are_refused_with_what_would_do(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(InputError, match="unknown dataset '2k': use 1k, 10k, 50k, 100k, small, sanity-check, a folder written by save_to_disk"):
+    with pytest.raises(InputError, match="unknown dataset '2k': use 1k, 10k, 50k, 100k, small, digits, sanity-check, a folder written"):
         load_lora_data("2k")
     with pytest.raises(InputError, match="no such file or folder: './1k'"):
         load_lora_data("./1k")
@@ -228,11 +229,14 @@ def test_names_that_mean_nothing_are_refused_with_what_would_do(tmp_path, monkey
         load_lora_data("sanity-check", revision="main")
 
 
-def test_an_alias_is_the_hubs_even_where_a_folder_has_its_name(tmp_path, monkeypatch):
+def test_an_alias_is_the_hubs_or_embedded_even_where_a_folder_has_its_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     lora_dataset().save_to_disk("1k")
     assert lora_data.resolve_name("1k") == ("hub", "jacekduszenko/lora-ws-1k")
     assert lora_data.resolve_name("./1k") == ("disk", "1k")
+    lora_dataset().save_to_disk("digits")
+    assert lora_data.resolve_name("digits") == ("files", str(ROOT / "data" / "digits.parquet"))
+    assert lora_data.resolve_name("./digits") == ("disk", "digits")
     assert lora_data.resolve_name("someone/their-loras") == ("hub", "someone/their-loras")
     assert load_lora_data("./1k").num_rows == 24
 

@@ -16,6 +16,7 @@ def test_the_defaults_are_the_published_ones():
         "num_runs": 10, "seed": 42, "hidden_dim": 512, "dropout": 0.5, "batch_size": 64, "learning_rate": 1e-3, "weight_decay": 1e-4,
         "max_epochs": 300, "patience": 15, "trainer": "auto", "precision": "float32",
     }
+    assert Settings().dataset == "digits"   # the origin has no default: this one needs no network
     assert Settings().output_dir == "visual-ablation-results" and Settings().cache_dir == ".feature_cache" and Settings().cache_features
     assert len(Settings().cells) == 18 and Settings().cells[-1].name == "visual_only_ensemble"
 
@@ -113,6 +114,8 @@ def test_every_setting_is_a_flag_with_help(capsys):
         assert flag in text
 
 
-@pytest.mark.parametrize("dataset, name", [("50k", "50k"), ("a/b-c", "b-c"), ("./x/loras/", "loras"), ("x.parquet", "x.parquet")])
+@pytest.mark.parametrize("dataset, name", [
+    ("50k", "50k"), ("digits", "digits"), ("a/b-c", "b-c"), ("./x/loras/", "loras"), ("x.parquet", "x.parquet"),
+])
 def test_the_output_folder_ends_in_the_last_part_of_the_name(dataset, name):
     assert experiment.output_folder(Settings(dataset=dataset)) == Path("visual-ablation-results") / f"visual_ablation_{name}"
