@@ -578,6 +578,7 @@ class Parser(argparse.ArgumentParser):
 
 def find_device(name: str) -> str:
     """`auto` made definite. Raises InputError for a device that is not there."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")   # or cuBLAS may sum in another order when a command is run again
     import torch
 
     if name == "auto":
