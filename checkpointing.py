@@ -300,7 +300,7 @@ class ResultStore:
             record = self.load(cell)
         except FileNotFoundError:
             return State("damaged", "its predictions are missing")
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, RecursionError) as error:
             return State("damaged", str(error) or type(error).__name__)
         changed = differences({**record.get("asked", {}), **record["made_with"]}, wanted)
         return State("stale", "; ".join(changed)) if changed else State("done")

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import glob
 import logging
 import re
 from collections.abc import Callable
@@ -147,6 +148,7 @@ class LoraData:
     split: Split
     files: list[str] = field(default_factory=list)   # what the rows are mapped from; empty for generated rows
     identity: str = ""               # content hash of the layers, once known
+    stamps: list = field(default_factory=list)       # of the files, from before they were hashed
 
     @property
     def num_rows(self) -> int:
@@ -299,19 +301,16 @@ def encode_labels(dataset: Dataset, column: str, name: str) -> tuple[np.ndarray,
     storage = nulls.type
     if not (pa.types.is_integer(storage) or pa.types.is_string(storage) or pa.types.is_large_string(storage)):
         raise InputError(f"column '{column}' holds {storage}: labels are strings, integers or ClassLabel; give --label-column")
-    values = dataset.select_columns([column])[:][column]
-    values = np.asarray(values if isinstance(values, list) else values.cpu())
-    found, labels = np.unique(values, return_inverse=True)
+    values = dataset.data.column(column).to_pylist()   # not through the formatter: its NumPy drops trailing NULs and wraps uint64
+    found = sorted(set(values))
     feature = dataset.features[column]
-    if isinstance(feature, ClassLabel):
-        if found[0] < 0:
-            raise InputError(f"column '{column}', row {int(np.argmax(values < 0))}: no label: leave out unlabelled rows")
-        classes = [feature.int2str(int(number)) for number in found]
-    else:
-        classes = found.tolist()
+    if isinstance(feature, ClassLabel) and found[0] < 0:
+        raise InputError(f"column '{column}', row {values.index(found[0])}: no label: leave out unlabelled rows")
+    classes = [feature.int2str(number) for number in found] if isinstance(feature, ClassLabel) else found
     if len(classes) < 2:
         raise InputError(f"column '{column}' of data set '{name}' has one class ({classes[0]}): two or more are needed")
-    return labels.reshape(-1).astype(np.int64), classes
+    index = {value: position for position, value in enumerate(found)}
+    return np.array([index[value] for value in values], dtype=np.int64), classes
 
 
 # --- names
@@ -334,8 +333,12 @@ def resolve_name(name: str) -> tuple[str, str]:
         return "files", str(EMBEDDED[name])
     if name in ALIASES:
         return "hub", ALIASES[name]
-    path = Path(name).expanduser()
-    if path.exists():
+    try:
+        path = Path(name).expanduser()
+        there = path.exists()
+    except (OSError, RuntimeError, ValueError) as error:   # too long, no such user, no permission
+        raise InputError(f"cannot look for data set '{name}': {error}") from None
+    if there:
         if path.is_file() and path.suffix not in FILE_FORMATS:
             raise InputError(f"'{name}' is neither Parquet nor Arrow: give a file that ends in .parquet or .arrow, or a folder of them")
         saved = any((path / marker).is_file() for marker in ("state.json", "dataset_dict.json"))
@@ -366,7 +369,10 @@ def open_dataset(name: str, data_split: str = "", revision: str = "") -> Dataset
     except InputError:
         raise
     except Exception as error:  # whatever the library raises, the name cannot be read: one line, status 2
-        reason = " ".join(str(error).split()) or type(error).__name__
+        root = error
+        while root.__cause__ is not None:   # `datasets` wraps what went wrong in words that do not say it
+            root = root.__cause__
+        reason = " ".join(f"{error} ({root})".split() if root is not error else str(error).split()) or type(error).__name__
         raise InputError(f"cannot load data set '{name}': {reason[:500]}") from error
     if isinstance(opened, dict):
         return opened[choose_split(name, list(opened), data_split)]
@@ -392,20 +398,38 @@ def load_files(path: Path, data_split: str) -> Dataset:
     """
     import datasets
 
-    files = [path] if path.is_file() else data_files(path)
-    stamp = hash_of(file_stamps([str(file) for file in files]))
-    cache = str(Path(datasets.config.HF_DATASETS_CACHE) / f"visual_ablation_{stamp}")
-    if path.is_file():
-        return datasets.load_dataset(FILE_FORMATS[path.suffix], data_files=str(path), split=data_split or None, cache_dir=cache)
-    return datasets.load_dataset(str(path), split=data_split or None, cache_dir=cache)
+    splits = files_by_split(path)
+    files = [str(file) for of_split in splits.values() for file in of_split]
+    cache = Path(datasets.config.HF_DATASETS_CACHE) / f"visual_ablation_{hash_of(file_stamps(files))}"
+    escaped = {split: [glob.escape(str(file.resolve())) for file in of_split] for split, of_split in splits.items()}
+    chosen = data_split or choose_split(str(path), list(splits), "")
+    if len(splits) > 1:
+        log.info("Splits: " + ", ".join(f"{split} ({len(of_split)} files)" for split, of_split in splits.items()) + f"; reading {chosen}")
+    return datasets.load_dataset(FILE_FORMATS[Path(files[0]).suffix], data_files=escaped, split=chosen, cache_dir=str(cache))
 
 
-def data_files(folder: Path) -> list[Path]:
-    """Every Parquet and Arrow file below a folder. Raises InputError if there is none."""
-    files = sorted(path for path in folder.rglob("*") if path.suffix in FILE_FORMATS and path.is_file())
+# How the Hub and its users name the files of a split: train-00000-of-00002.parquet, or a folder or file with the split's word.
+SHARD = re.compile(r"(\w+)-\d{5}-of-\d{5}")
+SPLIT_WORDS = {"train": ("train", "training"), "validation": ("validation", "valid", "val", "dev"), "test": ("test", "testing", "eval", "evaluation")}
+
+
+def files_by_split(path: Path) -> dict[str, list[Path]]:
+    """Every Parquet or Arrow file of a file or folder by its split, train first; a file that names no split is train's.
+
+    Raises InputError if there is none, or if there are both kinds.
+    """
+    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.suffix in FILE_FORMATS and file.is_file())
     if not files:
-        raise InputError(f"'{folder}' holds no Parquet or Arrow file, and was not written by save_to_disk")
-    return files
+        raise InputError(f"'{path}' holds no Parquet or Arrow file, and was not written by save_to_disk")
+    if len({file.suffix for file in files}) > 1:
+        raise InputError(f"'{path}' holds both Parquet and Arrow files: give a folder of one kind")
+    splits: dict[str, list[Path]] = {}
+    for file in files:
+        words = re.split(r"[^a-zA-Z]+", str(file.relative_to(path).with_suffix(""))) if file != path else []
+        shard = SHARD.fullmatch(file.stem)
+        named = [split for split, known in SPLIT_WORDS.items() if any(word.lower() in known for word in words)]
+        splits.setdefault(shard.group(1) if shard and file != path else named[0] if named else "train", []).append(file)
+    return dict(sorted(splits.items(), key=lambda entry: entry[0] != "train"))
 
 
 SANITY_LABELS = {"cat": 0.5, "dog": 1.0, "fox": 2.0}   # and the std of their weights
@@ -457,25 +481,25 @@ def survey(name: str, data_split: str = "") -> Survey | None:
             rows, first = rows + count, first if first is not None else head
     except (OSError, pa.ArrowInvalid) as error:
         raise InputError(f"cannot read data set '{name}': {' '.join(str(error).split())[:500]}") from error
+    if rows == 0 or not any(map(is_layer, first.schema.names)):
+        raise InputError(f"data set '{name}' has {'no rows' if rows == 0 else 'no LoRA layer'}")
     shapes = []
-    for layer in sorted(filter(is_layer, first.schema.names)) if first is not None else []:
+    for layer in sorted(filter(is_layer, first.schema.names)):
         matrix = first.column(layer)[0].as_py()
-        if not matrix or not matrix[0]:
-            raise InputError(f"column '{layer}', row 0: null or empty where a matrix is expected")
+        if not (isinstance(matrix, list) and matrix and isinstance(matrix[0], list) and matrix[0]):
+            raise InputError(f"column '{layer}', row 0: no matrix")
         shapes.append((layer, len(matrix), len(matrix[0])))
     return Survey(rows, shapes, False, kind == "files")
 
 
 def files_of_split(name: str, kind: str, root: Path, data_split: str) -> list[Path]:
-    """The files that hold the split which a run would read, by the names of folders and files."""
+    """The files that hold the split which a run would read."""
     if kind == "disk":
         if (root / "dataset_dict.json").is_file():
             root = root / choose_split(name, sorted(path.parent.name for path in root.glob("*/state.json")), data_split)
-        return data_files(root)
-    files = [root] if root.is_file() else data_files(root)
-    wanted = re.escape(data_split.split("[")[0] or "train")
-    named = [file for file in files if re.search(rf"(?:^|[^a-zA-Z]){wanted}(?:[^a-zA-Z]|$)", str(file.relative_to(root)))]
-    return named or files
+        return [file for files in files_by_split(root).values() for file in files]
+    splits = files_by_split(root)
+    return splits[choose_split(name, list(splits), data_split.split("[")[0])]
 
 
 def survey_file(file: Path) -> tuple[int, pa.RecordBatch | None]:

@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import math
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import NamedTuple
 
 import yaml
@@ -166,8 +167,9 @@ class Settings:
 
     @property
     def short_name(self) -> str:
-        """The alias, or the last part of the data set's path."""
-        return self.dataset.rstrip("/").split("/")[-1] or "root"
+        """The alias, or the last part of the data set's path; of `.` and the like, the folder's own name."""
+        last = self.dataset.rstrip("/").split("/")[-1]
+        return last if last not in ("", ".", "..", "~") else Path(self.dataset).expanduser().resolve().name or "root"
 
 
 def flag(name: str) -> str:
@@ -233,12 +235,23 @@ def check_fields(settings) -> None:
                     raise InputError(f"unknown {flag(f.name)} '{one}': use {', '.join(allowed)}")
 
 
+class UniqueKeys(yaml.SafeLoader):
+    """YAML in which a key that stands twice is an error, not the last one's."""
+
+    def construct_mapping(self, node, deep=False):
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        twice = [key for i, key in enumerate(keys) if key in keys[:i]]
+        if twice:
+            raise yaml.constructor.ConstructorError(None, None, f"'{twice[0]}' stands twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
 def read_yaml(path: str) -> dict:
     """The settings in a YAML file, unchecked. Raises InputError if it cannot be read or is not a mapping."""
     try:
         with open(path, encoding="utf-8") as file:
-            values = yaml.safe_load(file)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            values = yaml.load(file, UniqueKeys)   # a SafeLoader: no objects but plain ones
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise InputError(f"cannot read --config {path}: {' '.join(str(error).split())}") from None
     if values is None:
         return {}

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import errno
 import json
 import logging
 import os
@@ -37,6 +38,7 @@ from checkpointing import (
     State,
     all_cells,
     append_event,
+    file_stamps,
     hash_of,
     holding,
     identify,
@@ -95,20 +97,25 @@ def run_experiment(settings: Settings, rerun_stale: bool) -> int:
     settings = dataclasses.replace(settings, training=resolve_training(settings.training, device))
     data = load(settings, device, clock)
     made_with = descriptions(settings, data)
-    for line in store.clear(made_with, settings.cells, rerun_stale):
+    moved = store.clear(made_with, settings.cells, rerun_stale)
+    for line in moved:
         log.info(line)
+    if moved:
+        save_results(store, settings, data, made_with, {})   # or, until this run ends, the files would tell of cells that are gone
     missing = [cell for cell in settings.cells if store.state(cell, made_with[cell]).kind == "missing"]
     print_progress_summary(settings, missing)
     announce(store, "started", command=command(), cells=[cell.name for cell in missing])
 
     features, failures = load_or_extract(data, missing, settings, clock)      # each weight is read once
+    disk_full = False
     for cell in missing:
         try:
-            if cell in failures:
-                raise CellError(failures[cell])
+            if cell in failures or disk_full:
+                raise CellError(failures.get(cell, "not run: no space left for its results"))
             with clock("training"), locked(store.path(cell)):
                 run_cell(cell, features, data, settings, device, store, made_with[cell])
         except Exception as error:  # this cell is lost and reported; the others go on
+            disk_full |= isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
             known = isinstance(error, CellError)
             failures[cell] = str(error) if known else describe_error(error)
             log.error(f"{cell.name} FAILED: {failures[cell]}" + ("" if known else f"\n{traceback.format_exc()}"))
@@ -176,6 +183,7 @@ def load(settings: Settings, device: str, clock: Clock):
     with clock("read"), Progress(len(data.layers), "layers hashed") as progress:
         start = time.perf_counter()
         which = [settings.data_split, data.num_rows, data.layers]
+        data.stamps = file_stamps(data.files)
         data.identity, remembered = identify(data.files, which, lambda: data.content_hash(progress.advance), cache_folder(settings))
     if not remembered:
         size = 4 * card["weights_per_row"] * card["rows"] / 1e9
@@ -190,7 +198,7 @@ def load_or_extract(data, cells: list[Cell], settings: Settings, clock: Clock) -
     wanted = [name for name in REPRESENTATIONS if any(name in parts_of(cell.representation) for cell in cells)]
     features, cache = {}, None
     if settings.cache_features:
-        cache = FeatureCache(Path(settings.cache_dir), data.identity, data.layers)
+        cache = FeatureCache(cache_folder(settings), data.identity, data.layers)
         with clock("features"), Progress(None, "loading cached features"):
             for name in wanted:
                 found, problem = cache.load(name)
@@ -205,6 +213,8 @@ def load_or_extract(data, cells: list[Cell], settings: Settings, clock: Clock) -
     if absent:
         log.info(f"Computing {', '.join(absent)}")
         computed, errors = extract_features(data, absent, clock)
+        if file_stamps(data.files) != data.stamps:
+            raise InputError("the files of the data set changed while they were read: run again when nothing writes to them")
         features |= computed
         with clock("features"), Progress(len(computed), "representations cached") as progress:
             for name in computed if cache else []:
@@ -337,6 +347,28 @@ def refuse_non_finite_features(x, cell: Cell, data) -> None:
 
 def write_results(store: ResultStore, settings: Settings, data, made_with: dict, ran: list[Cell], failures: dict, clock: Clock) -> int:
     """results.json, results.txt, manifest.json and the last table of the log. Returns the exit status."""
+    for cell in settings.cells:
+        state = store.state(cell, made_with[cell])
+        if cell not in failures and state.kind != "done":   # finished, then touched by somebody else
+            failures[cell] = f"its files are {state.kind} at the end of the run{': ' + state.why if state.why else ''}"
+            log.error(f"{cell.name} FAILED: {failures[cell]}")
+    text = save_results(store, settings, data, made_with, failures)
+    status = 1 if failures else 0
+    path = store.folder / "manifest.json"
+    if ran or not path.exists():
+        entry = manifest(settings, data, ran, failures, clock, status)
+        previous = read_json(path)
+        earlier = [*previous.pop("earlier", []), previous] if previous else []
+        write_json(path, {**entry, "earlier": earlier}, indent=2)
+    announce(store, "ended", status=status, seconds=clock.seconds)
+    log.info("\n" + text.rstrip())
+    log.info("\nSeconds: " + ", ".join(f"{stage} {spent:.1f}" for stage, spent in clock.seconds.items()))
+    log.info(f"Results: {store.folder / 'results.txt'}")
+    return status
+
+
+def save_results(store: ResultStore, settings: Settings, data, made_with: dict, failures: dict[Cell, str]) -> str:
+    """results.json and results.txt of every current cell in the folder. Returns the text."""
     from reporting import collect, results_text
 
     states = {cell: store.state(cell, wanted) for cell, wanted in made_with.items()}
@@ -358,20 +390,10 @@ def write_results(store: ResultStore, settings: Settings, data, made_with: dict,
         "settings": dataclasses.asdict(settings),
     }
     results = collect(records, earlier_failures(store, records) | failures, header)
+    text = results_text(results)
     write_json(store.folder / "results.json", results, indent=2)
-    write_bytes(store.folder / "results.txt", results_text(results).encode())
-    status = 1 if failures else 0
-    path = store.folder / "manifest.json"
-    if ran or not path.exists():
-        entry = manifest(settings, data, ran, failures, clock, status)
-        previous = read_json(path)
-        earlier = [*previous.pop("earlier", []), previous] if previous else []
-        write_json(path, {**entry, "earlier": earlier}, indent=2)
-    announce(store, "ended", status=status, seconds=clock.seconds)
-    log.info("\n" + results_text(results).rstrip())
-    log.info("\nSeconds: " + ", ".join(f"{stage} {spent:.1f}" for stage, spent in clock.seconds.items()))
-    log.info(f"Results: {store.folder / 'results.txt'}")
-    return status
+    write_bytes(store.folder / "results.txt", text.encode())
+    return text
 
 
 def earlier_failures(store: ResultStore, records: dict[Cell, dict]) -> dict[Cell, str]:
@@ -424,11 +446,11 @@ def machine(device: str) -> dict:
 
 
 def output_folder(settings: Settings) -> Path:
-    return Path(settings.output_dir) / f"visual_ablation_{settings.short_name}"
+    return Path(settings.output_dir).expanduser() / f"visual_ablation_{settings.short_name}"
 
 
 def cache_folder(settings: Settings) -> Path | None:
-    return Path(settings.cache_dir) if settings.cache_features else None
+    return Path(settings.cache_dir).expanduser() if settings.cache_features else None
 
 
 def asked(settings: Settings) -> dict:
@@ -478,7 +500,7 @@ def print_progress_summary(settings: Settings, missing: list[Cell]) -> None:
     elif done:
         log.info(f"Resuming from checkpoints. Will run {len(missing)} remaining...")
     else:
-        log.info(f"No checkpoints yet. Will run {len(missing)}...")
+        log.info(f"No finished cell of these settings yet. Will run {len(missing)}...")
 
 
 def cell_states(settings: Settings) -> dict[Cell, State]:
@@ -565,7 +587,7 @@ def parse_command_line(argv: list[str] | None) -> tuple[Settings, argparse.Names
             raise InputError(f"--quick means 3 runs and --num-runs {typed['num_runs']} another number: leave one out")
         typed["num_runs"] = 3
     from_file = {}
-    if action.config:
+    if action.config is not None:
         from_file = read_yaml(action.config)
         build_settings(from_file, action.config)   # a bad value in the file is an error even where a flag replaces it
     return build_settings(from_file | typed), action
@@ -602,20 +624,42 @@ def command() -> str:
 
 
 class LineHandler(logging.StreamHandler):
-    """Messages to stdout, flushed, above a bar where there is one; remembers when it last wrote."""
+    """Messages to stdout, flushed, above a bar where there is one; remembers when it last wrote.
+
+    A log that cannot be written (its disk full, its reader gone) costs lines, which are counted, and never a cell.
+    """
 
     last = time.monotonic()
+    lost = 0
 
     def emit(self, record: logging.LogRecord) -> None:
         from tqdm import tqdm
 
         prefix = "WARNING: " if record.levelno == logging.WARNING else ""
-        with tqdm.external_write_mode(file=sys.stdout):
-            print(prefix + record.getMessage(), file=sys.stdout, flush=True)
+        if LineHandler.lost:
+            prefix = f"({LineHandler.lost} lines of the log could not be written)\n{prefix}"
+        try:
+            with tqdm.external_write_mode(file=sys.stdout):
+                print(prefix + record.getMessage(), file=sys.stdout, flush=True)
+            LineHandler.lost = 0
+        except OSError:
+            LineHandler.lost += 1
         LineHandler.last = time.monotonic()
 
 
+def close_log() -> None:
+    """What is left in stdout's buffer is written or dropped, so that a broken log does not change the exit status."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def log_to_stdout() -> None:
+    if sys.stdout is None:               # closed by whoever started us
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")   # a terminal without ± shows a question mark
     log.handlers[:] = [LineHandler()]
     log.setLevel(logging.INFO)
     log.propagate = False
@@ -725,4 +769,8 @@ def stop(number: int, frame) -> None:
 
 if __name__ == "__main__":
     handle_signals()
-    sys.exit(main())
+    try:
+        status = main()
+    finally:
+        close_log()
+    sys.exit(status)

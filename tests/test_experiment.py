@@ -5,6 +5,7 @@ import fcntl
 import json
 import os
 import pty
+import shlex
 import shutil
 import signal
 import struct
@@ -567,7 +568,73 @@ def test_a_cell_that_another_process_finishes_meanwhile_is_not_run_again(run, pl
     assert snapshot(folder(place) / "checkpoints") == kept
 
 
+def interfere(monkeypatch, action):
+    """Do something to the output folder when the third cell starts."""
+    real, calls = experiment.run_cell, []
+
+    def run_cell(*arguments):
+        calls.append(1)
+        if len(calls) == 3:
+            action()
+        return real(*arguments)
+    monkeypatch.setattr(experiment, "run_cell", run_cell)
+
+
+@pytest.mark.parametrize("harm, kind", [("deleted", "missing"), ("emptied", "damaged"), ("predictions", "damaged")])
+def test_cells_that_vanish_during_the_run_are_failures(run, place, monkeypatch, harm, kind):
+    def action():
+        first = folder(place) / "checkpoints" / "all_layers_stats.json"
+        {"deleted": first.unlink, "emptied": lambda: first.write_bytes(b""),
+         "predictions": (folder(place) / "predictions" / "all_layers_stats.npz").unlink}[harm]()
+    interfere(monkeypatch, action)
+    status, log = run("--representations", "stats", "frequency")
+    assert status == 1 and f"all_layers_stats FAILED: its files are {kind} at the end of the run" in log
+    assert [entry["cell"] for entry in json.loads((folder(place) / "results.json").read_text())["failed_cells"]] == ["all_layers_stats"]
+
+
+def test_data_that_changes_while_it_is_read_is_neither_cached_nor_used(run, place, monkeypatch):
+    real = LoraData.read_layer
+    monkeypatch.setattr(LoraData, "read_layer", lambda self, *what: (os.utime(self.files[0]), real(self, *what))[1])
+    status, log = run("--representations", "stats")
+    assert status == 2 and "changed while they were read" in log and not list((place / ".feature_cache").rglob("*.safetensors"))
+
+
+def test_results_never_tell_of_cells_that_were_set_aside(run, place, monkeypatch):
+    run("--representations", "stats", "frequency")
+
+    def interrupt():
+        raise KeyboardInterrupt
+    interfere(monkeypatch, interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        run("--representations", "stats", "frequency", "--seed", "7", "--rerun-stale")
+    assert json.loads((folder(place) / "results.json").read_text())["all_layers_results"] == []
+
+
+def test_a_full_disk_ends_the_training_and_names_what_was_not_run(run, place, monkeypatch):
+    from checkpointing import ResultStore
+
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(ResultStore, "save", full)
+    status, log = run("--representations", "stats", "frequency")
+    assert status == 1 and log.count("Run 1/2") == 1 and log.count("not run: no space left for its results") >= 3
+
+
 # --- processes
+
+
+@pytest.mark.parametrize("redirect", [">/dev/full", "| head -1", ">&-"])
+def test_a_log_that_cannot_be_written_costs_no_cell(place, redirect):
+    command = [sys.executable, str(SCRIPT), "--dataset", "./loras", *FAST, "--representations", "stats"]
+    done = subprocess.run(["bash", "-c", f"set -o pipefail; {shlex.join(command)} {redirect}"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert len(visible(folder(place) / "checkpoints")) == 2 and (folder(place) / "results.txt").exists()
+
+
+def test_a_terminal_without_the_signs_of_the_log_shows_others(place):
+    done = subprocess.run([sys.executable, str(SCRIPT), "--dataset", "./loras", *FAST, "--representations", "stats"], capture_output=True,
+                          env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    assert done.returncode == 0 and b"Results: Train=" in done.stdout
 
 
 def start(*flags, prefix=(), **kwargs):

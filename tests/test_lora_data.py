@@ -323,6 +323,52 @@ def test_splits_in_folders_are_told_apart(tmp_path):
     assert survey(str(tmp_path)).rows == load_lora_data(str(tmp_path)).num_rows == 24
 
 
+@pytest.mark.parametrize("name", ["run[1].parquet", "star*.parquet", "what?.parquet", "plain.parquet"])
+def test_a_path_is_no_pattern(tmp_path, name):
+    for decoy in ("run1.parquet", "starry.parquet", "whatx.parquet"):
+        lora_dataset(n=30, seed=9).to_parquet(tmp_path / decoy)
+    lora_dataset().to_parquet(tmp_path / "made")
+    (tmp_path / "made").rename(tmp_path / name)
+    assert load_lora_data(str(tmp_path / name)).num_rows == survey(str(tmp_path / name)).rows == 24
+    (tmp_path / "folder[1]").mkdir()
+    (tmp_path / "folder[1]" / "a.parquet").write_bytes((tmp_path / name).read_bytes())
+    assert load_lora_data(str(tmp_path / "folder[1]")).num_rows == 24
+
+
+def test_every_file_of_a_folder_counts_and_nothing_else_in_it(tmp_path, monkeypatch):
+    tmp_path = tmp_path / "set"
+    tmp_path.mkdir()
+    lora_dataset(n=24).to_parquet(tmp_path / "a_test_set.parquet")
+    lora_dataset(n=30).to_parquet(tmp_path / "other.parquet")
+    lora_dataset(n=12).to_parquet(tmp_path / "more.parquet")
+    (tmp_path / "results.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    for name in (str(tmp_path), "."):
+        assert load_lora_data(name).num_rows == survey(name).rows == 42
+    assert load_lora_data(".", data_split="test").num_rows == survey(".", "test").rows == 24
+    (tmp_path / "b.arrow").write_bytes(b"")
+    with pytest.raises(InputError, match="both Parquet and Arrow"):
+        load_lora_data(".")
+
+
+@pytest.mark.parametrize("file, split", [
+    ("train-00000-of-00002.parquet", "train"),
+    ("data/mine-00001-of-00002.parquet", "mine"), ("test/0.parquet", "test"), ("val.parquet", "validation"),
+    ("a_dev_b.parquet", "validation"), ("latest.parquet", "train"), ("contest/x.parquet", "train"), ("x.parquet", "train"),
+])
+def test_splits_by_the_names_of_files(tmp_path, file, split):
+    (tmp_path / file).parent.mkdir(exist_ok=True)
+    (tmp_path / file).write_bytes(b"")
+    assert list(lora_data.files_by_split(tmp_path)) == [split]
+
+
+def test_labels_that_numpy_would_change(tmp_path):
+    base = lora_dataset(n=12).remove_columns("category_label")
+    assert from_dataset(base.add_column("category_label", ["a", "a\0", "b"] * 4), "x").classes == ["a", "a\0", "b"]
+    big = base.add_column("category_label", np.array([1, 2, 2**64 - 1] * 4, dtype=np.uint64))
+    assert from_dataset(big, "x").classes == [1, 2, 2**64 - 1]
+
+
 def test_a_file_replaced_with_the_same_time_stamp_is_read_anew(tmp_path):
     """As `cp -p`, rsync and tar do; the cache of `datasets` would answer with the old rows."""
     path = tmp_path / "loras.parquet"

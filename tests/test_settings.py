@@ -71,14 +71,16 @@ def test_flags_win_over_the_file_and_the_file_over_the_defaults(tmp_path):
 
 @pytest.mark.parametrize("content, reason", [
     ("dropout: 2\n", "out of range.*a.yaml"), ("- a\n", "not a mapping"), ("a: [\n", "cannot read"), ("droput: 1\n", "did you mean 'dropout'"),
+    ("num_runs: 3\nnum_runs: 10\n", "stands twice"), ("output_dir: 2024-13-45\n", "cannot read"), ("seed: 0x_\n", "cannot read"),
     ("!!python/object/apply:os.system ['true']\n", "cannot read"),
 ])
 def test_bad_files_are_refused(tmp_path, content, reason):
     (tmp_path / "a.yaml").write_text(content)
     with pytest.raises(InputError, match=reason):
         parse("--config", str(tmp_path / "a.yaml"), "--dropout", "0.5")
-    with pytest.raises(InputError, match="cannot read --config"):
-        parse("--config", str(tmp_path / "absent.yaml"))
+    for absent in (str(tmp_path / "absent.yaml"), ""):
+        with pytest.raises(InputError, match="cannot read --config"):
+            parse("--config", absent)
 
 
 @pytest.mark.parametrize("argv, reason", [
@@ -118,4 +120,6 @@ def test_every_setting_is_a_flag_with_help(capsys):
     ("50k", "50k"), ("digits", "digits"), ("a/b-c", "b-c"), ("./x/loras/", "loras"), ("x.parquet", "x.parquet"),
 ])
 def test_the_output_folder_ends_in_the_last_part_of_the_name(dataset, name):
+    assert experiment.output_folder(Settings(dataset="..")).name == f"visual_ablation_{Path.cwd().parent.name}"
+    assert experiment.output_folder(Settings(output_dir="~/x")).is_relative_to(Path.home())
     assert experiment.output_folder(Settings(dataset=dataset)) == Path("visual-ablation-results") / f"visual_ablation_{name}"
