@@ -199,8 +199,7 @@ class Draws(NamedTuple):
 def draw(plan: Plan, unet: UNet2DConditionModel, recipe: Recipe) -> Draws:
     """`down` is Gaussian with std 1/rank and `up` is zero, as peft's init_lora_weights="gaussian".
 
-    Noise levels and noise are one sequence for all LoRAs, so that these differ by their images and initial weights alone:
-    with a sequence each, so short a training tells more about its noise than about its images.
+    Noise levels and noise are one sequence for all LoRAs, so that these differ by their images and initial weights alone.
     """
     generator = torch.Generator().manual_seed(plan.seed)
     loras = {}
