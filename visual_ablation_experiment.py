@@ -146,6 +146,7 @@ def run_cell(cell: Cell, features: dict, data, settings: Settings, device: str, 
         progress.advance()
 
     def on_epoch(run) -> None:
+        end_if_stopped()
         progress.note = f"epoch {len(run.train_loss)} of the run with seed {run.seed}"
 
     with Progress(settings.training.num_runs, "runs") as progress:
@@ -698,6 +699,7 @@ class Progress:
             log.info(self.line())
 
     def advance(self, amount: float = 1.0) -> None:
+        end_if_stopped()
         self.done += amount
         if self.bar is not None:
             self.bar.update(amount)
@@ -762,9 +764,20 @@ def handle_signals() -> None:
             signal.signal(number, stop)
 
 
+stopped_by: int | None = None
+
+
 def stop(number: int, frame) -> None:
+    global stopped_by
+    stopped_by = number
     log.info(f"Stopped by {signal.Signals(number).name}: finished cells are kept, rerun the same command to resume")
-    raise SystemExit(128 + number)
+    end_if_stopped()
+
+
+def end_if_stopped() -> None:
+    """Called again as work goes on: the exit that a signal raises can be lost in a library that drops every exception as it is imported."""
+    if stopped_by is not None:
+        raise SystemExit(128 + stopped_by)
 
 
 if __name__ == "__main__":

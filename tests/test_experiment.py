@@ -663,6 +663,17 @@ def test_signals_end_a_run_with_their_status_and_release_the_folder(place, numbe
     assert not list((place / "visual-ablation-results").rglob("*.tmp"))
 
 
+def test_a_stop_that_a_library_swallowed_ends_the_run_at_the_next_epoch(run, place, monkeypatch):
+    def swallow(*arguments):
+        with contextlib.suppress(SystemExit):
+            experiment.stop(signal.SIGTERM, None)
+    monkeypatch.setattr(experiment, "stopped_by", None)
+    interfere(monkeypatch, swallow)
+    with pytest.raises(SystemExit) as ended:
+        run("--representations", "stats", "frequency")
+    assert ended.value.code == 143 and len(visible(folder(place) / "checkpoints")) == 2
+
+
 def test_under_nohup_a_hangup_is_ignored_and_the_log_has_whole_lines(place):
     lora_dataset(n=40).to_parquet("loras.parquet")     # datasets would draw a bar while it copies this
     process = start("--num-runs", "1", "--hidden-dim", "8", "--max-epochs", "5", "--dataset", "loras.parquet", prefix=["nohup"],
