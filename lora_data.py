@@ -7,10 +7,15 @@ from __future__ import annotations
 
 import glob
 import logging
+import queue
 import re
-from collections.abc import Callable
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -162,24 +167,41 @@ class LoraData:
         """Positions in `layers` of those that a layer set keeps."""
         return [i for i, kind in enumerate(self.kinds) if kind in LAYER_SETS[layer_set].kinds]
 
-    def read_layer(self, layer: str, start: int, stop: int) -> Tensor:
+    def read_layer(self, layer: str, start: int, stop: int, buffer: np.ndarray | None = None) -> Tensor:
         """One layer of rows start:stop, (n, rows, cols) float32 on the device, from the Arrow buffers.
 
+        With a `new_buffer()` the tensor may lie in it, until it is used for another layer.
         Raises InputError, naming the column and the row, for a NaN, an infinity, a null or a matrix of another shape.
         """
+        return self.read_on_host(layer, start, stop, buffer).to(self.device)
+
+    def read_on_host(self, layer: str, start: int, stop: int, buffer: np.ndarray | None = None) -> Tensor:
+        """The same in the host's memory."""
         import torch
 
         shape = self.matrices[layer]
         if not shape.in_arrow:
-            return self.read_layer_formatted(layer, start, stop)
-        weights = np.empty((stop - start, shape.rows, shape.cols), dtype=np.float32)
-        flat, position = weights.reshape(-1), 0
+            return self.read_layer_formatted(layer, start, stop).cpu()
+        size = (stop - start) * shape.rows * shape.cols
+        flat, position = np.empty(size, dtype=np.float32) if buffer is None else buffer[:size], 0
         with np.errstate(over="ignore"):                                 # a float64 beyond float32 becomes inf and is refused
             for values in self.stored_values(layer, start, stop):
                 flat[position:position + len(values)] = values
                 position += len(values)
+        weights = flat.reshape(stop - start, shape.rows, shape.cols)
         refuse_non_finite(weights, layer, start)
-        return torch.from_numpy(weights).to(self.device)
+        return torch.from_numpy(weights)
+
+    @property
+    def block_weights(self) -> int:
+        """Weights of the largest layer in a block of rows."""
+        return min(self.num_rows, BLOCK_ROWS) * max(shape.rows * shape.cols for shape in self.matrices.values())
+
+    def new_buffer(self, pinned: bool = False) -> np.ndarray:
+        """Memory (block_weights,) float32 for any layer of any block; pinned memory is copied to a GPU without waiting."""
+        import torch
+
+        return torch.empty(self.block_weights, pin_memory=pinned).numpy()
 
     def stored_values(self, layer: str, start: int, stop: int):
         """The stored weights of rows start:stop, chunk by chunk, as flat read-only arrays over Arrow's own memory."""
@@ -236,6 +258,61 @@ class LoraData:
             "weights_per_row": sum(shape.rows * shape.cols for shape in shapes),
             "split": {part: len(getattr(self.split, part)) for part in self.split._fields[:3]},
         }
+
+
+class ReadAhead:
+    """Iterates over `blocks`, (layer, start, stop) each, as tensors on the device; threads read the next ones meanwhile.
+
+    For a GPU: each of `threads` buffers is pinned and allocated once, and copies run on a stream of their own. `waited` is
+    how many seconds the consumer had to wait.
+    """
+
+    def __init__(self, data: LoraData, blocks: Iterable[tuple[str, int, int]], threads: int):
+        import torch
+
+        self.data, self.blocks, self.threads, self.waited = data, blocks, threads, 0.0
+        self.on_gpu = data.device.startswith("cuda")
+        self.stream = torch.cuda.Stream(data.device) if self.on_gpu else None
+        self.buffers: queue.SimpleQueue = queue.SimpleQueue()            # (memory, event after which it may be written)
+        for _ in range(threads):
+            self.buffers.put((data.new_buffer(pinned=self.on_gpu), None))
+
+    def __iter__(self) -> Iterator[Tensor]:
+        import torch
+
+        pool = ThreadPoolExecutor(self.threads)
+        jobs = (pool.submit(self.fetch, *block) for block in self.blocks)
+        waiting = deque(islice(jobs, self.threads))
+        try:
+            while waiting:
+                began = time.perf_counter()
+                w, copied = waiting.popleft().result()
+                self.waited += time.perf_counter() - began
+                waiting.extend(islice(jobs, 1))
+                if copied is not None:
+                    torch.cuda.current_stream(w.device).wait_event(copied)
+                    w.record_stream(torch.cuda.current_stream(w.device))   # its memory is not reused before that is through
+                yield w
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def fetch(self, layer: str, start: int, stop: int):
+        """One layer on the device, and the event after which it is there (None on a CPU)."""
+        import torch
+
+        buffer, copied = self.buffers.get()
+        try:
+            if copied is not None:
+                copied.synchronize()
+            weights = self.data.read_on_host(layer, start, stop, buffer)
+            with torch.cuda.stream(self.stream):                         # does nothing for None
+                w = torch.empty(weights.shape, device=self.data.device).copy_(weights, non_blocking=True)
+                copied = torch.cuda.Event() if self.on_gpu else None
+                if copied is not None:
+                    copied.record()
+        finally:
+            self.buffers.put((buffer, copied))
+        return w, copied
 
 
 def load_lora_data(name: str, device: str = "cpu", *, data_split: str = "", revision: str = "",

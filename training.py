@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim.adam import adam
 
 from settings import InputError, TrainingSettings
 
@@ -31,6 +32,7 @@ BETA1, BETA2, ADAM_EPS = 0.9, 0.999, 1e-8
 EVAL_ROWS = 4096                    # rows a forward pass without gradients
 COLUMN_BLOCK = 256                  # columns standardised at a time in float64
 DROPOUT_STEPS = 16                  # steps whose dropout masks are drawn at a time
+WARM_UP = 2                         # ordinary steps before one is recorded as a CUDA graph
 PARTS = ("train", "val", "test")
 
 
@@ -218,21 +220,30 @@ def has_stopped(run: Run, settings: TrainingSettings) -> bool:
 def train_sequential(x_ND: Tensor, y_N: Tensor, parts: dict[str, Tensor], num_classes: int, settings: TrainingSettings,
                      on_run: OnRun, on_epoch: OnEpoch) -> list[Run]:
     """Run after run; on a CPU as many at a time as there are cores, each on one: small products gain little from a second."""
-    threads = torch.get_num_threads()
-    workers = min(threads, settings.num_runs) if x_ND.device.type == "cpu" else 1
     models = [build_model(seed, x_ND.shape[1], num_classes, settings).to(x_ND) for seed in settings.seeds]
     stop, runs = threading.Event(), []
+    with one_thread_a_core(settings.num_runs if x_ND.device.type == "cpu" else 1) as pool:
+        try:
+            for run in pool.map(lambda seed, model: train_one(model, x_ND, y_N, parts, settings, seed, stop, on_epoch), settings.seeds, models):
+                runs.append(run)
+                on_run(run, len(runs))
+        finally:
+            stop.set()
+    return runs
+
+
+@contextlib.contextmanager
+def one_thread_a_core(most: int) -> Iterator[ThreadPoolExecutor]:
+    """A pool of as many threads as torch uses, `most` at most, among which torch's own threads are shared out. What waits is cancelled at the end."""
+    threads = torch.get_num_threads()
+    workers = min(threads, most)
     torch.set_num_threads(threads // workers)
     pool = ThreadPoolExecutor(workers)
     try:
-        for run in pool.map(lambda seed, model: train_one(model, x_ND, y_N, parts, settings, seed, stop, on_epoch), settings.seeds, models):
-            runs.append(run)
-            on_run(run, len(runs))
+        yield pool
     finally:
-        stop.set()
         pool.shutdown(cancel_futures=True)
         torch.set_num_threads(threads)
-    return runs
 
 
 def train_one(model: nn.Sequential, x_ND: Tensor, y_N: Tensor, parts: dict[str, Tensor], settings: TrainingSettings, seed: int,
@@ -293,22 +304,20 @@ def predict(model: nn.Module, x_ND: Tensor, settings: TrainingSettings) -> Tenso
 
 
 class Pack:
-    """R models of the same shape with their parameters stacked along a leading axis, and Adam's state for them.
-
-    torch.optim knows one learning rate for a tensor; here each run has its own.
-    """
+    """R models of the same shape with their parameters stacked along a leading axis, and Adam's state for them."""
 
     def __init__(self, models: list[nn.Sequential], settings: TrainingSettings, device: torch.device, dtype: torch.dtype):
         self.settings = settings
         self.linears = [i for i, module in enumerate(models[0]) if isinstance(module, nn.Linear)]
-        stack = lambda tensors: torch.stack([t.detach() for t in tensors]).to(device, dtype)  # noqa: E731
+        # weights as (in, out), so that their gradients come in the order of memory that the fused Adam takes for granted
+        stack = lambda tensors: torch.stack([t.detach().t() for t in tensors]).to(device, dtype)  # noqa: E731
         names = [name for name, _ in models[0].named_parameters()]
         self.parameters = {name: stack([m.get_parameter(name) for m in models]).requires_grad_() for name in names}
         statistics = [name for name, tensor in models[0].named_buffers() if tensor.is_floating_point()]
         self.statistics = {name: stack([m.get_buffer(name) for m in models]) for name in statistics}
         self.first = {name: torch.zeros_like(p) for name, p in self.parameters.items()}    # Adam's moments
         self.second = {name: torch.zeros_like(p) for name, p in self.parameters.items()}
-        self.steps = 0
+        self.steps = {name: torch.zeros(len(models), device=device) for name in names}      # made so far
 
     def __len__(self) -> int:
         return len(next(iter(self.parameters.values())))
@@ -317,12 +326,12 @@ class Pack:
         """(R, B, C). `masks_LRBH` says which hidden units dropout keeps, one mask a hidden layer."""
         p, h = self.parameters, x_RBD
         for level, i in enumerate(self.linears[:-1]):
-            h = torch.baddbmm(p[f"{i}.bias"][:, None], h, p[f"{i}.weight"].mT)                         # (R, B, H)
+            h = torch.baddbmm(p[f"{i}.bias"][:, None], h, p[f"{i}.weight"])                            # (R, B, H)
             h = F.relu(self.batch_norm(h, i + 1, training))
             if masks_LRBH is not None:
                 h = drop(h, masks_LRBH[level], self.settings.dropout)
         i = self.linears[-1]
-        return torch.baddbmm(p[f"{i}.bias"][:, None], h, p[f"{i}.weight"].mT)
+        return torch.baddbmm(p[f"{i}.bias"][:, None], h, p[f"{i}.weight"])
 
     def batch_norm(self, h_RBH: Tensor, i: int, training: bool) -> Tensor:
         """BatchNorm1d of every run in one call: its channels are the R*H units."""
@@ -335,18 +344,13 @@ class Pack:
         return units.view(B, R, H).transpose(0, 1)
 
     @torch.no_grad()
-    def step(self, rates_R: Tensor) -> None:
-        """Adam with L2 weight decay in the gradient, as torch.optim.Adam, with run r's own learning rate."""
-        self.steps += 1
-        correction1, correction2 = 1 - BETA1**self.steps, 1 - BETA2**self.steps
-        for name, parameter in self.parameters.items():
-            gradient = parameter.grad.add_(parameter, alpha=self.settings.weight_decay)
-            first = self.first[name].lerp_(gradient, 1 - BETA1)
-            second = self.second[name].mul_(BETA2).addcmul_(gradient, gradient, value=1 - BETA2)
-            denominator = (second.sqrt() / correction2**0.5).add_(ADAM_EPS)
-            size = (rates_R / correction1).view(-1, *[1] * (parameter.ndim - 1))
-            parameter.sub_(size * first / denominator)
-            parameter.grad = None
+    def step(self, gradients: dict[str, Tensor], rates_R: Tensor) -> None:
+        """One step of torch's fused Adam for each run, at its own learning rate."""
+        for r, rate in enumerate(rates_R):
+            of_run = [[tensors[name][r] for name in self.parameters] for tensors in (self.parameters, gradients, self.first, self.second, self.steps)]
+            parameters, grads, first, second, steps = of_run
+            adam(parameters, grads, first, second, [], steps, fused=True, amsgrad=False, beta1=BETA1, beta2=BETA2, lr=rate,
+                 weight_decay=self.settings.weight_decay, eps=ADAM_EPS, maximize=False)
 
     def state(self) -> dict[str, Tensor]:
         """What a prediction depends on: parameters and BatchNorm statistics, (R, ...) each."""
@@ -354,7 +358,7 @@ class Pack:
 
     def keep(self, positions: list[int]) -> None:
         """Drop every other run, so that those that have stopped cost nothing."""
-        for tensors in (self.parameters, self.statistics, self.first, self.second):
+        for tensors in (self.parameters, self.statistics, self.first, self.second, self.steps):
             for name, tensor in tensors.items():
                 tensors[name] = tensor.detach()[positions].requires_grad_(tensor.requires_grad)
 
@@ -365,9 +369,101 @@ class Pack:
             return torch.cat([self.logits(part.expand(len(self), *part.shape), False).argmax(2) for part in x_ND.split(EVAL_ROWS)], 1)
 
 
+class PackedEpoch:
+    """Epochs of a pack as long as its runs stay the same. What its steps read and write stays in place, so they can be replayed."""
+
+    def __init__(self, pack: Pack, x_train: Tensor, y_train: Tensor):
+        self.pack, self.x_train, self.y_train = pack, x_train, y_train
+        device = x_train.device
+        self.total_R = torch.zeros(len(pack), dtype=torch.float64, device=device)          # loss summed over the epoch's rows
+        # a CPU's Adam takes rates as they are, a GPU's as float32
+        self.rates_R = torch.zeros(len(pack), dtype=torch.float32 if device.type == "cuda" else torch.float64, device=device)
+        self.steps: dict[int, Callable[..., None]] = {}                                    # by the size of the batch
+
+    def replays(self) -> bool:
+        return self.x_train.is_cuda
+
+    def train(self, order_RN: Tensor, rates: list[float], generators: list[torch.Generator]) -> list[float]:
+        """One epoch over the rows in each run's order; the mean loss of each run."""
+        settings = self.pack.settings
+        self.rates_R.copy_(torch.tensor(rates, dtype=torch.float64))
+        self.total_R.zero_()
+        masks = dropout_masks(generators, min(settings.batch_size, order_RN.shape[1]), settings)
+        rows = 0
+        for batch_RB in batches(order_RN, settings.batch_size):
+            size = batch_RB.shape[1]
+            kept_LRBH = next(masks)
+            if size not in self.steps:
+                self.steps[size] = Replayed(self.step, record_graph) if self.replays() else self.step
+            self.steps[size](batch_RB, *([] if kept_LRBH is None else [kept_LRBH[:, :, :size]]))
+            rows += size
+        return (self.total_R / rows).tolist()
+
+    def step(self, batch_RB: Tensor, kept_LRBH: Tensor | None = None) -> None:
+        R, B = batch_RB.shape
+        with autocast(self.x_train, self.pack.settings.precision):
+            logits_RBC = self.pack.logits(self.x_train[batch_RB], True, kept_LRBH)
+        losses = F.cross_entropy(logits_RBC.to(self.x_train.dtype).flatten(0, 1), self.y_train[batch_RB].flatten(), reduction="none")
+        loss_R = losses.view(R, B).mean(1)
+        names, parameters = zip(*self.pack.parameters.items(), strict=True)
+        gradients = torch.autograd.grad(loss_R.sum(), parameters)
+        self.pack.step({name: gradient.contiguous() for name, gradient in zip(names, gradients, strict=True)}, self.rates_R)
+        self.total_R += loss_R.detach() * B
+
+
+class Replayed:
+    """A function of tensors that returns nothing; on a GPU it is recorded as a CUDA graph and replayed.
+
+    Launching the some hundred kernels of a step takes longer than their work. The first WARM_UP calls are ordinary ones, on a
+    stream of their own as recording asks for; from then on the arguments are copied to where the recorded kernels read them.
+    """
+
+    def __init__(self, function: Callable[..., None], record: Callable[[Callable[[], None]], Callable[[], None]]):
+        self.function, self.record = function, record
+        self.calls = 0
+        self.places: list[Tensor] = []
+        self.replay: Callable[[], None] | None = None
+
+    def __call__(self, *arguments: Tensor) -> None:
+        self.calls += 1
+        if self.calls <= WARM_UP:
+            with side_stream(arguments[0].device):
+                self.function(*arguments)
+            return
+        if self.replay is None:
+            self.places = [argument.clone() for argument in arguments]
+            self.replay = self.record(lambda: self.function(*self.places))
+        for place, argument in zip(self.places, arguments, strict=True):
+            place.copy_(argument)
+        self.replay()
+
+
+@contextlib.contextmanager
+def side_stream(device: torch.device) -> Iterator[None]:
+    """Another stream of a GPU, after all before it and before all after it; nothing on a CPU."""
+    if device.type != "cuda":
+        yield
+        return
+    stream, present = torch.cuda.Stream(device), torch.cuda.current_stream(device)
+    stream.wait_stream(present)
+    with torch.cuda.stream(stream):
+        yield
+    present.wait_stream(stream)
+
+
+def record_graph(function: Callable[[], None]) -> Callable[[], None]:
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):                                        # nothing runs in here: kernels are noted
+        function()
+    return graph.replay
+
+
 def train_packed(x_ND: Tensor, y_N: Tensor, parts: dict[str, Tensor], num_classes: int, settings: TrainingSettings,
                  on_run: OnRun, on_epoch: OnEpoch) -> list[Run]:
-    """All runs together. A run that stops leaves the pack; each run's time is the pack's divided by R."""
+    """All runs together. A run that stops leaves the pack; each run's time is the pack's divided by R.
+
+    The host waits for the device once an epoch, when it asks for the losses and accuracies.
+    """
     start = time.perf_counter()
     device = x_ND.device
     runs = [Run(seed) for seed in settings.seeds]
@@ -379,26 +475,14 @@ def train_packed(x_ND: Tensor, y_N: Tensor, parts: dict[str, Tensor], num_classe
     x_train, y_train = x_ND[parts["train"]], y_N[parts["train"]]
     x_val, y_val = x_ND[parts["val"]], y_N[parts["val"]]
     alive = list(range(len(runs)))                                       # numbers of the runs in the pack, in its order
+    epoch = PackedEpoch(pack, x_train, y_train)
     while alive:
         rates = [schedulers[r].optimizer.param_groups[0]["lr"] for r in alive]
-        rates_R = torch.tensor(rates, dtype=torch.float64).to(x_ND)
         order_RN = torch.stack([torch.randperm(len(x_train), generator=orders[r]) for r in alive]).to(device)
-        masks = dropout_masks([generators[r] for r in alive], min(settings.batch_size, len(x_train)), settings)
-        total_R, rows = torch.zeros(len(alive), dtype=torch.float64, device=device), 0
-        for batch_RB in batches(order_RN, settings.batch_size):
-            size = batch_RB.shape[1]
-            kept = next(masks)
-            with autocast(x_ND, settings.precision):
-                logits_RBC = pack.logits(x_train[batch_RB], True, None if kept is None else kept[:, :, :size])
-            losses = F.cross_entropy(logits_RBC.to(x_ND.dtype).flatten(0, 1), y_train[batch_RB].flatten(), reduction="none")
-            loss_R = losses.view(len(alive), size).mean(1)
-            loss_R.sum().backward()
-            pack.step(rates_R)
-            total_R += loss_R.detach() * size
-            rows += size
+        losses = epoch.train(order_RN, rates, [generators[r] for r in alive])
         correct = (pack.predict(x_val) == y_val).sum(1).tolist()
         improved = []
-        for position, (r, loss) in enumerate(zip(alive, (total_R / rows).tolist(), strict=True)):
+        for position, (r, loss) in enumerate(zip(alive, losses, strict=True)):
             if record_epoch(runs[r], loss, correct[position], len(y_val), rates[position]):
                 improved.append(position)
             schedulers[r].step(runs[r].val_accuracy[-1])
@@ -410,6 +494,7 @@ def train_packed(x_ND: Tensor, y_N: Tensor, parts: dict[str, Tensor], num_classe
         if len(staying) < len(alive):
             alive = [alive[position] for position in staying]
             pack.keep(staying)
+            epoch = PackedEpoch(pack, x_train, y_train)
     for name, tensor in best.items():
         (pack.parameters if name in pack.parameters else pack.statistics)[name] = tensor
     classes_RN = pack.predict(x_ND)

@@ -174,9 +174,9 @@ def test_each_weight_is_read_once_for_all_that_needs_it(run, monkeypatch):
     reads = []
     real = LoraData.read_layer
 
-    def read_layer(self, *what):
-        reads.append(what)
-        return real(self, *what)
+    def read_layer(self, layer, start, stop, buffer=None):
+        reads.append((layer, start, stop))
+        return real(self, layer, start, stop, buffer)
     monkeypatch.setattr(LoraData, "read_layer", read_layer)
     run("--layer-sets", "all_layers", "visual_only", "text_only")
     assert len(reads) == len(set(reads)) == 16

@@ -7,7 +7,6 @@ import oracles
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn import functional as F
 
 import training
 from lora_data import Split
@@ -106,7 +105,7 @@ def test_initial_weights_and_batches_do_not_depend_on_the_trainer_or_on_r():
         pack = training.Pack(models, settings, torch.device("cpu"), torch.float32)
         torch.manual_seed(42)
         expected = torch.nn.Linear(10, 24)
-        assert torch.equal(pack.parameters["0.weight"][0], expected.weight)
+        assert torch.equal(pack.parameters["0.weight"][0], expected.weight.T)
         assert torch.equal(models[0][0].bias, expected.bias)
     assert not torch.equal(pack.parameters["0.weight"][0], pack.parameters["0.weight"][1])
     first, again = (torch.randperm(50, generator=training.batch_order(42)) for _ in range(2))
@@ -305,7 +304,13 @@ def test_callback_hears_of_every_run_in_order():
         assert result.trained_dim == 10 and all(run.seconds > 0 for run in result.runs)
 
 
-def test_a_training_step_runs_on_a_device_that_is_not_the_cpu():
+def test_a_training_step_runs_on_a_device_that_is_not_the_cpu(monkeypatch):
+    def adam(*lists, lr, **rest):   # torch has no fake kernel for it
+        assert {tensor.device.type for tensors in lists for tensor in tensors} | {lr.device.type} == {"meta"}
+        calls.append([tensor.shape for tensor in lists[0]] == [tensor.shape for tensor in lists[1]])
+
+    calls = []
+    monkeypatch.setattr(training, "adam", adam)
     settings = dataclasses.replace(SMALL, dropout=0.5)
     with FakeTensorMode(allow_non_fake_inputs=True):
         x = torch.empty(30, 10, device="meta")
@@ -313,8 +318,37 @@ def test_a_training_step_runs_on_a_device_that_is_not_the_cpu():
         rows = torch.empty(3, 16, dtype=torch.long, device="meta")
         pack = training.Pack([training.build_model(s, 10, 3, settings) for s in (1, 2, 3)], settings, x.device, x.dtype)
         masks = torch.empty(3, 3, 16, 24, dtype=torch.bool, device="meta")
-        logits = pack.logits(x[rows], True, masks)
-        F.cross_entropy(logits.flatten(0, 1), y[rows].flatten(), reduction="none").view(3, 16).mean(1).sum().backward()
-        pack.step(torch.empty(3, device="meta"))
+        epoch = training.PackedEpoch(pack, x, y)
+        epoch.step(rows, masks)
+        assert epoch.total_R.shape == (3,) and epoch.total_R.device.type == "meta"
+        assert calls == [True] * 3
         pack.keep([0, 2])
         assert pack.predict(x).shape == (2, 30) and pack.predict(x).device.type == "meta"
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_recorded_steps_train_as_ordinary_ones(monkeypatch, dropout):
+    """As on a GPU, but for the recording itself: what is replayed reads the places that were filled at the record."""
+    def record(function):
+        recorded.append(len(recorded))
+        return function
+
+    recorded = []
+    monkeypatch.setattr(training.PackedEpoch, "replays", lambda self: True)
+    monkeypatch.setattr(training, "record_graph", record)
+    x, labels, split = problem()
+    arguments = (*tensors(x, labels, split), 3, dataclasses.replace(SMALL, dropout=dropout, batch_size=19), *SILENT)
+    replayed = train_packed(*arguments)
+    monkeypatch.undo()
+    assert_same_runs(train_packed(*arguments), replayed)
+    assert len(recorded) >= 2 * 2   # two sizes of batch, and again after a run has left
+
+
+def test_replayed_calls_see_the_arguments_of_each_call():
+    seen = []
+    replayed = training.Replayed(lambda x: seen.append(x.clone()), lambda function: function)
+    for i in range(5):
+        argument = torch.full((2,), float(i))
+        replayed(argument)
+        argument.fill_(-1)
+    assert [x.tolist() for x in seen] == [[i, i] for i in (0, 1, 2, 3, 4)]
