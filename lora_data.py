@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("visual_ablation")
 
 BLOCK_ROWS = 1024     # rows of a block; blocks start at its multiples, whatever the memory, the machine or the resumption
+PIECE = 2**15         # values copied or checked at a time: what that writes stays in a core's cache
 SMALLEST_SPLIT = 11   # with fewer rows, train = val = test
 
 # The end of a column's name: diffusers' lora.down.weight, PEFT's lora_A.weight and lora_A.<adapter>.weight, kohya's lora_down.weight.
@@ -89,13 +90,15 @@ def unlist(array: pa.Array, size: int, matrices_each: int, column: str, first_ro
     """
     refuse_nulls(array, matrices_each, column, first_row)
     fixed = pa.types.is_fixed_size_list(array.type)
-    lengths = np.array([array.type.list_size]) if fixed else np.diff(array.offsets.to_numpy())
-    if (lengths != size).any():
-        wrong = int(np.argmax(lengths != size))
-        raise InputError(
-            f"column '{column}', row {first_row + wrong // matrices_each}: a list of {lengths[wrong]} where the column's "
-            f"first row has {size}: every row's matrix must have the same shape"
-        )
+    offsets = np.array([0, array.type.list_size]) if fixed else array.offsets.to_numpy()
+    for start in range(0, len(offsets) - 1, PIECE):
+        lengths = np.diff(offsets[start:start + PIECE + 1])
+        if (lengths != size).any():
+            wrong = int(np.argmax(lengths != size))
+            raise InputError(
+                f"column '{column}', row {first_row + (start + wrong) // matrices_each}: a list of {lengths[wrong]} where the column's "
+                f"first row has {size}: every row's matrix must have the same shape"
+            )
     return array.flatten()                                               # unlike .values, it respects a slice's offset
 
 
@@ -105,12 +108,23 @@ def refuse_nulls(array: pa.Array, items_each: int, column: str, first_row: int) 
         raise InputError(f"column '{column}', row {first_row + where // items_each}: null: every row needs every weight")
 
 
+def copy_finite(values: np.ndarray, target: np.ndarray) -> bool:
+    """Copy to `target`, as float32; False if something in it is then not finite."""
+    finite = True
+    for start in range(0, len(values), PIECE):
+        piece = target[start:start + PIECE]
+        piece[:] = values[start:start + PIECE]
+        finite &= bool(np.isfinite(piece).all())
+    return finite
+
+
 def refuse_non_finite(weights: np.ndarray, column: str, first_row: int) -> None:
     """`weights` (n, rows, cols)."""
-    if not np.isfinite(weights).all():
-        bad = np.argwhere(~np.isfinite(weights))[0]
+    bad = np.argwhere(~np.isfinite(weights))
+    if len(bad):
+        row, *place = bad[0]
         raise InputError(
-            f"column '{column}', row {first_row + bad[0]}: the weight at ({bad[1]}, {bad[2]}) is {weights[tuple(bad)]} "
+            f"column '{column}', row {first_row + row}: the weight at ({place[0]}, {place[1]}) is {weights[tuple(bad[0])]} "
             "as float32: repair or leave out that row"
         )
 
@@ -183,13 +197,14 @@ class LoraData:
         if not shape.in_arrow:
             return self.read_layer_formatted(layer, start, stop).cpu()
         size = (stop - start) * shape.rows * shape.cols
-        flat, position = np.empty(size, dtype=np.float32) if buffer is None else buffer[:size], 0
+        flat, position, finite = np.empty(size, dtype=np.float32) if buffer is None else buffer[:size], 0, True
         with np.errstate(over="ignore"):                                 # a float64 beyond float32 becomes inf and is refused
             for values in self.stored_values(layer, start, stop):
-                flat[position:position + len(values)] = values
+                finite &= copy_finite(values, flat[position:position + len(values)])
                 position += len(values)
         weights = flat.reshape(stop - start, shape.rows, shape.cols)
-        refuse_non_finite(weights, layer, start)
+        if not finite:
+            refuse_non_finite(weights, layer, start)
         return torch.from_numpy(weights)
 
     @property

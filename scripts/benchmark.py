@@ -160,8 +160,8 @@ def describe_one_by_one(w: Tensor) -> list[Tensor]:
     return [part.reshape(-1)[:n] for part in [*once, *five(), *five()]]   # the five stand alone and again in the ensemble
 
 
-def train_from_loader(x_ND: Tensor, y_N: Tensor, split, num_classes: int, settings: TrainingSettings, seed: int) -> int:
-    """One run the usual way: DataLoader, torch's modules, plain Adam, losses read at every step. Returns the epochs made."""
+def train_from_loader(x_ND: Tensor, y_N: Tensor, split, num_classes: int, settings: TrainingSettings, seed: int) -> training.Run:
+    """One run the usual way: DataLoader, torch's modules, plain Adam, losses read at every step."""
     torch.manual_seed(seed)
     width, layers = x_ND.shape[1], []
     for _ in range(training.HIDDEN_LAYERS):
@@ -174,9 +174,8 @@ def train_from_loader(x_ND: Tensor, y_N: Tensor, split, num_classes: int, settin
     }
     optimizer = torch.optim.Adam(model.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay)
     scheduler = training.plateau(optimizer)
-    best, best_epoch, epoch, weights = -1.0, 0, 0, {}
-    while epoch < settings.max_epochs and epoch - best_epoch < settings.patience:
-        epoch += 1
+    run, weights = training.Run(seed), {}
+    while not training.has_stopped(run, settings):
         model.train()
         total = 0.0
         for rows, labels in loaders["train"]:
@@ -192,13 +191,13 @@ def train_from_loader(x_ND: Tensor, y_N: Tensor, split, num_classes: int, settin
         with torch.no_grad():
             for rows, labels in loaders["val"]:
                 correct += int((model(rows).argmax(1) == labels).sum())
-        accuracy = correct / len(split.val)
-        scheduler.step(accuracy)
-        if accuracy > best:
-            best, best_epoch = accuracy, epoch
+        if training.record_epoch(run, total / len(split.train), correct, len(split.val), optimizer.param_groups[0]["lr"]):
             weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        scheduler.step(run.val_accuracy[-1])
     model.load_state_dict(weights)
-    return epoch
+    with torch.no_grad():
+        run.predictions = {"test": model(x_ND[split.test]).argmax(1).cpu().numpy()}
+    return run
 
 
 # --- the stages
@@ -347,12 +346,7 @@ def test_accuracies(trained: training.TrainedRuns, data: LoraData) -> np.ndarray
 
 
 def compare_precisions(data: LoraData, arguments) -> list[dict]:
-    """Is bfloat16 as accurate as float32? Two one-sided t tests on the differences of runs of the same seed, per representation.
-
-    Equivalent where both reject a difference of MARGIN or more at LEVEL, that is where the 90% interval lies within it.
-    """
-    from scipy import stats
-
+    """Is bfloat16 as accurate as float32? Runs of the same seeds with each, per representation."""
     cells = cells_of(["all_layers"], REPRESENTATIONS)
     inputs = inputs_of(data, cells)
     found = []
@@ -363,18 +357,30 @@ def compare_precisions(data: LoraData, arguments) -> list[dict]:
             began = time.perf_counter()
             accuracy[precision] = test_accuracies(training.train_runs(x_ND, data.labels, data.split, len(data.classes), settings, data.device), data)
             seconds[precision] = time.perf_counter() - began
-        differences = accuracy["bfloat16"] - accuracy["float32"]
-        above = stats.ttest_1samp(differences, -MARGIN, alternative="greater").pvalue
-        below = stats.ttest_1samp(differences, MARGIN, alternative="less").pvalue
-        p = max(above, below)
-        low, high = stats.t.interval(1 - 2 * LEVEL, len(differences) - 1, differences.mean(), stats.sem(differences))
         found.append({
-            "representation": cell.representation, "seeds": arguments.seeds, "float32": float(accuracy["float32"].mean()),
-            "bfloat16": float(accuracy["bfloat16"].mean()), "difference": float(differences.mean()), "low": float(low), "high": float(high),
-            "p": float(p), "equivalent": bool(p < LEVEL), "seconds": seconds,
+            "representation": cell.representation, **{precision: float(one.mean()) for precision, one in accuracy.items()},
+            **equivalence(accuracy["bfloat16"] - accuracy["float32"]), "seconds": seconds,
         })
         print(precision_line(found[-1]), file=sys.stderr, flush=True)
     return found
+
+
+def equivalence(differences: np.ndarray) -> dict:
+    """Two one-sided t tests on the paired differences (R,) in accuracy.
+
+    Equivalent if both reject a mean difference of MARGIN or more at LEVEL: just if the interval of level 1 - 2 LEVEL lies within it.
+    """
+    from scipy import stats  # in tests/requirements.txt
+
+    mean, error = differences.mean(), stats.sem(differences)
+    if error == 0:   # as when no prediction changed
+        low = high = mean
+        p = float(abs(mean) >= MARGIN)
+    else:
+        low, high = stats.t.interval(1 - 2 * LEVEL, len(differences) - 1, mean, error)
+        p = max(stats.ttest_1samp(differences, side * -MARGIN, alternative=reject).pvalue for side, reject in ((1, "greater"), (-1, "less")))
+    return {"seeds": len(differences), "difference": float(mean), "low": float(low), "high": float(high),
+            "p": float(p), "equivalent": bool(p < LEVEL)}
 
 
 # --- what is printed
@@ -445,7 +451,7 @@ def main(argv: list[str] | None = None) -> int:
         if not arguments.dataset:
             command = [sys.executable, ROOT / "scripts" / "make_synthetic_dataset.py", f"{folder}/loras", "--layout", arguments.layout,
                        "--rows", str(arguments.rows), "--rank", str(arguments.rank)]
-            subprocess.run(command, check=True, stdout=sys.stderr)
+            subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         data = load_lora_data(arguments.dataset or f"{folder}/loras", device)
         rates = {precision: gemm_rate(getattr(torch, precision), device) for precision in PRECISIONS}
         report = {"machine": machine(device, rates), "rates": rates, "rows": data.num_rows, "weights_per_row": data.card()["weights_per_row"]}

@@ -18,7 +18,6 @@ import dataclasses
 import io
 import shutil
 import sys
-import time
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -37,6 +36,8 @@ from torch import Tensor
 from torch.func import functional_call, grad_and_value, vmap
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from progress import Progress  # noqa: E402
+
 from checkpointing import hash_of, write_bytes  # noqa: E402
 
 NUM_CLASSES = 10
@@ -44,7 +45,6 @@ NEUTRAL = NUM_CLASSES              # the context of no class, after those of the
 CONTEXT_TOKENS, CONTEXT_WIDTH = 4, 32   # several tokens: with one, attention has nothing to choose and to_q learns nothing
 NOISE_LEVELS = 1000
 ADAM_BETAS, ADAM_EPSILON = (0.9, 0.999), 1e-8   # torch's defaults
-SECONDS_BETWEEN_LINES = 20
 
 
 @dataclass(frozen=True)
@@ -53,12 +53,12 @@ class Recipe:
 
     prompt: str = "neutral"           # neutral: one context for all; named: the digit's own
     rank: int = 2
-    steps: tuple[int, ...] = (54, 60, 66)   # a LoRA's number of steps is one of these
+    steps: tuple[int, ...] = (27, 30, 33)   # a LoRA's number of steps is one of these
     images: tuple[int, ...] = (6, 8, 10)    # and so is its number of images
     groups: int = 2                   # k-means clusters of each digit's images
     learning_rate: float = 1e-2
     batch_size: int = 8
-    pretrain_steps: int = 300
+    pretrain_steps: int = 150
     pretrain_batch: int = 32
     seed: int = 0
 
@@ -156,21 +156,22 @@ def pretrain(unet: UNet2DConditionModel, recipe: Recipe, images: Tensor, digits:
     optimizer = torch.optim.Adam(unet.parameters(), lr=2e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=2e-3, total_steps=max(recipe.pretrain_steps, 2))
     losses = []
-    with ProgressLines(recipe.pretrain_steps, "pre-training steps") as progress:
-        for _ in range(recipe.pretrain_steps):
-            batch = torch.randint(len(images), (recipe.pretrain_batch,), generator=generator)
-            named = torch.rand(recipe.pretrain_batch, generator=generator) < 0.5
-            context = contexts[torch.where(named, labels[batch], NEUTRAL)]
-            level = torch.randint(NOISE_LEVELS, (recipe.pretrain_batch,), generator=generator)
-            noise = torch.randn(recipe.pretrain_batch, 1, 8, 8, generator=generator)
-            predicted = unet(add_noise(images[batch], noise, shares[level]), level, context).sample
-            loss = torch.nn.functional.mse_loss(predicted, noise)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-            losses.append(loss.item())
-            progress.advance()
+    progress = Progress(recipe.pretrain_steps, "pre-training steps")
+    for _ in range(recipe.pretrain_steps):
+        batch = torch.randint(len(images), (recipe.pretrain_batch,), generator=generator)
+        named = torch.rand(recipe.pretrain_batch, generator=generator) < 0.5
+        context = contexts[torch.where(named, labels[batch], NEUTRAL)]
+        level = torch.randint(NOISE_LEVELS, (recipe.pretrain_batch,), generator=generator)
+        noise = torch.randn(recipe.pretrain_batch, 1, 8, 8, generator=generator)
+        predicted = unet(add_noise(images[batch], noise, shares[level]), level, context).sample
+        loss = torch.nn.functional.mse_loss(predicted, noise)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        losses.append(loss.item())
+        progress.advance()
+    progress.line()
     return float(np.mean(losses[-max(1, len(losses) // 10):]))
 
 
@@ -199,7 +200,8 @@ class Draws(NamedTuple):
 def draw(plan: Plan, unet: UNet2DConditionModel, recipe: Recipe) -> Draws:
     """`down` is Gaussian with std 1/rank and `up` is zero, as peft's init_lora_weights="gaussian".
 
-    Noise levels and noise are one sequence for all LoRAs, so that these differ by their images and initial weights alone.
+    A batch has every image once before any comes twice, and its noise levels are spread evenly. Levels and noise are one
+    sequence for all LoRAs. Both so that LoRAs differ by their images and initial weights and not by luck.
     """
     generator = torch.Generator().manual_seed(plan.seed)
     loras = {}
@@ -211,10 +213,15 @@ def draw(plan: Plan, unet: UNet2DConditionModel, recipe: Recipe) -> Draws:
     size = (max(plan.steps, *recipe.steps), recipe.batch_size)
     return Draws(
         loras,
-        torch.randint(len(plan.images), size, generator=generator)[:plan.steps],
-        torch.randint(NOISE_LEVELS, size, generator=common)[:plan.steps],
+        torch.stack([shuffled(len(plan.images), recipe.batch_size, generator) for _ in range(plan.steps)]),
+        ((torch.arange(recipe.batch_size) + torch.rand(size, generator=common)) * (NOISE_LEVELS / recipe.batch_size)).long()[:plan.steps],
         torch.randn(*size, 1, 8, 8, generator=common)[:plan.steps],
     )
+
+
+def shuffled(items: int, count: int, generator: torch.Generator) -> Tensor:
+    """(count,) numbers below `items` in random order, all of them once before any comes again."""
+    return torch.cat([torch.randperm(items, generator=generator) for _ in range(-(-count // items))])[:count]
 
 
 def train_block(unet: UNet2DConditionModel, images: Tensor, plans: list[Plan], recipe: Recipe, on_steps=lambda made: None):
@@ -304,32 +311,6 @@ def parquet_bytes(table: pa.Table) -> bytes:
 # --- the program
 
 
-class ProgressLines:
-    """Whole lines with rate and time to go, so that a log can be followed: one every 20 seconds, and one at the end."""
-
-    def __init__(self, total: int, unit: str):
-        self.total, self.unit, self.done = total, unit, 0
-        self.began = self.last = time.monotonic()
-
-    def __enter__(self) -> ProgressLines:
-        return self
-
-    def __exit__(self, *exception) -> None:
-        if exception[0] is None and self.total:
-            self.print()
-
-    def advance(self, amount: int = 1) -> None:
-        self.done += amount
-        if time.monotonic() - self.last > SECONDS_BETWEEN_LINES:
-            self.print()
-
-    def print(self) -> None:
-        self.last = time.monotonic()
-        rate = self.done / max(self.last - self.began, 1e-9)
-        eta = f"{(self.total - self.done) / rate:.0f}s" if rate else "unknown"
-        print(f"Progress: {self.done}/{self.total} {self.unit} | Rate: {rate:.1f} {self.unit}/s | ETA: {eta}", flush=True)
-
-
 def build(output: Path, count: int, recipe: Recipe, block_size: int) -> None:
     """Train `count` LoRAs and write them to `output`; finished parts lie in a hidden folder beside it until then."""
     images, digits = read_images()
@@ -353,10 +334,12 @@ def build(output: Path, count: int, recipe: Recipe, block_size: int) -> None:
     to_do = [(file, [plans[i] for i in block]) for file, block in zip(files, blocks, strict=True) if not file.exists()]
     print(f"{count} LoRAs of rank {recipe.rank}, prompt {recipe.prompt}: {len(blocks)} blocks, {len(blocks) - len(to_do)} of them there already",
           flush=True)
-    with ProgressLines(sum(plan.steps for _, block in to_do for plan in block), "steps") as progress:
-        for file, block in to_do:
-            weights, losses = train_block(unet, images, block, recipe, progress.advance)
-            write_bytes(file, save({**weights, "step_loss": losses}))
+    progress = Progress(sum(plan.steps for _, block in to_do for plan in block), "steps")
+    for file, block in to_do:
+        weights, losses = train_block(unet, images, block, recipe, progress.advance)
+        write_bytes(file, save({**weights, "step_loss": losses}))
+    if to_do:
+        progress.line()
 
     loaded = [load(file.read_bytes()) for file in files]
     joined = {name: torch.cat([one[name] for one in loaded]) for name in loaded[0]}

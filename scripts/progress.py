@@ -19,8 +19,8 @@ class Progress:
         self.done += amount
         self.skipped += amount
 
-    def advance(self) -> None:
-        self.done += 1
+    def advance(self, amount: int = 1) -> None:
+        self.done += amount
         if time.monotonic() - self.last > SECONDS_A_LINE:
             self.line()
 

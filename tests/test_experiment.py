@@ -194,6 +194,19 @@ def test_blocks_do_not_change_a_number(place, monkeypatch):
         assert torch.allclose(whole[name], pieces[name], rtol=1e-6, atol=1e-7), name
 
 
+def test_the_way_of_a_gpu_gives_the_same_features(place):
+    """Layers read ahead by threads and described in turn; `cpu:0` is a CPU that takes that way."""
+    import lora_data
+    names = [name for name in REPRESENTATIONS if name != "ensemble"]
+    data = experiment_data()
+    ours, _ = experiment.extract_features(data, names, experiment.Clock())
+    clock = experiment.Clock()
+    theirs, _ = experiment.extract_features(lora_data.from_dataset(data.dataset, "x", "cpu:0"), names, clock)
+    assert clock.seconds["read"] > 0 and clock.seconds["features"] > 0
+    for name in names:
+        assert torch.equal(ours[name], theirs[name]), name
+
+
 def test_the_same_command_gives_the_same_numbers(run, place):
     for output in ("a", "b"):
         assert run("--output-dir", output, "--no-cache-features")[0] == 0

@@ -1,7 +1,9 @@
 """Names, columns, labels and splits: the Arrow path against the formatter, and everything that must be refused."""
 
 import os
+import re
 import shutil
+import threading
 
 import numpy as np
 import pyarrow as pa
@@ -12,13 +14,19 @@ from conftest import ROOT
 from datasets import Array3D, Dataset, DatasetDict, Features, List, Value, concatenate_datasets
 
 import lora_data
-from lora_data import attention_kind, from_dataset, is_layer, load_lora_data, split_rows, survey
+from lora_data import ReadAhead, attention_kind, from_dataset, is_layer, load_lora_data, split_rows, survey
 from settings import InputError
 
 
 @pytest.fixture(autouse=True)
 def own_cache(monkeypatch, tmp_path):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "hf")
+
+
+@pytest.fixture(params=[3, lora_data.PIECE], ids="pieces of {}".format)
+def pieces(request, monkeypatch):
+    """Checks and copies that end anywhere in a matrix."""
+    monkeypatch.setattr(lora_data, "PIECE", request.param)
 
 
 def assert_both_paths_agree(data, expected=None):
@@ -34,7 +42,7 @@ def assert_both_paths_agree(data, expected=None):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_arrow_and_formatter_agree_bit_for_bit_in_every_layout(layout):
+def test_arrow_and_formatter_agree_bit_for_bit_in_every_layout(layout, pieces):
     data = from_dataset(lora_dataset(layout=layout), "x")
     assert all(data.matrices[layer].in_arrow for layer in data.layers)
     expected = lora_columns()
@@ -43,9 +51,39 @@ def test_arrow_and_formatter_agree_bit_for_bit_in_every_layout(layout):
     assert_both_paths_agree(data, expected)
 
 
+@pytest.mark.parametrize("threads", [1, 3])
+def test_reading_ahead_gives_the_same_tensors_in_order(threads):
+    data = from_dataset(lora_dataset(n=30), "x")
+    blocks = [(layer, start, min(start + 7, 30)) for start in range(0, 30, 7) for layer in data.layers]
+    ahead = ReadAhead(data, blocks, threads)
+    kept = list(ahead)
+    assert len(kept) == len(blocks) and ahead.waited > 0
+    for block, w in zip(blocks, kept, strict=True):
+        assert torch.equal(w, data.read_layer_formatted(*block))
+
+
+def test_reading_ahead_stops_at_what_it_cannot_read():
+    rows = lora_columns(n=6)
+    rows[LAYER][4, 1, 1] = np.nan
+    data = from_dataset(Dataset.from_dict({name: w.tolist() for name, w in rows.items()} | {"category_label": ["a", "b"] * 3}), "x")
+    ahead = iter(ReadAhead(data, [(layer, 0, 6) for layer in data.layers], 2))
+    before = threading.active_count()
+    with pytest.raises(InputError, match=f"column '{re.escape(LAYER)}', row 4"):
+        list(ahead)
+    assert threading.active_count() <= before
+
+
+def test_a_buffer_is_reused_and_large_enough_for_every_layer():
+    data = from_dataset(lora_dataset(), "x")
+    buffer = data.new_buffer()
+    for layer in data.layers:
+        w = data.read_layer(layer, 0, 24, buffer)
+        assert np.shares_memory(w.numpy(), buffer) and torch.equal(w, data.read_layer(layer, 0, 24))
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("change", ["slice", "chunks", "sliced chunks", "shuffled", "split"])
-def test_sliced_chunked_and_reordered_tables(layout, change):
+def test_sliced_chunked_and_reordered_tables(layout, change, pieces):
     whole = lora_dataset(n=30, layout=layout)
     parts = [lora_dataset(n=4, layout=layout, seed=1), whole, lora_dataset(n=3, layout=layout, seed=2)]
     dataset = {
@@ -95,7 +133,7 @@ GOOD = [[0.0] * 6] * 2
     ([[0.0] * 5, [0.0] * 7], "row 7: a list of 5 where the column's first row has 6"),
     ([[0.0] * 4] * 3, "row 7: a list of 3 where the column's first row has 2"),
 ])
-def test_bad_rows_are_named(bad, reason):
+def test_bad_rows_are_named(bad, reason, pieces):
     data = from_dataset(with_rows(replace={7: bad}), "x")
     with pytest.raises(InputError, match=f"column '{LAYER}', {reason}"):
         data.read_layer(LAYER, 0, 12)
@@ -112,7 +150,7 @@ def test_bad_rows_are_named(bad, reason):
     ([(2, 2), [[1.0, 1.0, 1.0], [1.0]], (2, 2), (2, 2)], "row 1: a list of 3"),
     ([(2, 2), (2, 2), (4, 1), (1, 4)], "row 2: a list of 4"),
 ])
-def test_ragged_rows_whose_totals_fit_are_refused(matrices, reason):
+def test_ragged_rows_whose_totals_fit_are_refused(matrices, reason, pieces):
     matrices = [np.ones(m).tolist() if isinstance(m, tuple) else m for m in matrices]
     assert sum(len(sum(m, [])) for m in matrices) == 16
     rows = {"a.attn1.lora.down.weight": matrices * 3, "category_label": ["x", "y"] * 6}
