@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("visual_ablation")
 
 BLOCK_ROWS = 1024     # rows of a block; blocks start at its multiples, whatever the memory, the machine or the resumption
-PIECE = 2**15         # values copied or checked at a time: what that writes stays in a core's cache
+PIECE = 2**17         # values copied or checked at a time: what that writes stays in a core's cache
 SMALLEST_SPLIT = 11   # with fewer rows, train = val = test
 
 # The end of a column's name: diffusers' lora.down.weight, PEFT's lora_A.weight and lora_A.<adapter>.weight, kohya's lora_down.weight.
@@ -109,12 +109,16 @@ def refuse_nulls(array: pa.Array, items_each: int, column: str, first_row: int) 
 
 
 def copy_finite(values: np.ndarray, target: np.ndarray) -> bool:
-    """Copy to `target`, as float32; False if something in it is then not finite."""
+    """Copy to `target`, float32; False if something in it is then not finite.
+
+    As integers the bits of +inf and NaN are the largest of all signed ones, those of -inf and -NaN the largest unsigned: two
+    maxima find both faster than np.isfinite.
+    """
     finite = True
     for start in range(0, len(values), PIECE):
         piece = target[start:start + PIECE]
         piece[:] = values[start:start + PIECE]
-        finite &= bool(np.isfinite(piece).all())
+        finite &= bool(piece.view(np.int32).max() < 0x7F800000 and piece.view(np.uint32).max() < 0xFF800000)
     return finite
 
 

@@ -46,7 +46,7 @@ LAYER_SETS = ("all_layers", "visual_only")
 PRECISIONS = ("float32", "bfloat16")
 MARGIN = 0.01            # accuracies that differ by less are taken as equal
 LEVEL = 0.05             # of each of the two one-sided tests
-COPY_WEIGHTS = 2**28     # at most, 1 GiB: what the plain copy reads from
+COPY_WEIGHTS = 2**28     # at most: 1 GiB, which no cache holds, is what the plain copy reads and writes
 GEMM_SIDE = 2048         # of the square matrices whose product gives the machine's rate
 
 
@@ -228,23 +228,23 @@ def weights_of(data: LoraData) -> dict[str, int]:
 
 
 def copier(data: LoraData) -> Callable[[], None]:
-    """Copies as many bytes as the data set has into one block's buffer, from memory too large for any cache."""
-    total = sum(weights_of(data).values())
-    source, target = np.ones(min(total, COPY_WEIGHTS), np.float32), np.ones(data.block_weights, np.float32)
+    """Copies as many bytes as the data set has from memory to memory, a block of a layer at a time."""
+    total, block = sum(weights_of(data).values()), data.block_weights
+    source, target = (np.ones(min(total, COPY_WEIGHTS), np.float32) for _ in range(2))
 
     def copy() -> None:
-        for start in range(0, total, len(target)):
-            size = min(len(target), total - start)
+        for start in range(0, total, block):
+            size = min(block, total - start)
             place = start % max(len(source) - size, 1)
-            np.copyto(target[:size], source[place:place + size])
+            np.copyto(target[place:place + size], source[place:place + size])
 
     return copy
 
 
-def spread_out(items: list, count: int) -> list:
-    """`count` of them at even distances."""
-    count = min(count, len(items))
-    return [items[i * len(items) // count] for i in range(count)]
+def spread_out(layers: list[str], count: int) -> list[str]:
+    """`count` of them at even distances, `down` and `up` in turn (they are sorted, so every second one is `up`)."""
+    count = min(count, len(layers))
+    return [layers[(i * len(layers) // count + i) % len(layers)] for i in range(count)]
 
 
 def time_features(data: LoraData, arguments) -> list[Row]:

@@ -12,6 +12,8 @@ import torch
 from builders import LAYOUTS, lora_columns, lora_dataset
 from conftest import ROOT
 from datasets import Array3D, Dataset, DatasetDict, Features, List, Value, concatenate_datasets
+from hypothesis import given
+from hypothesis import strategies as st
 
 import lora_data
 from lora_data import ReadAhead, attention_kind, from_dataset, is_layer, load_lora_data, split_rows, survey
@@ -158,6 +160,15 @@ def test_ragged_rows_whose_totals_fit_are_refused(matrices, reason, pieces):
     data = from_dataset(Dataset.from_dict(rows, features=features), "x")
     with pytest.raises(InputError, match=reason):
         data.read_layer(data.layers[0], 0, 12)
+
+
+@given(st.lists(st.floats(width=32), min_size=1, max_size=40))
+def test_finite_is_what_numpy_calls_finite(values):
+    values = np.array(values, dtype=np.float32)
+    for signed in (values, -values):
+        target = np.empty_like(signed)
+        assert lora_data.copy_finite(signed, target) == np.isfinite(signed).all()
+        assert np.array_equal(target, signed, equal_nan=True)
 
 
 def test_a_float64_weight_beyond_float32_is_refused():
