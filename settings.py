@@ -52,7 +52,7 @@ LAYER_SETS = {
     "text_only": LayerSet("Text-Only", ("attn2",)),
 }
 
-TRAINING_VERSION = 1  # raise it whenever training gives other numbers from the same settings
+TRAINING_VERSION = 2  # raise it whenever training gives other numbers from the same settings
 
 ALIASES = {
     "1k": "jacekduszenko/lora-ws-1k",

@@ -11,12 +11,15 @@ Suffixes name the axes: R runs, B rows of a batch, N rows, D features, H hidden 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import dataclasses
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -31,9 +34,10 @@ LR_FACTOR, LR_PATIENCE = 0.5, 10    # ReduceLROnPlateau on validation accuracy
 BETA1, BETA2, ADAM_EPS = 0.9, 0.999, 1e-8
 EVAL_ROWS = 4096                    # rows a forward pass without gradients
 COLUMN_BLOCK = 256                  # columns standardised at a time in float64
-DROPOUT_STEPS = 16                  # steps whose dropout masks are drawn at a time
+DROPOUT_STEPS = 8                   # steps whose dropout is drawn at a time
 WARM_UP = 2                         # ordinary steps before one is recorded as a CUDA graph
 PARTS = ("train", "val", "test")
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3   # of malloc.h
 
 
 class TrainingError(Exception):
@@ -129,29 +133,31 @@ def stream_seed(seed: int, stream: str) -> int:
 
 
 class Dropout(nn.Module):
-    """Dropout with a mask that is handed to it, so that it can come from a run's own generator; nothing without one."""
+    """Dropout with factors that are handed to it, so that they can come from a run's own stream; nothing without them."""
 
-    def __init__(self, probability: float):
+    def __init__(self):
         super().__init__()
-        self.probability = probability
-        self.kept: Tensor | None = None                                  # (B, H) bool
+        self.factors: Tensor | None = None                               # (B, H): 0 or 1/(1-p)
 
     def forward(self, h_BH: Tensor) -> Tensor:
-        return h_BH if self.kept is None else drop(h_BH, self.kept, self.probability)
+        return h_BH if self.factors is None else h_BH * self.factors
 
 
-def drop(h: Tensor, kept: Tensor, probability: float) -> Tensor:
-    return h * kept * (1 / (1 - probability))
+def dropout_factors(seed: int, batch_size: int, settings: TrainingSettings, like: Tensor) -> Iterator[Tensor]:
+    """A run's endless dropout, (L, B, H) a step: 0 for a unit that is dropped, 1/(1-p) for one that is kept. On `like`'s device, in its dtype.
 
-
-def dropout_masks(generators: list[torch.Generator], batch_size: int, settings: TrainingSettings) -> Iterator[Tensor | None]:
-    """Endless masks (L, R, B, H) of kept units, a step at a time, of the hidden layers of R runs; None at dropout 0."""
-    while settings.dropout == 0:
-        yield None
+    On a CPU 32 bits of PCG64 a unit, so p is good to 1e-10: torch's own Bernoulli numbers take twelve times as long there.
+    """
+    shape, keep = (DROPOUT_STEPS, HIDDEN_LAYERS, batch_size, settings.hidden_dim), 1 - settings.dropout
+    if like.device.type == "cpu":
+        bits = np.random.PCG64(stream_seed(seed, "dropout"))
+        words = -(-math.prod(shape) // 2)                                # of 64 bits
+        while True:
+            kept = bits.random_raw(words).view(np.uint32)[:math.prod(shape)] < round(keep * 2**32)
+            yield from torch.from_numpy(kept).view(shape).to(like.dtype).mul_(1 / keep)
+    generator = torch.Generator(like.device).manual_seed(stream_seed(seed, "dropout"))
     while True:
-        shape = (DROPOUT_STEPS, HIDDEN_LAYERS, batch_size, settings.hidden_dim)
-        drawn = [torch.empty(shape, dtype=torch.bool, device=g.device).bernoulli_(1 - settings.dropout, generator=g) for g in generators]
-        yield from torch.stack(drawn, dim=2)
+        yield from torch.empty(shape, dtype=like.dtype, device=like.device).bernoulli_(keep, generator=generator).mul_(1 / keep)
 
 
 def build_model(seed: int, inputs: int, num_classes: int, settings: TrainingSettings) -> nn.Sequential:
@@ -160,7 +166,7 @@ def build_model(seed: int, inputs: int, num_classes: int, settings: TrainingSett
         torch.default_generator.manual_seed(seed)
         layers: list[nn.Module] = []
         for _ in range(HIDDEN_LAYERS):
-            layers += [nn.Linear(inputs, settings.hidden_dim), nn.BatchNorm1d(settings.hidden_dim), nn.ReLU(), Dropout(settings.dropout)]
+            layers += [nn.Linear(inputs, settings.hidden_dim), nn.BatchNorm1d(settings.hidden_dim), nn.ReLU(), Dropout()]
             inputs = settings.hidden_dim
         return nn.Sequential(*layers, nn.Linear(inputs, num_classes))
 
@@ -168,10 +174,6 @@ def build_model(seed: int, inputs: int, num_classes: int, settings: TrainingSett
 def batch_order(seed: int) -> torch.Generator:
     """The generator behind a run's permutations, one an epoch."""
     return torch.Generator().manual_seed(stream_seed(seed, "batches"))
-
-
-def dropout_generator(seed: int, device: torch.device) -> torch.Generator:
-    return torch.Generator(device).manual_seed(stream_seed(seed, "dropout"))
 
 
 def batches(order: Tensor, batch_size: int) -> list[Tensor]:
@@ -192,6 +194,27 @@ def new_scheduler(settings: TrainingSettings):
 
 def plateau(optimizer) -> torch.optim.lr_scheduler.ReduceLROnPlateau:
     return torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, mode="max", factor=LR_FACTOR, patience=LR_PATIENCE)
+
+
+class AdamState(NamedTuple):
+    """What Adam remembers of each of several parameters."""
+
+    first: list[Tensor]    # moments
+    second: list[Tensor]
+    steps: list[Tensor]    # made so far
+
+    @classmethod
+    def before(cls, parameters: list[Tensor], runs: tuple[int, ...] = ()) -> AdamState:
+        """The first step of single parameters, or of parameters (R, ...) of `runs` = (R,)."""
+        first, second = ([torch.zeros_like(p, requires_grad=False) for p in parameters] for _ in range(2))
+        return cls(first, second, [torch.zeros(runs, device=p.device) for p in parameters])
+
+
+@torch.no_grad()
+def adam_step(parameters: list[Tensor], gradients: list[Tensor], state: AdamState, rate: float | Tensor, settings: TrainingSettings) -> None:
+    """torch's Adam with L2 weight decay in the gradient; its function, because the class takes as long again for its own bookkeeping."""
+    adam(parameters, gradients, state.first, state.second, [], state.steps, fused=True, amsgrad=False, beta1=BETA1, beta2=BETA2, lr=rate,
+         weight_decay=settings.weight_decay, eps=ADAM_EPS, maximize=False)
 
 
 def record_epoch(run: Run, loss: float, correct: int, num_val: int, learning_rate: float) -> bool:
@@ -235,6 +258,7 @@ def train_sequential(x_ND: Tensor, y_N: Tensor, parts: dict[str, Tensor], num_cl
 @contextlib.contextmanager
 def one_thread_a_core(most: int) -> Iterator[ThreadPoolExecutor]:
     """A pool of as many threads as torch uses, `most` at most, among which torch's own threads are shared out. What waits is cancelled at the end."""
+    keep_freed_memory()
     threads = torch.get_num_threads()
     workers = min(threads, most)
     torch.set_num_threads(threads // workers)
@@ -246,41 +270,47 @@ def one_thread_a_core(most: int) -> Iterator[ThreadPoolExecutor]:
         torch.set_num_threads(threads)
 
 
+def keep_freed_memory() -> None:
+    """Let glibc keep up to 1 GiB of freed memory instead of giving back each large tensor, which the next step has to page in again."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):                                         # glibc's; other systems do without
+        libc.mallopt(M_MMAP_THRESHOLD, 2**25)                            # the most that it takes
+        libc.mallopt(M_TRIM_THRESHOLD, 2**30)
+
+
 def train_one(model: nn.Sequential, x_ND: Tensor, y_N: Tensor, parts: dict[str, Tensor], settings: TrainingSettings, seed: int,
               stop: threading.Event, on_epoch: OnEpoch) -> Run:
     """One run: the plain loop. Ends with a TrainingError within a step once `stop` is set."""
     start = time.perf_counter()
-    optimizer = torch.optim.Adam(model.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay,
-                                 betas=(BETA1, BETA2), eps=ADAM_EPS, fused=True)
-    scheduler = plateau(optimizer)
+    parameters = list(model.parameters())
+    state = AdamState.before(parameters)
+    scheduler = new_scheduler(settings)
     order, run, best = batch_order(seed), Run(seed), {}
     x_train, y_train = x_ND[parts["train"]], y_N[parts["train"]]
     x_val, y_val = x_ND[parts["val"]], y_N[parts["val"]]
     dropouts = [module for module in model if isinstance(module, Dropout)]
-    generator = dropout_generator(seed, x_ND.device)
+    factors = dropout_factors(seed, min(settings.batch_size, len(x_train)), settings, x_ND)
     while not has_stopped(run, settings):
         model.train()
+        learning_rate = scheduler.optimizer.param_groups[0]["lr"]
         total, rows = torch.zeros((), dtype=torch.float64, device=x_ND.device), 0
         permutation = torch.randperm(len(x_train), generator=order).to(x_ND.device)
-        masks = dropout_masks([generator], min(settings.batch_size, len(x_train)), settings)
         for batch in batches(permutation, settings.batch_size):
             if stop.is_set():
                 raise TrainingError("stopped")
-            kept_LRBH = next(masks)
-            for level, dropout in enumerate(dropouts):
-                dropout.kept = None if kept_LRBH is None else kept_LRBH[level, 0, :len(batch)]
-            optimizer.zero_grad()
+            if settings.dropout:
+                factors_LBH = next(factors)
+                for level, dropout in enumerate(dropouts):
+                    dropout.factors = factors_LBH[level, :len(batch)]
             with autocast(x_ND, settings.precision):
                 logits_BC = model(x_train[batch])
             loss = F.cross_entropy(logits_BC.to(x_ND.dtype), y_train[batch])
-            loss.backward()
-            optimizer.step()
+            adam_step(parameters, torch.autograd.grad(loss, parameters), state, learning_rate, settings)
             total += loss.detach() * len(batch)
             rows += len(batch)
         for dropout in dropouts:
-            dropout.kept = None
+            dropout.factors = None
         correct = int((predict(model, x_val, settings) == y_val).sum())
-        learning_rate = optimizer.param_groups[0]["lr"]
         if record_epoch(run, total.item() / rows, correct, len(y_val), learning_rate):
             best = {name: tensor.clone() for name, tensor in model.state_dict().items()}   # a copy: training goes on
         scheduler.step(run.val_accuracy[-1])
@@ -315,21 +345,19 @@ class Pack:
         self.parameters = {name: stack([m.get_parameter(name) for m in models]).requires_grad_() for name in names}
         statistics = [name for name, tensor in models[0].named_buffers() if tensor.is_floating_point()]
         self.statistics = {name: stack([m.get_buffer(name) for m in models]) for name in statistics}
-        self.first = {name: torch.zeros_like(p) for name, p in self.parameters.items()}    # Adam's moments
-        self.second = {name: torch.zeros_like(p) for name, p in self.parameters.items()}
-        self.steps = {name: torch.zeros(len(models), device=device) for name in names}      # made so far
+        self.adam = AdamState.before(list(self.parameters.values()), (len(models),))
 
     def __len__(self) -> int:
         return len(next(iter(self.parameters.values())))
 
-    def logits(self, x_RBD: Tensor, training: bool, masks_LRBH: Tensor | None = None) -> Tensor:
-        """(R, B, C). `masks_LRBH` says which hidden units dropout keeps, one mask a hidden layer."""
+    def logits(self, x_RBD: Tensor, training: bool, dropout_LRBH: Tensor | None = None) -> Tensor:
+        """(R, B, C). `dropout_LRBH` holds dropout's factors for each hidden layer."""
         p, h = self.parameters, x_RBD
         for level, i in enumerate(self.linears[:-1]):
             h = torch.baddbmm(p[f"{i}.bias"][:, None], h, p[f"{i}.weight"])                            # (R, B, H)
             h = F.relu(self.batch_norm(h, i + 1, training))
-            if masks_LRBH is not None:
-                h = drop(h, masks_LRBH[level], self.settings.dropout)
+            if dropout_LRBH is not None:
+                h = h * dropout_LRBH[level]
         i = self.linears[-1]
         return torch.baddbmm(p[f"{i}.bias"][:, None], h, p[f"{i}.weight"])
 
@@ -343,14 +371,11 @@ class Pack:
         )
         return units.view(B, R, H).transpose(0, 1)
 
-    @torch.no_grad()
-    def step(self, gradients: dict[str, Tensor], rates_R: Tensor) -> None:
-        """One step of torch's fused Adam for each run, at its own learning rate."""
+    def step(self, gradients: list[Tensor], rates_R: Tensor) -> None:
+        """One step of Adam for each run, at its own learning rate."""
         for r, rate in enumerate(rates_R):
-            of_run = [[tensors[name][r] for name in self.parameters] for tensors in (self.parameters, gradients, self.first, self.second, self.steps)]
-            parameters, grads, first, second, steps = of_run
-            adam(parameters, grads, first, second, [], steps, fused=True, amsgrad=False, beta1=BETA1, beta2=BETA2, lr=rate,
-                 weight_decay=self.settings.weight_decay, eps=ADAM_EPS, maximize=False)
+            parameters, gradients_of_run, *adam = ([tensor[r] for tensor in tensors] for tensors in (self.parameters.values(), gradients, *self.adam))
+            adam_step(parameters, gradients_of_run, AdamState(*adam), rate, self.settings)
 
     def state(self) -> dict[str, Tensor]:
         """What a prediction depends on: parameters and BatchNorm statistics, (R, ...) each."""
@@ -358,9 +383,10 @@ class Pack:
 
     def keep(self, positions: list[int]) -> None:
         """Drop every other run, so that those that have stopped cost nothing."""
-        for tensors in (self.parameters, self.statistics, self.first, self.second, self.steps):
+        for tensors in (self.parameters, self.statistics):
             for name, tensor in tensors.items():
                 tensors[name] = tensor.detach()[positions].requires_grad_(tensor.requires_grad)
+        self.adam = AdamState(*([tensor[positions] for tensor in tensors] for tensors in self.adam))
 
     @torch.no_grad()
     def predict(self, x_ND: Tensor) -> Tensor:
@@ -383,31 +409,29 @@ class PackedEpoch:
     def replays(self) -> bool:
         return self.x_train.is_cuda
 
-    def train(self, order_RN: Tensor, rates: list[float], generators: list[torch.Generator]) -> list[float]:
+    def train(self, order_RN: Tensor, rates: list[float], dropouts: list[Iterator[Tensor]]) -> list[float]:
         """One epoch over the rows in each run's order; the mean loss of each run."""
         settings = self.pack.settings
         self.rates_R.copy_(torch.tensor(rates, dtype=torch.float64))
         self.total_R.zero_()
-        masks = dropout_masks(generators, min(settings.batch_size, order_RN.shape[1]), settings)
         rows = 0
         for batch_RB in batches(order_RN, settings.batch_size):
             size = batch_RB.shape[1]
-            kept_LRBH = next(masks)
+            dropout = [torch.stack([next(factors)[:, :size] for factors in dropouts], dim=1)] if settings.dropout else []   # (L, R, B, H)
             if size not in self.steps:
                 self.steps[size] = Replayed(self.step, record_graph) if self.replays() else self.step
-            self.steps[size](batch_RB, *([] if kept_LRBH is None else [kept_LRBH[:, :, :size]]))
+            self.steps[size](batch_RB, *dropout)
             rows += size
         return (self.total_R / rows).tolist()
 
-    def step(self, batch_RB: Tensor, kept_LRBH: Tensor | None = None) -> None:
+    def step(self, batch_RB: Tensor, dropout_LRBH: Tensor | None = None) -> None:
         R, B = batch_RB.shape
         with autocast(self.x_train, self.pack.settings.precision):
-            logits_RBC = self.pack.logits(self.x_train[batch_RB], True, kept_LRBH)
+            logits_RBC = self.pack.logits(self.x_train[batch_RB], True, dropout_LRBH)
         losses = F.cross_entropy(logits_RBC.to(self.x_train.dtype).flatten(0, 1), self.y_train[batch_RB].flatten(), reduction="none")
         loss_R = losses.view(R, B).mean(1)
-        names, parameters = zip(*self.pack.parameters.items(), strict=True)
-        gradients = torch.autograd.grad(loss_R.sum(), parameters)
-        self.pack.step({name: gradient.contiguous() for name, gradient in zip(names, gradients, strict=True)}, self.rates_R)
+        gradients = torch.autograd.grad(loss_R.sum(), list(self.pack.parameters.values()))
+        self.pack.step([gradient.contiguous() for gradient in gradients], self.rates_R)
         self.total_R += loss_R.detach() * B
 
 
@@ -470,16 +494,16 @@ def train_packed(x_ND: Tensor, y_N: Tensor, parts: dict[str, Tensor], num_classe
     pack = Pack([build_model(run.seed, x_ND.shape[1], num_classes, settings) for run in runs], settings, device, x_ND.dtype)
     schedulers = [new_scheduler(settings) for _ in runs]
     orders = [batch_order(run.seed) for run in runs]
-    generators = [dropout_generator(run.seed, device) for run in runs]
     best = {name: tensor.clone() for name, tensor in pack.state().items()}
     x_train, y_train = x_ND[parts["train"]], y_N[parts["train"]]
     x_val, y_val = x_ND[parts["val"]], y_N[parts["val"]]
+    dropouts = [dropout_factors(run.seed, min(settings.batch_size, len(x_train)), settings, x_ND) for run in runs]
     alive = list(range(len(runs)))                                       # numbers of the runs in the pack, in its order
     epoch = PackedEpoch(pack, x_train, y_train)
     while alive:
         rates = [schedulers[r].optimizer.param_groups[0]["lr"] for r in alive]
         order_RN = torch.stack([torch.randperm(len(x_train), generator=orders[r]) for r in alive]).to(device)
-        losses = epoch.train(order_RN, rates, [generators[r] for r in alive])
+        losses = epoch.train(order_RN, rates, [dropouts[r] for r in alive])
         correct = (pack.predict(x_val) == y_val).sum(1).tolist()
         improved = []
         for position, (r, loss) in enumerate(zip(alive, losses, strict=True)):

@@ -6,7 +6,7 @@
     features   nine representations of every layer, reading included; the origin: the formatter's tensors, and each
                representation on its own with torch.quantile, fft2, svdvals and histogram; the limit: the copy again
     train      runs of the 18 cells; the origin: one model after another from a DataLoader with torch's plain Adam and all
-               cores; the limit: the step's matrix products at the rate measured on the spot for large ones
+               cores, on all columns; the limit: the matrix products at the rate measured on the spot for large ones
 
 Times are medians of interleaved runs: ours, the origin's, the limit's, and again. The origin's are measured on a part
 (some layers, one run) and scaled to the whole. `--batch-sizes` and `--precisions` compare settings of training instead.
@@ -279,13 +279,14 @@ def time_training(data: LoraData, arguments) -> list[Row]:
     base = TrainingSettings(num_runs=arguments.runs, max_epochs=arguments.epochs, patience=arguments.epochs, batch_size=arguments.batch_size)
     num_classes = len(data.classes)
     y_N, train_rows = torch.from_numpy(data.labels).to(data.device), torch.from_numpy(data.split.train)
-    # the origin's loop gets the columns that vary, as ours: the ratio is the trainer's own
-    standardised = {cell: training.standardise(x, train_rows).to(data.device) for cell, x in inputs.items()}
-    operations = sum(operations_of(x.shape[1], num_classes, data.split, base) for x in standardised.values()) * arguments.runs * arguments.epochs
+    columns = [training.standardise(x, train_rows).shape[1] for x in inputs.values()]
+    operations = sum(operations_of(D, num_classes, data.split, base) for D in columns) * arguments.runs * arguments.epochs
 
     def origin() -> None:
-        for x_ND in standardised.values():
-            train_from_loader(x_ND, y_N, data.split, num_classes, base, base.seed)
+        for x_ND in inputs.values():
+            std, mean = torch.std_mean(x_ND[train_rows].double(), dim=0, correction=0)
+            standardised = ((x_ND - mean) / (std + 1e-8)).float().to(data.device)   # constant columns stay, as zeros
+            train_from_loader(standardised, y_N, data.split, num_classes, base, base.seed)
 
     def ours(precision: str) -> None:
         settings = training.resolve_training(dataclasses.replace(base, precision=precision), data.device)

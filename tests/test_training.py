@@ -195,16 +195,18 @@ def test_dropout_is_torchs_in_distribution():
     assert without.mean() < ours.mean() - 0.1
 
 
-def test_dropout_masks_keep_the_right_share_and_differ_between_runs_layers_and_steps():
-    settings = dataclasses.replace(SMALL, dropout=0.3, hidden_dim=200)
-    generators = [torch.Generator().manual_seed(s) for s in (1, 2)]
-    masks = training.dropout_masks(generators, 50, settings)
-    first, second = next(masks), next(masks)
-    assert first.shape == (3, 2, 50, 200)
-    assert first.float().mean() == pytest.approx(0.7, abs=0.01)
-    flat = [*first.flatten(2).flatten(0, 1), second[0, 0].flatten()]
-    agreement = [(a == b).float().mean() for i, a in enumerate(flat) for b in flat[:i]]
-    assert max(agreement) < 0.7 ** 2 + 0.3 ** 2 + 0.02
+@pytest.mark.parametrize("dropout", [0.1, 0.3, 0.5, 0.9])
+def test_dropout_keeps_the_right_share_and_differs_between_runs_layers_and_steps(dropout):
+    settings, like = dataclasses.replace(SMALL, dropout=dropout, hidden_dim=201), torch.zeros(1, dtype=torch.float64)
+    runs = [training.dropout_factors(seed, 51, settings, like) for seed in (1, 2)]
+    steps = [next(factors) for factors in runs for _ in range(training.DROPOUT_STEPS + 2)]
+    assert all(step.shape == (3, 51, 201) and step.dtype == torch.float64 for step in steps)
+    flat = torch.stack(steps).flatten(2).flatten(0, 1)                   # (each layer of each step of each run, B*H)
+    assert set(flat.unique().tolist()) == {0.0, 1 / (1 - dropout)}
+    draws = flat.numel()
+    assert float((flat > 0).double().mean()) == pytest.approx(1 - dropout, abs=5 * np.sqrt(dropout * (1 - dropout) / draws))
+    agreement = torch.corrcoef(flat).fill_diagonal_(0).abs().max()       # 1 where two are the same
+    assert agreement < 6 / np.sqrt(51 * 201)
 
 
 def test_standardise_uses_the_training_rows_and_drops_what_is_constant_there():
@@ -317,9 +319,9 @@ def test_a_training_step_runs_on_a_device_that_is_not_the_cpu(monkeypatch):
         y = torch.empty(30, dtype=torch.long, device="meta")
         rows = torch.empty(3, 16, dtype=torch.long, device="meta")
         pack = training.Pack([training.build_model(s, 10, 3, settings) for s in (1, 2, 3)], settings, x.device, x.dtype)
-        masks = torch.empty(3, 3, 16, 24, dtype=torch.bool, device="meta")
+        dropout = torch.empty(3, 3, 16, 24, device="meta")
         epoch = training.PackedEpoch(pack, x, y)
-        epoch.step(rows, masks)
+        epoch.step(rows, dropout)
         assert epoch.total_R.shape == (3,) and epoch.total_R.device.type == "meta"
         assert calls == [True] * 3
         pack.keep([0, 2])
