@@ -11,7 +11,6 @@ Suffixes name the axes: R runs, B rows of a batch, N rows, D features, H hidden 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import dataclasses
 import math
 import threading
@@ -37,7 +36,6 @@ COLUMN_BLOCK = 256                  # columns standardised at a time in float64
 DROPOUT_STEPS = 8                   # steps whose dropout is drawn at a time
 WARM_UP = 2                         # ordinary steps before one is recorded as a CUDA graph
 PARTS = ("train", "val", "test")
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3   # of malloc.h
 
 
 class TrainingError(Exception):
@@ -258,7 +256,6 @@ def train_sequential(x_ND: Tensor, y_N: Tensor, parts: dict[str, Tensor], num_cl
 @contextlib.contextmanager
 def one_thread_a_core(most: int) -> Iterator[ThreadPoolExecutor]:
     """A pool of as many threads as torch uses, `most` at most, among which torch's own threads are shared out. What waits is cancelled at the end."""
-    keep_freed_memory()
     threads = torch.get_num_threads()
     workers = min(threads, most)
     torch.set_num_threads(threads // workers)
@@ -268,14 +265,6 @@ def one_thread_a_core(most: int) -> Iterator[ThreadPoolExecutor]:
     finally:
         pool.shutdown(cancel_futures=True)
         torch.set_num_threads(threads)
-
-
-def keep_freed_memory() -> None:
-    """Let glibc keep up to 1 GiB of freed memory instead of giving back each large tensor, which the next step has to page in again."""
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):                                         # glibc's; other systems do without
-        libc.mallopt(M_MMAP_THRESHOLD, 2**25)                            # the most that it takes
-        libc.mallopt(M_TRIM_THRESHOLD, 2**30)
 
 
 def train_one(model: nn.Sequential, x_ND: Tensor, y_N: Tensor, parts: dict[str, Tensor], settings: TrainingSettings, seed: int,
@@ -518,6 +507,7 @@ def train_packed(x_ND: Tensor, y_N: Tensor, parts: dict[str, Tensor], num_classe
         if len(staying) < len(alive):
             alive = [alive[position] for position in staying]
             pack.keep(staying)
+            epoch.steps.clear()                                          # recorded steps hold a GPU's memory
             epoch = PackedEpoch(pack, x_train, y_train)
     for name, tensor in best.items():
         (pack.parameters if name in pack.parameters else pack.statistics)[name] = tensor
