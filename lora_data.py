@@ -5,13 +5,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import logging
-import queue
 import re
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -172,6 +172,7 @@ class LoraData:
     files: list[str] = field(default_factory=list)   # what the rows are mapped from; empty for generated rows
     identity: str = ""               # content hash of the layers, once known
     stamps: list = field(default_factory=list)       # of the files, from before they were hashed
+    spare: list[np.ndarray] = field(default_factory=list)   # buffers that nobody uses
 
     @property
     def num_rows(self) -> int:
@@ -188,7 +189,7 @@ class LoraData:
     def read_layer(self, layer: str, start: int, stop: int, buffer: np.ndarray | None = None) -> Tensor:
         """One layer of rows start:stop, (n, rows, cols) float32 on the device, from the Arrow buffers.
 
-        With a `new_buffer()` the tensor may lie in it, until it is used for another layer.
+        With a `buffer()` the tensor may lie in it.
         Raises InputError, naming the column and the row, for a NaN, an infinity, a null or a matrix of another shape.
         """
         return self.read_on_host(layer, start, stop, buffer).to(self.device)
@@ -216,11 +217,23 @@ class LoraData:
         """Weights of the largest layer in a block of rows."""
         return min(self.num_rows, BLOCK_ROWS) * max(shape.rows * shape.cols for shape in self.matrices.values())
 
-    def new_buffer(self, pinned: bool = False) -> np.ndarray:
-        """Memory (block_weights,) float32 for any layer of any block; pinned memory is copied to a GPU without waiting."""
+    @property
+    def on_gpu(self) -> bool:
+        return self.device.startswith("cuda")
+
+    @contextlib.contextmanager
+    def buffer(self) -> Iterator[np.ndarray]:
+        """Memory (block_weights,) float32 for any layer of any block, used again afterwards; pinned where there is a GPU to copy it to."""
         import torch
 
-        return torch.empty(self.block_weights, pin_memory=pinned).numpy()
+        try:
+            memory = self.spare.pop()
+        except IndexError:
+            memory = torch.empty(self.block_weights, pin_memory=self.on_gpu).numpy()
+        try:
+            yield memory
+        finally:
+            self.spare.append(memory)
 
     def stored_values(self, layer: str, start: int, stop: int):
         """The stored weights of rows start:stop, chunk by chunk, as flat read-only arrays over Arrow's own memory."""
@@ -280,58 +293,43 @@ class LoraData:
 
 
 class ReadAhead:
-    """Iterates over `blocks`, (layer, start, stop) each, as tensors on the device; threads read the next ones meanwhile.
+    """Iterates over every layer of rows start:stop as a tensor on the device, in the data set's order; threads read the next ones meanwhile.
 
-    For a GPU: each of `threads` buffers is pinned and allocated once, and copies run on a stream of their own. `waited` is
-    how many seconds the consumer had to wait.
+    For a GPU: the copies run on a stream of their own, from pinned buffers. `waited` is how many seconds the consumer had to wait.
     """
 
-    def __init__(self, data: LoraData, blocks: Iterable[tuple[str, int, int]], threads: int):
-        import torch
-
-        self.data, self.blocks, self.threads, self.waited = data, blocks, threads, 0.0
-        self.on_gpu = data.device.startswith("cuda")
-        self.stream = torch.cuda.Stream(data.device) if self.on_gpu else None
-        self.buffers: queue.SimpleQueue = queue.SimpleQueue()            # (memory, event after which it may be written)
-        for _ in range(threads):
-            self.buffers.put((data.new_buffer(pinned=self.on_gpu), None))
+    def __init__(self, data: LoraData, start: int, stop: int, threads: int):
+        self.data, self.start, self.stop, self.threads, self.waited = data, start, stop, threads, 0.0
 
     def __iter__(self) -> Iterator[Tensor]:
         import torch
 
+        stream = torch.cuda.Stream(self.data.device) if self.data.on_gpu else None
         pool = ThreadPoolExecutor(self.threads)
-        jobs = (pool.submit(self.fetch, *block) for block in self.blocks)
+        jobs = (pool.submit(self.fetch, layer, stream) for layer in self.data.layers)
         waiting = deque(islice(jobs, self.threads))
         try:
             while waiting:
                 began = time.perf_counter()
-                w, copied = waiting.popleft().result()
+                w = waiting.popleft().result()
                 self.waited += time.perf_counter() - began
                 waiting.extend(islice(jobs, 1))
-                if copied is not None:
-                    torch.cuda.current_stream(w.device).wait_event(copied)
+                if stream:
                     w.record_stream(torch.cuda.current_stream(w.device))   # its memory is not reused before that is through
                 yield w
         finally:
             pool.shutdown(cancel_futures=True)
 
-    def fetch(self, layer: str, start: int, stop: int):
-        """One layer on the device, and the event after which it is there (None on a CPU)."""
+    def fetch(self, layer: str, stream) -> Tensor:
         import torch
 
-        buffer, copied = self.buffers.get()
-        try:
-            if copied is not None:
-                copied.synchronize()
-            weights = self.data.read_on_host(layer, start, stop, buffer)
-            with torch.cuda.stream(self.stream):                         # does nothing for None
+        with self.data.buffer() as buffer:
+            weights = self.data.read_on_host(layer, self.start, self.stop, buffer)
+            with torch.cuda.stream(stream):                              # does nothing for None
                 w = torch.empty(weights.shape, device=self.data.device).copy_(weights, non_blocking=True)
-                copied = torch.cuda.Event() if self.on_gpu else None
-                if copied is not None:
-                    copied.record()
-        finally:
-            self.buffers.put((buffer, copied))
-        return w, copied
+            if stream:
+                stream.synchronize()                                     # this thread waits, no other
+        return w
 
 
 def load_lora_data(name: str, device: str = "cpu", *, data_split: str = "", revision: str = "",

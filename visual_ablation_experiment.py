@@ -237,62 +237,77 @@ def parts_of(representation: str) -> tuple[str, ...]:
 
 
 def extract_features(data, wanted: list[str], clock: Clock) -> tuple[dict, dict[str, Exception]]:
-    """Every representation in `wanted` of all rows and layers, (N, L*k) each, layer-major; and the errors of those that failed.
-
-    Each weight is read once. On a CPU each core reads and describes a layer of a block of rows at a time; for a GPU threads read ahead.
-    """
+    """Every representation in `wanted` of all rows and layers, (N, L*k) each, layer-major; and the errors of those that failed."""
     import torch
 
-    from lora_data import BLOCK_ROWS, ReadAhead
-    from training import one_thread_a_core
+    from lora_data import BLOCK_ROWS
 
     features = {name: torch.empty(data.num_rows, len(data.layers), REPRESENTATIONS[name].width) for name in wanted}
     errors: dict[str, Exception] = {}
     seconds = {"read": 0.0, "features": 0.0}
     starts = range(0, data.num_rows, BLOCK_ROWS)
-    blocks = [(layer, start, min(start + BLOCK_ROWS, data.num_rows)) for start in starts for layer in data.layers]
-    places = {layer: place for place, layer in enumerate(data.layers)}
+    began = time.perf_counter()
+    with Progress(len(data.layers), "layers") as progress:
+        for start in starts:
+            stop = min(start + BLOCK_ROWS, data.num_rows)
+            names = [name for name in wanted if name not in errors]
+            found, failed = extract(data, names, start, stop, seconds, lambda: progress.advance(1 / len(starts)))
+            errors |= failed
+            for name, block in found.items():
+                features[name][start:stop] = block
+    wall = time.perf_counter() - began
+    read = wall * seconds["read"] / (sum(seconds.values()) or 1)             # the threads' seconds overlap
+    clock.add("read", read)
+    clock.add("features", wall - read)
+    log.info(f"Features of {data.num_rows} rows x {len(data.layers)} layers, in blocks of {min(BLOCK_ROWS, data.num_rows)} rows "
+             f"({data.block_weights * 4 / 1e6:.1f} MB a layer at most): {wall:.1f}s (reading {read:.1f}s, computing {wall - read:.1f}s)")
+    return {name: x.flatten(1) for name, x in features.items() if name not in errors}, errors
 
-    def describe_block(layer: str, start: int, stop: int, w) -> None:
+
+def extract(data, names: list[str], start: int, stop: int, seconds: dict[str, float], on_layer) -> tuple[dict, dict[str, Exception]]:
+    """Rows start:stop of every representation in `names`, (n, L, k) each on the CPU; and the errors of those that failed.
+
+    Each weight is read once. On a CPU each core reads and describes a layer at a time; for a GPU the cores read ahead. Adds to
+    `seconds` and calls `on_layer()` as layers are done.
+    """
+    import torch
+
+    from lora_data import ReadAhead
+    from training import one_thread_a_core
+
+    found = {name: torch.empty(stop - start, len(data.layers), REPRESENTATIONS[name].width) for name in names}
+    errors: dict[str, Exception] = {}
+
+    def fill(position: int, w) -> None:
         began = time.perf_counter()
-        for first, found, failed in describe_rows(data, layer, [name for name in wanted if name not in errors], start, stop, w):
+        for first, columns, failed in describe_rows(data, data.layers[position], names, start, stop, w):
             for name, error in failed.items():
                 if name not in errors:
                     trace = "".join(traceback.format_exception(error))
-                    log.error(f"{name} failed on rows {start}..{stop} of {layer}:\n{trace}")
+                    log.error(f"{name} failed on rows {start}..{stop} of {data.layers[position]}:\n{trace}")
                 errors.setdefault(name, error)
-            for name, columns in found.items():
-                features[name][first:first + len(columns), places[layer]] = columns
+            for name, part in columns.items():
+                found[name][first - start:first - start + len(part), position] = part
         seconds["features"] += time.perf_counter() - began
 
-    def read_and_describe(block: tuple[str, int, int]) -> None:
-        began = time.perf_counter()
-        if not hasattr(memory, "buffer"):                                # one for each thread
-            memory.buffer = data.new_buffer()
-        w = data.read_layer(*block, memory.buffer)
-        seconds["read"] += time.perf_counter() - began
-        describe_block(*block, w)
+    def read_and_fill(position: int) -> None:
+        with data.buffer() as buffer:
+            began = time.perf_counter()
+            w = data.read_layer(data.layers[position], start, stop, buffer)
+            seconds["read"] += time.perf_counter() - began
+            fill(position, w)
 
-    began = time.perf_counter()
-    with Progress(len(data.layers), "layers") as progress:
-        if data.device == "cpu":
-            memory = threading.local()
-            with one_thread_a_core(len(blocks)) as pool:
-                for _ in pool.map(read_and_describe, blocks):
-                    progress.advance(1 / len(starts))
-        else:
-            read = ReadAhead(data, blocks, torch.get_num_threads())
-            for block, w in zip(blocks, read, strict=True):
-                describe_block(*block, w)
-                progress.advance(1 / len(starts))
-            seconds["read"] = read.waited
-    wall = time.perf_counter() - began
-    read_seconds = wall * seconds["read"] / (sum(seconds.values()) or 1)     # the threads' seconds overlap
-    clock.add("read", read_seconds)
-    clock.add("features", wall - read_seconds)
-    log.info(f"Features of {data.num_rows} rows x {len(data.layers)} layers, blocks of {min(BLOCK_ROWS, data.num_rows)} rows and at most "
-             f"{data.block_weights * 4 / 1e6:.1f} MB: {wall:.1f}s (reading {read_seconds:.1f}s, computing {wall - read_seconds:.1f}s)")
-    return {name: x.flatten(1) for name, x in features.items() if name not in errors}, errors
+    if data.device == "cpu":
+        with one_thread_a_core(len(data.layers)) as pool:
+            for _ in pool.map(read_and_fill, range(len(data.layers))):
+                on_layer()
+    else:
+        layers = ReadAhead(data, start, stop, torch.get_num_threads())
+        for position, w in enumerate(layers):
+            fill(position, w)
+            on_layer()
+        seconds["read"] += layers.waited
+    return {name: block for name, block in found.items() if name not in errors}, errors
 
 
 def describe_rows(data, layer: str, names: list[str], start: int, stop: int, w):

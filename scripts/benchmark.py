@@ -74,6 +74,7 @@ class Row:
     ours: Measured
     origin: Measured
     limit: Measured
+    operations: int = 0   # of the matrix products
 
     def summary(self) -> dict:
         timed = {"ours": self.ours, "origin": self.origin, "limit": self.limit}
@@ -83,19 +84,20 @@ class Row:
             **{f"{name}_all_seconds": one.seconds for name, one in timed.items()},
             "times_faster_than_origin": self.origin.median / self.ours.median,
             "times_slower_than_limit": self.ours.median / self.limit.median,
+            "operations": self.operations,
         }
 
 
-def interleaved(repeats: int, device: str, *functions: tuple[Callable[[], object], float]) -> list[Measured]:
-    """Time the functions in turn, `repeats` times, after one call each that does not count; each with the factor to the whole."""
+def interleaved(repeats: int, device: str, *functions: tuple[Callable[[], object], float], warm_up: int = 1) -> list[Measured]:
+    """Time the functions in turn, `repeats` times, after `warm_up` calls each that do not count; each with the factor to the whole."""
     seconds: list[list[float]] = [[] for _ in functions]
-    for repeat in range(repeats + 1):
+    for repeat in range(-warm_up, repeats):
         for (function, factor), found in zip(functions, seconds, strict=True):
             began = time.perf_counter()
             function()
             if device != "cpu":
                 torch.cuda.synchronize(device)
-            if repeat:
+            if repeat >= 0:
                 found.append((time.perf_counter() - began) * factor)
     return [Measured(found) for found in seconds]
 
@@ -208,12 +210,12 @@ def time_reading(data: LoraData, arguments) -> list[Row]:
     some = spread_out(layers, arguments.origin_layers)
     weights = weights_of(data)
     share = sum(weights.values()) / sum(weights[layer] for layer in some)
-    buffer = data.new_buffer()
 
     def ours() -> None:
         for start in range(0, data.num_rows, BLOCK_ROWS):
             for layer in layers:
-                data.read_layer(layer, start, min(start + BLOCK_ROWS, data.num_rows), buffer)
+                with data.buffer() as buffer:
+                    data.read_layer(layer, start, min(start + BLOCK_ROWS, data.num_rows), buffer)
 
     def one_by_one() -> None:
         read_formatted(data, some)
@@ -289,17 +291,17 @@ def time_training(data: LoraData, arguments) -> list[Row]:
             train_from_loader(standardised, y_N, data.split, num_classes, base, base.seed)
 
     def ours(precision: str) -> None:
-        settings = training.resolve_training(dataclasses.replace(base, precision=precision), data.device)
         for x_ND in inputs.values():
-            training.train_runs(x_ND, data.labels, data.split, num_classes, settings, data.device)
+            train(x_ND, data, dataclasses.replace(base, precision=precision))
 
     def products(precision: str) -> Measured:
         rate = gemm_rate(getattr(torch, precision), data.device)
         return Measured([operations / rate])
 
-    one, *timed = interleaved(arguments.repeats, data.device, (origin, arguments.runs), *((lambda p=p: ours(p), 1) for p in PRECISIONS))
+    one, *timed = interleaved(arguments.repeats, data.device, (origin, arguments.runs), *((lambda p=p: ours(p), 1) for p in PRECISIONS), warm_up=0)
     what = f"{len(cells)} cells x {arguments.runs} runs x {arguments.epochs} epochs"
-    return [Row("train", f"{what}, {precision}", found, one, products(precision)) for precision, found in zip(PRECISIONS, timed, strict=True)]
+    found = zip(PRECISIONS, timed, strict=True)
+    return [Row("train", f"{what}, {precision}", ours, one, products(precision), operations) for precision, ours in found]
 
 
 def operations_of(inputs: int, num_classes: int, split, settings: TrainingSettings) -> int:
@@ -313,24 +315,26 @@ def operations_of(inputs: int, num_classes: int, split, settings: TrainingSettin
 
 
 def compare_batch_sizes(data: LoraData, arguments) -> list[dict]:
-    """Whole runs of one cell at each batch size, on all else the same."""
-    cell = Cell(arguments.representation, "all_layers")
-    features = inputs_of(data, [cell])[cell]
+    """Whole runs at each batch size, all else the same."""
     found = []
-    for batch_size in arguments.batch_sizes:
-        settings = TrainingSettings(num_runs=arguments.runs, batch_size=batch_size, precision=arguments.precision)
-        settings = training.resolve_training(settings, data.device)
-        before = memory_in_use(data.device)
-        began = time.perf_counter()
-        trained = training.train_runs(features, data.labels, data.split, len(data.classes), settings, data.device)
-        seconds = time.perf_counter() - began
-        accuracies = test_accuracies(trained, data)
-        found.append({
-            "batch_size": batch_size, "epochs": statistics.mean(len(run.train_loss) for run in trained.runs), "seconds": seconds,
-            "extra_memory_mb": (memory_in_use(data.device) - before) / 1e6, "test_accuracy": float(np.mean(accuracies)),
-            "test_accuracy_std": float(np.std(accuracies, ddof=1)) if len(accuracies) > 1 else 0.0,
-        })
+    for cell, features in inputs_of(data, cells_of(["all_layers"], arguments.representations)).items():
+        for batch_size in arguments.batch_sizes:
+            settings = TrainingSettings(num_runs=arguments.runs, batch_size=batch_size, precision=arguments.precision)
+            before, began = memory_in_use(data.device), time.perf_counter()
+            trained = train(features, data, settings)
+            seconds, accuracies = time.perf_counter() - began, test_accuracies(trained, data)
+            found.append({
+                "representation": cell.representation, "batch_size": batch_size,
+                "epochs": statistics.mean(len(run.train_loss) for run in trained.runs), "seconds": seconds,
+                "extra_memory_mb": (memory_in_use(data.device) - before) / 1e6,
+                "test_accuracy": statistics.mean(accuracies), "test_accuracy_std": statistics.stdev(accuracies) if len(accuracies) > 1 else 0.0,
+            })
     return found
+
+
+def train(features: Tensor, data: LoraData, settings: TrainingSettings) -> training.TrainedRuns:
+    settings = training.resolve_training(settings, data.device)
+    return training.train_runs(features, data.labels, data.split, len(data.classes), settings, data.device)
 
 
 def memory_in_use(device: str) -> int:
@@ -340,24 +344,20 @@ def memory_in_use(device: str) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def test_accuracies(trained: training.TrainedRuns, data: LoraData) -> np.ndarray:
-    """(R,)"""
+def test_accuracies(trained: training.TrainedRuns, data: LoraData) -> list[float]:
     truth = data.labels[data.split.test]
-    return np.array([(run.predictions["test"] == truth).mean() for run in trained.runs])
+    return [float((run.predictions["test"] == truth).mean()) for run in trained.runs]
 
 
 def compare_precisions(data: LoraData, arguments) -> list[dict]:
-    """Is bfloat16 as accurate as float32? Runs of the same seeds with each, per representation."""
-    cells = cells_of(["all_layers"], REPRESENTATIONS)
-    inputs = inputs_of(data, cells)
+    """Is bfloat16 as accurate as float32? Whole runs of the same seeds with each, per representation."""
     found = []
-    for cell, x_ND in inputs.items():
+    for cell, features in inputs_of(data, cells_of(["all_layers"], arguments.representations)).items():
         accuracy, seconds = {}, {}
         for precision in PRECISIONS:
-            settings = training.resolve_training(TrainingSettings(num_runs=arguments.seeds, precision=precision), data.device)
             began = time.perf_counter()
-            accuracy[precision] = test_accuracies(training.train_runs(x_ND, data.labels, data.split, len(data.classes), settings, data.device), data)
-            seconds[precision] = time.perf_counter() - began
+            trained = train(features, data, TrainingSettings(num_runs=arguments.seeds, precision=precision))
+            accuracy[precision], seconds[precision] = np.array(test_accuracies(trained, data)), time.perf_counter() - began
         found.append({
             "representation": cell.representation, **{precision: float(one.mean()) for precision, one in accuracy.items()},
             **equivalence(accuracy["bfloat16"] - accuracy["float32"]), "seconds": seconds,
@@ -398,13 +398,18 @@ def stage_table(rows: list[Row]) -> str:
     for row in rows:
         lines.append(f"| {row.stage} | {row.what} | {row.ours} | {row.origin} | {row.limit.median:.3g} "
                      f"| {row.origin.median / row.ours.median:.1f}x | {row.ours.median / row.limit.median:.2f}x |")
+    for row in rows:
+        if row.operations:
+            reached, rate = (row.operations / one.median / 1e9 for one in (row.ours, row.limit))
+            lines.append(f"| gemm | {row.what} | {reached:.0f} GFLOP/s | {row.operations / row.origin.median / 1e9:.0f} GFLOP/s | {rate:.0f} GFLOP/s "
+                         f"| | {100 * reached / rate:.0f} % |")
     return "\n".join(lines)
 
 
 def batch_table(found: list[dict]) -> str:
-    lines = ["| batch size | epochs | seconds | memory, MB | test accuracy, % |", "|---|---|---|---|---|"]
+    lines = ["| representation | batch size | epochs | seconds | memory, MB | test accuracy, % |", "|---|---|---|---|---|---|"]
     for one in found:
-        lines.append(f"| {one['batch_size']} | {one['epochs']:.1f} | {one['seconds']:.1f} | {one['extra_memory_mb']:.0f} "
+        lines.append(f"| {one['representation']} | {one['batch_size']} | {one['epochs']:.1f} | {one['seconds']:.1f} | {one['extra_memory_mb']:.0f} "
                      f"| {100 * one['test_accuracy']:.1f} ± {100 * one['test_accuracy_std']:.1f} |")
     return "\n".join(lines)
 
@@ -437,7 +442,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--origin-layers", type=int, default=4, help="layers that the origin's way is measured on")
     parser.add_argument("--batch-sizes", type=int, nargs="+", metavar="N", help="whole runs at each of these, instead of the stages")
-    parser.add_argument("--representation", choices=tuple(REPRESENTATIONS), default="ensemble", help="for --batch-sizes")
+    parser.add_argument("--representations", choices=tuple(REPRESENTATIONS), nargs="+", default=["ensemble"], metavar="NAME",
+                        help="of all layers, for --batch-sizes and --precisions")
     parser.add_argument("--precision", choices=("float32", "tf32", "bfloat16"), default="float32", help="for --batch-sizes")
     parser.add_argument("--precisions", action="store_true", help="bfloat16's accuracies against float32's, instead of the stages")
     parser.add_argument("--seeds", type=int, default=80, help="runs of each precision for --precisions")

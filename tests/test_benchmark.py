@@ -39,12 +39,11 @@ def test_one_stage_as_a_table_on_synthetic_rows(capsys):
     assert lines[1] == "5 rows" and lines[-1].startswith("| read | 128 layers, 0.00 GB |") and lines[-1].count("|") == lines[-2].count("|")
 
 
-def test_batch_sizes_and_precisions(small_set, capsys, monkeypatch):
-    monkeypatch.setattr(benchmark, "REPRESENTATIONS", {"stats": benchmark.REPRESENTATIONS["stats"]})
-    found = run(capsys, "--dataset", small_set, "--batch-sizes", "8", "16", "--representation", "stats", "--runs", "2")["batch_sizes"]
+def test_batch_sizes_and_precisions(small_set, capsys):
+    found = run(capsys, "--dataset", small_set, "--batch-sizes", "8", "16", "--representations", "stats", "--runs", "2")["batch_sizes"]
     assert [one["batch_size"] for one in found] == [8, 16]
     assert all(16 <= one["epochs"] <= 300 and one["seconds"] > 0 and 0 <= one["test_accuracy"] <= 1 for one in found)
-    (found,) = run(capsys, "--dataset", small_set, "--precisions", "--seeds", "3")["precisions"]
+    (found,) = run(capsys, "--dataset", small_set, "--precisions", "--representations", "stats", "--seeds", "3")["precisions"]
     assert found["difference"] == pytest.approx(found["bfloat16"] - found["float32"]) and found["seeds"] == 3
 
 

@@ -56,31 +56,33 @@ def test_arrow_and_formatter_agree_bit_for_bit_in_every_layout(layout, pieces):
 @pytest.mark.parametrize("threads", [1, 3])
 def test_reading_ahead_gives_the_same_tensors_in_order(threads):
     data = from_dataset(lora_dataset(n=30), "x")
-    blocks = [(layer, start, min(start + 7, 30)) for start in range(0, 30, 7) for layer in data.layers]
-    ahead = ReadAhead(data, blocks, threads)
-    kept = list(ahead)
-    assert len(kept) == len(blocks) and ahead.waited > 0
-    for block, w in zip(blocks, kept, strict=True):
-        assert torch.equal(w, data.read_layer_formatted(*block))
+    ahead = ReadAhead(data, 7, 29, threads)
+    found = list(ahead)
+    assert len(found) == len(data.layers) and ahead.waited > 0
+    for layer, w in zip(data.layers, found, strict=True):
+        assert torch.equal(w, data.read_layer_formatted(layer, 7, 29))
+    assert 1 <= len(data.spare) <= threads
 
 
 def test_reading_ahead_stops_at_what_it_cannot_read():
     rows = lora_columns(n=6)
     rows[LAYER][4, 1, 1] = np.nan
     data = from_dataset(Dataset.from_dict({name: w.tolist() for name, w in rows.items()} | {"category_label": ["a", "b"] * 3}), "x")
-    ahead = iter(ReadAhead(data, [(layer, 0, 6) for layer in data.layers], 2))
     before = threading.active_count()
     with pytest.raises(InputError, match=f"column '{re.escape(LAYER)}', row 4"):
-        list(ahead)
+        list(ReadAhead(data, 0, 6, 2))
     assert threading.active_count() <= before
 
 
-def test_a_buffer_is_reused_and_large_enough_for_every_layer():
+def test_a_buffer_is_used_again_and_large_enough_for_every_layer():
     data = from_dataset(lora_dataset(), "x")
-    buffer = data.new_buffer()
-    for layer in data.layers:
-        w = data.read_layer(layer, 0, 24, buffer)
-        assert np.shares_memory(w.numpy(), buffer) and torch.equal(w, data.read_layer(layer, 0, 24))
+    with data.buffer() as buffer, data.buffer() as other:
+        assert not np.shares_memory(buffer, other)
+        for layer in data.layers:
+            w = data.read_layer(layer, 0, 24, buffer)
+            assert np.shares_memory(w.numpy(), buffer) and torch.equal(w, data.read_layer(layer, 0, 24))
+    with data.buffer() as again:
+        assert again is buffer or again is other
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
