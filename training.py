@@ -2,8 +2,8 @@
 
 Two trainers with the same arithmetic. `train_sequential` is the reference: each run is an nn.Sequential with torch's Adam
 and ReduceLROnPlateau; on a CPU one run a core. `train_packed` stacks the R models along a leading axis and takes each step
-for all of them at once. They agree to rounding: initial weights, batch order and, on one device, dropout masks of a run are
-bit-equal whatever the trainer and R.
+for all of them at once; a GPU records the step and replays it. They agree to rounding: initial weights, batch order and,
+on one device, dropout of a run are bit-equal whatever the trainer and R.
 
 Suffixes name the axes: R runs, B rows of a batch, N rows, D features, H hidden units, C classes.
 """
@@ -211,6 +211,7 @@ class AdamState(NamedTuple):
 @torch.no_grad()
 def adam_step(parameters: list[Tensor], gradients: list[Tensor], state: AdamState, rate: float | Tensor, settings: TrainingSettings) -> None:
     """torch's Adam with L2 weight decay in the gradient; its function, because the class takes as long again for its own bookkeeping."""
+    gradients = [gradient.contiguous() for gradient in gradients]        # the fused kernel takes the parameters' order of memory for granted
     adam(parameters, gradients, state.first, state.second, [], state.steps, fused=True, amsgrad=False, beta1=BETA1, beta2=BETA2, lr=rate,
          weight_decay=settings.weight_decay, eps=ADAM_EPS, maximize=False)
 
@@ -328,7 +329,7 @@ class Pack:
     def __init__(self, models: list[nn.Sequential], settings: TrainingSettings, device: torch.device, dtype: torch.dtype):
         self.settings = settings
         self.linears = [i for i, module in enumerate(models[0]) if isinstance(module, nn.Linear)]
-        # weights as (in, out), so that their gradients come in the order of memory that the fused Adam takes for granted
+        # weights as (in, out), so that their gradients come in that order of memory too
         stack = lambda tensors: torch.stack([t.detach().t() for t in tensors]).to(device, dtype)  # noqa: E731
         names = [name for name, _ in models[0].named_parameters()]
         self.parameters = {name: stack([m.get_parameter(name) for m in models]).requires_grad_() for name in names}
@@ -360,7 +361,7 @@ class Pack:
         )
         return units.view(B, R, H).transpose(0, 1)
 
-    def step(self, gradients: list[Tensor], rates_R: Tensor) -> None:
+    def step(self, gradients: tuple[Tensor, ...], rates_R: Tensor) -> None:
         """One step of Adam for each run, at its own learning rate."""
         for r, rate in enumerate(rates_R):
             parameters, gradients_of_run, *adam = ([tensor[r] for tensor in tensors] for tensors in (self.parameters.values(), gradients, *self.adam))
@@ -419,8 +420,7 @@ class PackedEpoch:
             logits_RBC = self.pack.logits(self.x_train[batch_RB], True, dropout_LRBH)
         losses = F.cross_entropy(logits_RBC.to(self.x_train.dtype).flatten(0, 1), self.y_train[batch_RB].flatten(), reduction="none")
         loss_R = losses.view(R, B).mean(1)
-        gradients = torch.autograd.grad(loss_R.sum(), list(self.pack.parameters.values()))
-        self.pack.step([gradient.contiguous() for gradient in gradients], self.rates_R)
+        self.pack.step(torch.autograd.grad(loss_R.sum(), list(self.pack.parameters.values())), self.rates_R)
         self.total_R += loss_R.detach() * B
 
 
