@@ -93,7 +93,7 @@ def unlist(array: pa.Array, size: int, matrices_each: int, column: str, first_ro
     offsets = np.array([0, array.type.list_size]) if fixed else array.offsets.to_numpy()
     for start in range(0, len(offsets) - 1, PIECE):
         lengths = np.diff(offsets[start:start + PIECE + 1])
-        if (lengths != size).any():
+        if lengths.min() != size or lengths.max() != size:               # faster than a comparison of each
             wrong = int(np.argmax(lengths != size))
             raise InputError(
                 f"column '{column}', row {first_row + (start + wrong) // matrices_each}: a list of {lengths[wrong]} where the column's "

@@ -47,6 +47,7 @@ PRECISIONS = ("float32", "bfloat16")
 MARGIN = 0.01            # accuracies that differ by less are taken as equal
 LEVEL = 0.05             # of each of the two one-sided tests
 COPY_WEIGHTS = 2**28     # at most: 1 GiB, which no cache holds, is what the plain copy reads and writes
+LEAST_SECONDS = 0.3
 GEMM_SIDE = 2048         # of the square matrices whose product gives the machine's rate
 
 
@@ -89,16 +90,21 @@ class Row:
 
 
 def interleaved(repeats: int, device: str, *functions: tuple[Callable[[], object], float], warm_up: int = 1) -> list[Measured]:
-    """Time the functions in turn, `repeats` times, after `warm_up` calls each that do not count; each with the factor to the whole."""
+    """Time the functions in turn, `repeats` times, after `warm_up` turns that do not count; each with the factor to the whole.
+
+    A short one is called again until a turn has lasted LEAST_SECONDS, and the mean is taken.
+    """
     seconds: list[list[float]] = [[] for _ in functions]
     for repeat in range(-warm_up, repeats):
         for (function, factor), found in zip(functions, seconds, strict=True):
-            began = time.perf_counter()
-            function()
-            if device != "cpu":
-                torch.cuda.synchronize(device)
+            calls, began, spent = 0, time.perf_counter(), 0.0
+            while spent < LEAST_SECONDS:
+                function()
+                if device != "cpu":
+                    torch.cuda.synchronize(device)
+                calls, spent = calls + 1, time.perf_counter() - began
             if repeat >= 0:
-                found.append((time.perf_counter() - began) * factor)
+                found.append(spent / calls * factor)
     return [Measured(found) for found in seconds]
 
 
