@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("visual_ablation")
 
 BLOCK_ROWS = 1024     # rows of a block; blocks start at its multiples, whatever the memory, the machine or the resumption
+READ_AHEAD = 4        # layers at most that are read ahead for a GPU, by as many threads
 PIECE = 2**17         # values copied or checked at a time: what that writes stays in a core's cache
 SMALLEST_SPLIT = 11   # with fewer rows, train = val = test
 
@@ -221,6 +222,13 @@ class LoraData:
     def on_gpu(self) -> bool:
         return self.device.startswith("cuda")
 
+    @cached_property
+    def copy_stream(self):
+        """The stream that layers are copied to a GPU on, one for good; None on a CPU."""
+        import torch
+
+        return torch.cuda.Stream(self.device) if self.on_gpu else None
+
     @contextlib.contextmanager
     def buffer(self) -> Iterator[np.ndarray]:
         """Memory (block_weights,) float32 for any layer of any block, used again afterwards; pinned where there is a GPU to copy it to."""
@@ -295,6 +303,7 @@ class LoraData:
 class ReadAhead:
     """Iterates over every layer of rows start:stop as a tensor on the device, in the data set's order; threads read the next ones meanwhile.
 
+    One that the device has no room for is left in the host's memory.
     For a GPU: the copies run on a stream of their own, from pinned buffers. `waited` is how many seconds the consumer had to wait.
     """
 
@@ -304,7 +313,7 @@ class ReadAhead:
     def __iter__(self) -> Iterator[Tensor]:
         import torch
 
-        stream = torch.cuda.Stream(self.data.device) if self.data.on_gpu else None
+        stream = self.data.copy_stream
         pool = ThreadPoolExecutor(self.threads)
         jobs = (pool.submit(self.fetch, layer, stream) for layer in self.data.layers)
         waiting = deque(islice(jobs, self.threads))
@@ -314,7 +323,7 @@ class ReadAhead:
                 w = waiting.popleft().result()
                 self.waited += time.perf_counter() - began
                 waiting.extend(islice(jobs, 1))
-                if stream:
+                if w.is_cuda:
                     w.record_stream(torch.cuda.current_stream(w.device))   # its memory is not reused before that is through
                 yield w
         finally:
@@ -325,8 +334,11 @@ class ReadAhead:
 
         with self.data.buffer() as buffer:
             weights = self.data.read_on_host(layer, self.start, self.stop, buffer)
-            with torch.cuda.stream(stream):                              # does nothing for None
-                w = torch.empty(weights.shape, device=self.data.device).copy_(weights, non_blocking=True)
+            try:
+                with torch.cuda.stream(stream):                          # does nothing for None
+                    w = torch.empty(weights.shape, device=self.data.device).copy_(weights, non_blocking=True)
+            except torch.OutOfMemoryError:
+                return weights.clone()
             if stream:
                 stream.synchronize()                                     # this thread waits, no other
         return w

@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -364,8 +366,9 @@ class Pack:
     def step(self, gradients: tuple[Tensor, ...], rates_R: Tensor) -> None:
         """One step of Adam for each run, at its own learning rate."""
         for r, rate in enumerate(rates_R):
-            parameters, gradients_of_run, *adam = ([tensor[r] for tensor in tensors] for tensors in (self.parameters.values(), gradients, *self.adam))
-            adam_step(parameters, gradients_of_run, AdamState(*adam), rate, self.settings)
+            stacks = (self.parameters.values(), gradients, *self.adam)
+            parameters, gradients_of_run, *state = ([tensor[r] for tensor in tensors] for tensors in stacks)
+            adam_step(parameters, gradients_of_run, AdamState(*state), rate, self.settings)
 
     def state(self) -> dict[str, Tensor]:
         """What a prediction depends on: parameters and BatchNorm statistics, (R, ...) each."""
@@ -427,11 +430,12 @@ class PackedEpoch:
 class Replayed:
     """A function of tensors that returns nothing; on a GPU it is recorded as a CUDA graph and replayed.
 
-    Launching the some hundred kernels of a step takes longer than their work. The first WARM_UP calls are ordinary ones, on a
-    stream of their own as recording asks for; from then on the arguments are copied to where the recorded kernels read them.
+    Launching the some hundred kernels of a step takes longer than their work. The first WARM_UP calls are ordinary ones, on the
+    stream that is recorded later; from then on the arguments are copied to where the recorded kernels read them. What cannot
+    be recorded runs kernel by kernel, with the same numbers and a warning.
     """
 
-    def __init__(self, function: Callable[..., None], record: Callable[[Callable[[], None]], Callable[[], None]]):
+    def __init__(self, function: Callable[..., None], record: Callable[[Callable[[], None], torch.device], Callable[[], None]]):
         self.function, self.record = function, record
         self.calls = 0
         self.places: list[Tensor] = []
@@ -439,35 +443,51 @@ class Replayed:
 
     def __call__(self, *arguments: Tensor) -> None:
         self.calls += 1
+        device = arguments[0].device
         if self.calls <= WARM_UP:
-            with side_stream(arguments[0].device):
+            with side_stream(device):
                 self.function(*arguments)
             return
         if self.replay is None:
             self.places = [argument.clone() for argument in arguments]
-            self.replay = self.record(lambda: self.function(*self.places))
+            run = lambda: self.function(*self.places)  # noqa: E731
+            try:
+                self.replay = self.record(run, device)
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:                                # nothing has run: kernels were noted only
+                warnings.warn(f"a training step is not recorded as a CUDA graph and runs kernel by kernel: {error}", stacklevel=2)
+                self.replay = run
         for place, argument in zip(self.places, arguments, strict=True):
             place.copy_(argument)
         self.replay()
 
 
+@functools.cache
+def recording_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for good: each stream of a device that multiplies matrices keeps memory for it."""
+    return torch.cuda.Stream(device)
+
+
 @contextlib.contextmanager
 def side_stream(device: torch.device) -> Iterator[None]:
-    """Another stream of a GPU, after all before it and before all after it; nothing on a CPU."""
+    """The recording stream of a GPU, after all before it and before all after it; nothing on a CPU."""
     if device.type != "cuda":
         yield
         return
-    stream, present = torch.cuda.Stream(device), torch.cuda.current_stream(device)
+    stream, present = recording_stream(device), torch.cuda.current_stream(device)
     stream.wait_stream(present)
-    with torch.cuda.stream(stream):
+    with torch.cuda.stream(stream):                                      # makes its device the present one, too
         yield
     present.wait_stream(stream)
 
 
-def record_graph(function: Callable[[], None]) -> Callable[[], None]:
+def record_graph(function: Callable[[], None], device: torch.device) -> Callable[[], None]:
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):                                        # nothing runs in here: kernels are noted
-        function()
+    with side_stream(device), warnings.catch_warnings():
+        warnings.simplefilter("error")                                   # such as that of an empty graph, which would train nothing
+        with torch.cuda.graph(graph, stream=recording_stream(device)):   # nothing runs in here: kernels are noted
+            function()
     return graph.replay
 
 
@@ -475,7 +495,7 @@ def train_packed(x_ND: Tensor, y_N: Tensor, parts: dict[str, Tensor], num_classe
                  on_run: OnRun, on_epoch: OnEpoch) -> list[Run]:
     """All runs together. A run that stops leaves the pack; each run's time is the pack's divided by R.
 
-    The host waits for the device once an epoch, when it asks for the losses and accuracies.
+    The host waits for the device between epochs, and when a step is recorded, but not within the steps of an epoch.
     """
     start = time.perf_counter()
     device = x_ND.device
@@ -489,26 +509,29 @@ def train_packed(x_ND: Tensor, y_N: Tensor, parts: dict[str, Tensor], num_classe
     dropouts = [dropout_factors(run.seed, min(settings.batch_size, len(x_train)), settings, x_ND) for run in runs]
     alive = list(range(len(runs)))                                       # numbers of the runs in the pack, in its order
     epoch = PackedEpoch(pack, x_train, y_train)
-    while alive:
-        rates = [schedulers[r].optimizer.param_groups[0]["lr"] for r in alive]
-        order_RN = torch.stack([torch.randperm(len(x_train), generator=orders[r]) for r in alive]).to(device)
-        losses = epoch.train(order_RN, rates, [dropouts[r] for r in alive])
-        correct = (pack.predict(x_val) == y_val).sum(1).tolist()
-        improved = []
-        for position, (r, loss) in enumerate(zip(alive, losses, strict=True)):
-            if record_epoch(runs[r], loss, correct[position], len(y_val), rates[position]):
-                improved.append(position)
-            schedulers[r].step(runs[r].val_accuracy[-1])
-            on_epoch(runs[r])
-        if improved:
-            for name, tensor in pack.state().items():
-                best[name][[alive[position] for position in improved]] = tensor[improved]
-        staying = [position for position, r in enumerate(alive) if not has_stopped(runs[r], settings)]
-        if len(staying) < len(alive):
-            alive = [alive[position] for position in staying]
-            pack.keep(staying)
-            epoch.steps.clear()                                          # recorded steps hold a GPU's memory
-            epoch = PackedEpoch(pack, x_train, y_train)
+    try:
+        while alive:
+            rates = [schedulers[r].optimizer.param_groups[0]["lr"] for r in alive]
+            order_RN = torch.stack([torch.randperm(len(x_train), generator=orders[r]) for r in alive]).to(device)
+            losses = epoch.train(order_RN, rates, [dropouts[r] for r in alive])
+            correct = (pack.predict(x_val) == y_val).sum(1).tolist()
+            improved = []
+            for position, (r, loss) in enumerate(zip(alive, losses, strict=True)):
+                if record_epoch(runs[r], loss, correct[position], len(y_val), rates[position]):
+                    improved.append(position)
+                schedulers[r].step(runs[r].val_accuracy[-1])
+                on_epoch(runs[r])
+            if improved:
+                for name, tensor in pack.state().items():
+                    best[name][[alive[position] for position in improved]] = tensor[improved]
+            staying = [position for position, r in enumerate(alive) if not has_stopped(runs[r], settings)]
+            if len(staying) < len(alive):
+                alive = [alive[position] for position in staying]
+                pack.keep(staying)
+                epoch.steps.clear()                                          # recorded steps hold a GPU's memory
+                epoch = PackedEpoch(pack, x_train, y_train)
+    finally:
+        epoch.steps.clear()
     for name, tensor in best.items():
         (pack.parameters if name in pack.parameters else pack.statistics)[name] = tensor
     classes_RN = pack.predict(x_ND)

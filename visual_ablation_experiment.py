@@ -255,6 +255,7 @@ def extract_features(data, wanted: list[str], clock: Clock) -> tuple[dict, dict[
             errors |= failed
             for name, block in found.items():
                 features[name][start:stop] = block
+    data.spare.clear()                                                       # the buffers
     wall = time.perf_counter() - began
     read = wall * seconds["read"] / (sum(seconds.values()) or 1)             # the threads' seconds overlap
     clock.add("read", read)
@@ -272,7 +273,7 @@ def extract(data, names: list[str], start: int, stop: int, seconds: dict[str, fl
     """
     import torch
 
-    from lora_data import ReadAhead
+    from lora_data import READ_AHEAD, ReadAhead
     from training import one_thread_a_core
 
     found = {name: torch.empty(stop - start, len(data.layers), REPRESENTATIONS[name].width) for name in names}
@@ -302,7 +303,7 @@ def extract(data, names: list[str], start: int, stop: int, seconds: dict[str, fl
             for _ in pool.map(read_and_fill, range(len(data.layers))):
                 on_layer()
     else:
-        layers = ReadAhead(data, start, stop, torch.get_num_threads())
+        layers = ReadAhead(data, start, stop, min(READ_AHEAD, torch.get_num_threads()))
         for position, w in enumerate(layers):
             fill(position, w)
             on_layer()
@@ -317,7 +318,7 @@ def describe_rows(data, layer: str, names: list[str], start: int, stop: int, w):
     from representations import describe
 
     try:
-        found, failed = describe(w, names)
+        found, failed = describe(w.to(data.device), names)               # a GPU may have had no room to read it to
         if found:
             columns = torch.cat(list(found.values()), dim=1).cpu()       # one transfer
             widths = [part.shape[1] for part in found.values()]

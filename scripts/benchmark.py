@@ -19,7 +19,6 @@ import dataclasses
 import json
 import math
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -37,8 +36,8 @@ from torch.utils.data import DataLoader, TensorDataset
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import training  # noqa: E402
-from lora_data import BLOCK_ROWS, LoraData, load_lora_data  # noqa: E402
-from settings import REPRESENTATIONS, Cell, TrainingSettings, cells_of  # noqa: E402
+from lora_data import BLOCK_ROWS, READ_AHEAD, LoraData, ReadAhead, load_lora_data  # noqa: E402
+from settings import REPRESENTATIONS, Cell, InputError, TrainingSettings, cells_of  # noqa: E402
 from visual_ablation_experiment import Clock, extract_features, feature_matrix, find_device, parts_of, slice_layers  # noqa: E402
 
 STAGES = ("read", "features", "train")
@@ -223,11 +222,16 @@ def time_reading(data: LoraData, arguments) -> list[Row]:
                 with data.buffer() as buffer:
                     data.read_layer(layer, start, min(start + BLOCK_ROWS, data.num_rows), buffer)
 
+    def ahead() -> None:
+        for start in range(0, data.num_rows, BLOCK_ROWS):
+            for _ in ReadAhead(data, start, min(start + BLOCK_ROWS, data.num_rows), min(READ_AHEAD, torch.get_num_threads())):
+                pass
+
     def one_by_one() -> None:
         read_formatted(data, some)
 
     size = sum(weights.values()) * 4 / 1e9
-    timed = interleaved(arguments.repeats, data.device, (ours, 1), (one_by_one, share), (copier(data), 1))
+    timed = interleaved(arguments.repeats, data.device, (ahead if data.on_gpu else ours, 1), (one_by_one, share), (copier(data), 1))
     return [Row("read", f"{len(layers)} layers, {size:.2f} GB", *timed)]
 
 
@@ -327,13 +331,13 @@ def compare_batch_sizes(data: LoraData, arguments) -> list[dict]:
     for cell, features in inputs_of(data, cells_of(["all_layers"], arguments.representations)).items():
         for batch_size in arguments.batch_sizes:
             settings = TrainingSettings(num_runs=arguments.runs, batch_size=batch_size, precision=arguments.precision)
-            before, began = memory_in_use(data.device), time.perf_counter()
+            before, began = start_of_peak(data.device), time.perf_counter()
             trained = train(features, data, settings)
             seconds, accuracies = time.perf_counter() - began, test_accuracies(trained, data)
             found.append({
                 "representation": cell.representation, "batch_size": batch_size,
                 "epochs": statistics.mean(len(run.train_loss) for run in trained.runs), "seconds": seconds,
-                "extra_memory_mb": (memory_in_use(data.device) - before) / 1e6,
+                "extra_memory_mb": (peak(data.device) - before) / 1e6,
                 "test_accuracy": statistics.mean(accuracies), "test_accuracy_std": statistics.stdev(accuracies) if len(accuracies) > 1 else 0.0,
             })
     return found
@@ -344,11 +348,22 @@ def train(features: Tensor, data: LoraData, settings: TrainingSettings) -> train
     return training.train_runs(features, data.labels, data.split, len(data.classes), settings, data.device)
 
 
-def memory_in_use(device: str) -> int:
-    """The most bytes that this process (on a GPU: its tensors) has held so far."""
+def start_of_peak(device: str) -> int:
+    """Bytes in use (on a GPU: by tensors); the peak is measured from here."""
     if device != "cpu":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.memory_allocated(device)
+    Path("/proc/self/clear_refs").write_text("5")                        # Linux: the peak becomes what is in use now
+    return memory_line("VmRSS")
+
+
+def peak(device: str) -> int:
+    return torch.cuda.max_memory_allocated(device) if device != "cpu" else memory_line("VmHWM")
+
+
+def memory_line(name: str) -> int:
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
+    return int(line.split()[1]) * 1024
 
 
 def test_accuracies(trained: training.TrainedRuns, data: LoraData) -> list[float]:
@@ -408,8 +423,7 @@ def stage_table(rows: list[Row]) -> str:
     for row in rows:
         if row.operations:
             reached, rate = (row.operations / one.median / 1e9 for one in (row.ours, row.limit))
-            lines.append(f"| gemm | {row.what} | {reached:.0f} GFLOP/s | {row.operations / row.origin.median / 1e9:.0f} GFLOP/s | {rate:.0f} GFLOP/s "
-                         f"| | {100 * reached / rate:.0f} % |")
+            lines.append(f"| gemm | {row.what} | {reached:.0f} GFLOP/s | | {rate:.0f} GFLOP/s | | {100 * reached / rate:.0f} % |")
     return "\n".join(lines)
 
 
@@ -459,7 +473,15 @@ def main(argv: list[str] | None = None) -> int:
     for name in ("rows", "rank", "repeats", "runs", "epochs", "origin_layers", "seeds"):
         if getattr(arguments, name) < 1:
             parser.error(f"--{name.replace('_', '-')} is at least 1")
+    if min(arguments.seeds, arguments.batch_size, *(arguments.batch_sizes or [2])) < 2:
+        parser.error("--seeds, --batch-size and --batch-sizes are at least 2")
+    try:
+        return measure(arguments)
+    except InputError as error:
+        parser.error(str(error))
 
+
+def measure(arguments) -> int:
     device = find_device(arguments.device)
     with tempfile.TemporaryDirectory() as folder:
         if not arguments.dataset:

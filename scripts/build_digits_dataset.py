@@ -211,10 +211,11 @@ def draw(plan: Plan, unet: UNet2DConditionModel, recipe: Recipe) -> Draws:
         loras[column_of(module, "up")] = torch.zeros(out_features, recipe.rank)
     common = torch.Generator().manual_seed(recipe.seed)
     size = (max(plan.steps, *recipe.steps), recipe.batch_size)
+    levels = (torch.arange(recipe.batch_size) + torch.rand(size, generator=common)) * (NOISE_LEVELS / recipe.batch_size)
     return Draws(
         loras,
         torch.stack([shuffled(len(plan.images), recipe.batch_size, generator) for _ in range(plan.steps)]),
-        ((torch.arange(recipe.batch_size) + torch.rand(size, generator=common)) * (NOISE_LEVELS / recipe.batch_size)).long()[:plan.steps],
+        levels.long().clamp_max(NOISE_LEVELS - 1)[:plan.steps],          # rounding may reach the next one
         torch.randn(*size, 1, 8, 8, generator=common)[:plan.steps],
     )
 

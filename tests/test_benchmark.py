@@ -40,8 +40,8 @@ def test_one_stage_as_a_table_on_synthetic_rows(capsys):
 
 
 def test_batch_sizes_and_precisions(small_set, capsys):
-    found = run(capsys, "--dataset", small_set, "--batch-sizes", "8", "16", "--representations", "stats", "--runs", "2")["batch_sizes"]
-    assert [one["batch_size"] for one in found] == [8, 16]
+    found = run(capsys, "--dataset", small_set, "--batch-sizes", "16", "8", "--representations", "stats", "--runs", "2")["batch_sizes"]
+    assert [one["batch_size"] for one in found] == [16, 8]
     assert all(16 <= one["epochs"] <= 300 and one["seconds"] > 0 and 0 <= one["test_accuracy"] <= 1 for one in found)
     (found,) = run(capsys, "--dataset", small_set, "--precisions", "--representations", "stats", "--seeds", "3")["precisions"]
     assert found["difference"] == pytest.approx(found["bfloat16"] - found["float32"]) and found["seeds"] == 3
@@ -91,6 +91,17 @@ def test_equivalence_of_runs_that_all_differ_alike():
 
 
 def test_refuses_what_it_cannot_measure(capsys):
-    with pytest.raises(SystemExit, match="2"):
-        benchmark.main(["--repeats", "0"])
-    assert "--repeats is at least 1" in capsys.readouterr().err
+    for flags, reason in ((["--repeats", "0"], "--repeats is at least 1"), (["--seeds", "1"], "at least 2"), (["--batch-sizes", "0"], "at least 2"),
+                          (["--dataset", "./nowhere"], "no such file or folder")):
+        with pytest.raises(SystemExit, match="2"):
+            benchmark.main(flags)
+        assert reason in capsys.readouterr().err
+
+
+def test_the_peak_of_memory_is_that_of_the_work_alone():
+    large = torch.ones(2**25)                                            # 128 MiB that is given back before
+    del large
+    before = benchmark.start_of_peak("cpu")
+    work = torch.ones(2**24)                                             # 64 MiB
+    del work
+    assert 0.9 * 2**26 < benchmark.peak("cpu") - before < 1.5 * 2**26

@@ -207,6 +207,32 @@ def test_the_way_of_a_gpu_gives_the_same_features(place):
         assert torch.equal(ours[name], theirs[name]), name
 
 
+def test_a_layer_that_a_gpu_has_no_room_for_is_described_in_halves(place, monkeypatch):
+    import lora_data
+    names = [name for name in REPRESENTATIONS if name != "ensemble"]
+    data = experiment_data()
+    ours, _ = experiment.extract_features(data, names, experiment.Clock())
+    real, sizes = torch.Tensor.copy_, []
+
+    def copy_(self, source, non_blocking=False):
+        if non_blocking:                                                 # the upload
+            raise torch.OutOfMemoryError("pretended")
+        return real(self, source)
+
+    def describe(w, names):
+        sizes.append(len(w))
+        if len(w) > 20:
+            raise torch.OutOfMemoryError("pretended")
+        return real_describe(w, names)
+    real_describe = representations.describe
+    monkeypatch.setattr(torch.Tensor, "copy_", copy_)
+    monkeypatch.setattr(representations, "describe", describe)
+    theirs, errors = experiment.extract_features(lora_data.from_dataset(data.dataset, "x", "cpu:0"), names, experiment.Clock())
+    assert not errors and {40, 20} == set(sizes)
+    for name in names:
+        assert torch.allclose(ours[name], theirs[name], rtol=1e-6, atol=1e-7), name
+
+
 def test_the_same_command_gives_the_same_numbers(run, place):
     for output in ("a", "b"):
         assert run("--output-dir", output, "--no-cache-features")[0] == 0

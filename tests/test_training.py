@@ -331,11 +331,22 @@ def test_a_training_step_runs_on_a_device_that_is_not_the_cpu(monkeypatch):
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 def test_recorded_steps_train_as_ordinary_ones(monkeypatch, dropout):
     """As on a GPU, but for the recording itself: what is replayed reads the places that were filled at the record."""
-    def record(function):
-        recorded.append(len(recorded))
+    def record(function, device):
+        recorded.append(device)
         return function
 
-    recorded = []
+    def step(self, *arguments):
+        """A graph reads and writes where it did when it was recorded."""
+        def places():
+            kept = [*self.pack.state().values(), *(t for part in self.pack.adam for t in part), self.rates_R, self.total_R]
+            return [tensor.data_ptr() for tensor in (*kept, self.x_train, self.y_train)]
+        before = self.__dict__.setdefault("places", places())
+        assert places() == before
+        real_step(self, *arguments)
+        assert places() == before
+
+    recorded, real_step = [], training.PackedEpoch.step
+    monkeypatch.setattr(training.PackedEpoch, "step", step)
     monkeypatch.setattr(training.PackedEpoch, "replays", lambda self: True)
     monkeypatch.setattr(training, "record_graph", record)
     x, labels, split = problem()
@@ -348,9 +359,25 @@ def test_recorded_steps_train_as_ordinary_ones(monkeypatch, dropout):
 
 def test_replayed_calls_see_the_arguments_of_each_call():
     seen = []
-    replayed = training.Replayed(lambda x: seen.append(x.clone()), lambda function: function)
+    replayed = training.Replayed(lambda x: seen.append(x.clone()), lambda function, device: function)
     for i in range(5):
         argument = torch.full((2,), float(i))
         replayed(argument)
         argument.fill_(-1)
     assert [x.tolist() for x in seen] == [[i, i] for i in (0, 1, 2, 3, 4)]
+
+
+def test_a_step_that_cannot_be_recorded_still_trains():
+    def record(function, device):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    seen = []
+    replayed = training.Replayed(lambda x: seen.append(x.clone()), record)
+    with pytest.warns(UserWarning, match="runs kernel by kernel: operation not permitted"):
+        for i in range(4):
+            replayed(torch.full((2,), float(i)))
+    assert [x.tolist() for x in seen] == [[i, i] for i in range(4)]
+    with pytest.raises(torch.OutOfMemoryError):
+        failing = training.Replayed(lambda x: None, lambda function, device: (_ for _ in ()).throw(torch.OutOfMemoryError("pretended")))
+        for _ in range(3):
+            failing(torch.zeros(1))
