@@ -676,9 +676,15 @@ def test_a_terminal_without_the_signs_of_the_log_shows_others(place):
     assert done.returncode == 0 and b"Results: Train=" in done.stdout
 
 
+def default_signals():
+    """A shell that runs the tests in the background has SIGINT ignored, and children inherit that."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
 def start(*flags, prefix=(), **kwargs):
     return subprocess.Popen([*prefix, sys.executable, str(SCRIPT), "--dataset", "./loras", "--max-epochs", "300", "--patience", "300", *flags],
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **kwargs)
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, preexec_fn=default_signals, **kwargs)
 
 
 def wait_for(process, text):
