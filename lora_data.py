@@ -303,12 +303,12 @@ class LoraData:
 class ReadAhead:
     """Iterates over every layer of rows start:stop as a tensor on the device, in the data set's order; threads read the next ones meanwhile.
 
-    One that the device has no room for is left in the host's memory.
-    For a GPU: the copies run on a stream of their own, from pinned buffers. `waited` is how many seconds the consumer had to wait.
+    For a GPU: the copies run on a stream of their own, from pinned buffers; a layer that it has no room for stays in the
+    host's memory. `waited` is how many seconds the consumer had to wait.
     """
 
     def __init__(self, data: LoraData, start: int, stop: int, threads: int):
-        self.data, self.start, self.stop, self.threads, self.waited = data, start, stop, threads, 0.0
+        self.data, self.start, self.stop, self.threads, self.waited = data, start, stop, min(threads, READ_AHEAD), 0.0
 
     def __iter__(self) -> Iterator[Tensor]:
         import torch

@@ -273,7 +273,7 @@ def extract(data, names: list[str], start: int, stop: int, seconds: dict[str, fl
     """
     import torch
 
-    from lora_data import READ_AHEAD, ReadAhead
+    from lora_data import ReadAhead
     from training import one_thread_a_core
 
     found = {name: torch.empty(stop - start, len(data.layers), REPRESENTATIONS[name].width) for name in names}
@@ -303,7 +303,7 @@ def extract(data, names: list[str], start: int, stop: int, seconds: dict[str, fl
             for _ in pool.map(read_and_fill, range(len(data.layers))):
                 on_layer()
     else:
-        layers = ReadAhead(data, start, stop, min(READ_AHEAD, torch.get_num_threads()))
+        layers = ReadAhead(data, start, stop, torch.get_num_threads())
         for position, w in enumerate(layers):
             fill(position, w)
             on_layer()

@@ -36,7 +36,7 @@ from torch.utils.data import DataLoader, TensorDataset
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import training  # noqa: E402
-from lora_data import BLOCK_ROWS, READ_AHEAD, LoraData, ReadAhead, load_lora_data  # noqa: E402
+from lora_data import BLOCK_ROWS, LoraData, ReadAhead, load_lora_data  # noqa: E402
 from settings import REPRESENTATIONS, Cell, InputError, TrainingSettings, cells_of  # noqa: E402
 from visual_ablation_experiment import Clock, extract_features, feature_matrix, find_device, parts_of, slice_layers  # noqa: E402
 
@@ -176,7 +176,7 @@ def train_from_loader(x_ND: Tensor, y_N: Tensor, split, num_classes: int, settin
         width = settings.hidden_dim
     model = nn.Sequential(*layers, nn.Linear(width, num_classes)).to(x_ND.device)
     loaders = {
-        part: DataLoader(TensorDataset(x_ND[rows], y_N[rows]), settings.batch_size, shuffle=part == "train", drop_last=False)
+        part: DataLoader(TensorDataset(x_ND[rows], y_N[rows]), settings.batch_size, shuffle=part == "train")
         for part, rows in (("train", split.train), ("val", split.val))
     }
     optimizer = torch.optim.Adam(model.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay)
@@ -212,9 +212,7 @@ def train_from_loader(x_ND: Tensor, y_N: Tensor, split, num_classes: int, settin
 
 def time_reading(data: LoraData, arguments) -> list[Row]:
     layers = data.layers
-    some = spread_out(layers, arguments.origin_layers)
-    weights = weights_of(data)
-    share = sum(weights.values()) / sum(weights[layer] for layer in some)
+    some, factor = part_for_origin(data, arguments.origin_layers)
 
     def ours() -> None:
         for start in range(0, data.num_rows, BLOCK_ROWS):
@@ -224,14 +222,14 @@ def time_reading(data: LoraData, arguments) -> list[Row]:
 
     def ahead() -> None:
         for start in range(0, data.num_rows, BLOCK_ROWS):
-            for _ in ReadAhead(data, start, min(start + BLOCK_ROWS, data.num_rows), min(READ_AHEAD, torch.get_num_threads())):
+            for _ in ReadAhead(data, start, min(start + BLOCK_ROWS, data.num_rows), torch.get_num_threads()):
                 pass
 
     def one_by_one() -> None:
         read_formatted(data, some)
 
-    size = sum(weights.values()) * 4 / 1e9
-    timed = interleaved(arguments.repeats, data.device, (ahead if data.on_gpu else ours, 1), (one_by_one, share), (copier(data), 1))
+    size = sum(weights_of(data).values()) * 4 / 1e9
+    timed = interleaved(arguments.repeats, data.device, (ahead if data.on_gpu else ours, 1), (one_by_one, factor), (copier(data), 1))
     return [Row("read", f"{len(layers)} layers, {size:.2f} GB", *timed)]
 
 
@@ -253,17 +251,17 @@ def copier(data: LoraData) -> Callable[[], None]:
     return copy
 
 
-def spread_out(layers: list[str], count: int) -> list[str]:
-    """`count` of them at even distances, `down` and `up` in turn (they are sorted, so every second one is `up`)."""
+def part_for_origin(data: LoraData, count: int) -> tuple[list[str], float]:
+    """`count` layers at even distances, `down` and `up` in turn (they are sorted, so every second one is `up`), and by how much the whole is more."""
+    layers, weights = data.layers, weights_of(data)
     count = min(count, len(layers))
-    return [layers[(i * len(layers) // count + i) % len(layers)] for i in range(count)]
+    some = [layers[(i * len(layers) // count + i) % len(layers)] for i in range(count)]
+    return some, sum(weights.values()) / sum(weights[layer] for layer in some)
 
 
 def time_features(data: LoraData, arguments) -> list[Row]:
     names = [name for name in REPRESENTATIONS if name != "ensemble"]
-    some = spread_out(data.layers, arguments.origin_layers)
-    weights = weights_of(data)
-    share = sum(weights.values()) / sum(weights[layer] for layer in some)
+    some, factor = part_for_origin(data, arguments.origin_layers)
 
     def one_by_one() -> None:
         for layer in some:
@@ -272,7 +270,7 @@ def time_features(data: LoraData, arguments) -> list[Row]:
     def ours() -> None:
         extract_features(data, names, Clock())
 
-    timed = interleaved(arguments.repeats, data.device, (ours, 1), (one_by_one, share), (copier(data), 1))
+    timed = interleaved(arguments.repeats, data.device, (ours, 1), (one_by_one, factor), (copier(data), 1))
     return [Row("features", f"9 of {len(data.layers)} layers", *timed)]
 
 

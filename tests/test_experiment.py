@@ -207,6 +207,17 @@ def test_the_way_of_a_gpu_gives_the_same_features(place):
         assert torch.equal(ours[name], theirs[name]), name
 
 
+def room_for(rows, sizes):
+    """`describe` on a device with memory for so many; notes in `sizes` how many it was asked for."""
+    def describe(w, names):
+        sizes.append(len(w))
+        if len(w) > rows:
+            raise torch.OutOfMemoryError("pretended")
+        return real(w, names)
+    real = representations.describe
+    return describe
+
+
 def test_a_layer_that_a_gpu_has_no_room_for_is_described_in_halves(place, monkeypatch):
     import lora_data
     names = [name for name in REPRESENTATIONS if name != "ensemble"]
@@ -219,14 +230,8 @@ def test_a_layer_that_a_gpu_has_no_room_for_is_described_in_halves(place, monkey
             raise torch.OutOfMemoryError("pretended")
         return real(self, source)
 
-    def describe(w, names):
-        sizes.append(len(w))
-        if len(w) > 20:
-            raise torch.OutOfMemoryError("pretended")
-        return real_describe(w, names)
-    real_describe = representations.describe
     monkeypatch.setattr(torch.Tensor, "copy_", copy_)
-    monkeypatch.setattr(representations, "describe", describe)
+    monkeypatch.setattr(representations, "describe", room_for(20, sizes))
     theirs, errors = experiment.extract_features(lora_data.from_dataset(data.dataset, "x", "cpu:0"), names, experiment.Clock())
     assert not errors and {40, 20} == set(sizes)
     for name in names:
@@ -485,13 +490,7 @@ def test_a_cell_in_which_no_column_varies_fails_and_says_so(run, place):
 def test_out_of_memory_on_the_device_halves_the_block_and_goes_on(run, place, monkeypatch):
     run("--output-dir", "enough")
     sizes = []
-    def describe(w, names):
-        sizes.append(len(w))
-        if len(w) > 10:
-            raise torch.OutOfMemoryError("pretended")
-        return real(w, names)
-    real = representations.describe
-    monkeypatch.setattr(representations, "describe", describe)
+    monkeypatch.setattr(representations, "describe", room_for(10, sizes))
     status, log = run("--output-dir", "tight", "--no-cache-features")
     assert status == 0 and max(sizes) == 40 and 10 in sizes and "WARNING: out of memory on cpu" in log
     assert cell_files(place, output="tight") == cell_files(place, output="enough")
