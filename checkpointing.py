@@ -14,14 +14,14 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import filelock
 import xxhash
 
-from settings import LAYER_SETS, REPRESENTATIONS, Cell, InputError, cells_of
+from settings import AUDITS, LAYER_SETS, REPRESENTATIONS, Cell, InputError, cells_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -147,17 +147,21 @@ def identify(files: list[str], which: list, compute, cache_dir: Path | None) -> 
 
 
 class FeatureCache:
-    """One safetensors file a representation, of all layers, in a folder named by the content that they describe."""
+    """One safetensors file a representation, of all layers, in a folder named by the content that they describe.
 
-    def __init__(self, cache_dir: Path, identity: str, layers: list[str]):
+    `options_of(representation)` are the settings that change its numbers.
+    """
+
+    def __init__(self, cache_dir: Path, identity: str, layers: list[str], options_of: Callable[[str], dict] = lambda representation: {}):
         self.folder = cache_dir / identity
         self.source = {"data": identity, "layers": hash_of(layers)}
+        self.options_of = options_of
 
     def path(self, representation: str) -> Path:
         return self.folder / f"{representation}.safetensors"
 
     def description(self, representation: str) -> dict:
-        return self.source | {"representation": representation, "version": REPRESENTATIONS[representation].version}
+        return self.source | {"representation": representation, "version": REPRESENTATIONS[representation].version} | self.options_of(representation)
 
     def load(self, representation: str) -> tuple[np.ndarray | None, str]:
         """Features (N, L*k) float32, or None and why: '' if there is no file, else what is wrong with it."""
@@ -174,7 +178,7 @@ class FeatureCache:
             return None, f"unreadable ({error})"
         payload = made_by.pop("payload", None)
         if made_by != self.description(representation):
-            return None, "made by another version"
+            return None, "made by another version or with other options"
         return (features, "") if payload == hash_of(features) else (None, "its content does not match its hash")
 
     def save(self, representation: str, features: np.ndarray) -> None:
@@ -356,4 +360,4 @@ class ResultStore:
 
 def all_cells() -> list[Cell]:
     """Every cell that an output folder could hold."""
-    return cells_of(LAYER_SETS, REPRESENTATIONS)
+    return cells_of(LAYER_SETS, REPRESENTATIONS, AUDITS)

@@ -39,13 +39,20 @@ PIECE = 2**17         # values copied or checked at a time: what that writes sta
 SMALLEST_SPLIT = 11   # with fewer rows, train = val = test
 
 # The end of a column's name: diffusers' lora.down.weight, PEFT's lora_A.weight and lora_A.<adapter>.weight, kohya's lora_down.weight.
-LAYER_NAME = re.compile(r"(?:^|[._])lora(?:_linear_layer)?[._](?:down|up|A|B)(?:[._]\w+)?[._]weight$")
+LAYER_NAME = re.compile(r"(?:^|[._])lora(?:_linear_layer)?[._](down|up|A|B)(?:[._]\w+)?[._]weight$")
 # What the torch formatter turns into float32 too; everything else is left to it.
 FLOATS = (pa.float16(), pa.float32(), pa.float64())
 
 
 def is_layer(column: str) -> bool:
     return LAYER_NAME.search(column) is not None
+
+
+def module_and_side(layer: str) -> tuple[str, str]:
+    """The name that the two layers of a module share, and which of them this is: down (lora_A) or up (lora_B)."""
+    found = LAYER_NAME.search(layer)
+    side = "down" if found.group(1) in ("down", "A") else "up"
+    return layer[:found.start(1)] + "*" + layer[found.end(1):], side
 
 
 def attention_kind(layer: str) -> str:
@@ -134,6 +141,14 @@ def refuse_non_finite(weights: np.ndarray, column: str, first_row: int) -> None:
         )
 
 
+class Module(NamedTuple):
+    """Two layers whose product up @ down is the change of a matrix of the model; by their positions in `LoraData.layers`."""
+
+    name: str
+    down: int
+    up: int
+
+
 # --- the data set
 
 
@@ -186,6 +201,36 @@ class LoraData:
     def layers_of(self, layer_set: str) -> list[int]:
         """Positions in `layers` of those that a layer set keeps."""
         return [i for i, kind in enumerate(self.kinds) if kind in LAYER_SETS[layer_set].kinds]
+
+    @cached_property
+    def modules(self) -> list[Module]:
+        """Every pair of layers, by name. Raises InputError for a pair whose ranks differ: they cannot be multiplied."""
+        sides: dict[str, dict[str, int]] = {}
+        for position, layer in enumerate(self.layers):
+            name, side = module_and_side(layer)
+            sides.setdefault(name, {})[side] = position
+        found = [Module(name, **both) for name, both in sorted(sides.items()) if len(both) == 2]
+        for _, down, up in found:
+            down, up = (self.matrices[self.layers[position]] for position in (down, up))
+            if down.rows != up.cols:
+                raise InputError(f"column '{down.column}' is {down.rows} x {down.cols} and '{up.column}' {up.rows} x {up.cols}: the rows of the "
+                                 "first must be the columns of the second; leave out representations of the product")
+        return found
+
+    @cached_property
+    def module_at(self) -> dict[int, Module]:
+        """The module of a layer, by the layer's position, where it has one."""
+        return {position: module for module in self.modules for position in (module.down, module.up)}
+
+    def modules_of(self, layer_set: str) -> list[int]:
+        """Positions in `modules` of those that a layer set keeps with both layers."""
+        kept = set(self.layers_of(layer_set))
+        return [i for i, module in enumerate(self.modules) if {module.down, module.up} <= kept]
+
+    def layers_without_partner(self, layer_set: str) -> list[str]:
+        """Layers of the set whose module it cuts apart, or that have none."""
+        paired = {position for i in self.modules_of(layer_set) for position in self.modules[i][1:]}
+        return [self.layers[position] for position in self.layers_of(layer_set) if position not in paired]
 
     def read_layer(self, layer: str, start: int, stop: int, buffer: np.ndarray | None = None) -> Tensor:
         """One layer of rows start:stop, (n, rows, cols) float32 on the device, from the Arrow buffers.
@@ -301,21 +346,21 @@ class LoraData:
 
 
 class ReadAhead:
-    """Iterates over every layer of rows start:stop as a tensor on the device, in the data set's order; threads read the next ones meanwhile.
+    """Iterates over `layers` of rows start:stop as tensors on the device, in their order; threads read the next ones meanwhile.
 
     For a GPU: the copies run on a stream of their own, from pinned buffers; a layer that it has no room for stays in the
     host's memory. `waited` is how many seconds the consumer had to wait.
     """
 
-    def __init__(self, data: LoraData, start: int, stop: int, threads: int):
-        self.data, self.start, self.stop, self.threads, self.waited = data, start, stop, min(threads, READ_AHEAD), 0.0
+    def __init__(self, data: LoraData, layers: list[str], start: int, stop: int, threads: int):
+        self.data, self.layers, self.start, self.stop, self.threads, self.waited = data, layers, start, stop, min(threads, READ_AHEAD), 0.0
 
     def __iter__(self) -> Iterator[Tensor]:
         import torch
 
         stream = self.data.copy_stream
         pool = ThreadPoolExecutor(self.threads)
-        jobs = (pool.submit(self.fetch, layer, stream) for layer in self.data.layers)
+        jobs = (pool.submit(self.fetch, layer, stream) for layer in self.layers)
         waiting = deque(islice(jobs, self.threads))
         try:
             while waiting:

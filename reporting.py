@@ -11,6 +11,7 @@ from settings import LAYER_SETS, REPRESENTATIONS, Cell
 
 SCORED_PARTS = ("val", "test")
 SCORES = ("acc", "f1", "precision", "recall")
+AUDIT_KEYS = ("audit", "representation", "layer_set", "test_acc_mean", "test_acc_std", "test_acc_all_runs", "variants")
 
 
 def confusion_matrix(labels: np.ndarray, predictions: np.ndarray, num_classes: int) -> np.ndarray:
@@ -94,6 +95,34 @@ def prediction_arrays(trained, labels: dict[str, np.ndarray], split) -> dict[str
     return arrays
 
 
+def audit_record(cell: Cell, trained, test_labels: np.ndarray, changes: dict[str, dict]) -> dict:
+    """An audit of a cell: test accuracies of its runs as they are and on each variant of the test rows.
+
+    `changes` has by variant how far the features moved. `agreement` is the part of test predictions that stay the same.
+    """
+    runs = [run.predictions for run in trained.runs]
+
+    def scored(part: str) -> dict:
+        accuracies = [float(np.mean(run[part] == test_labels)) for run in runs]
+        mean, std = mean_and_std(accuracies)
+        return {"test_acc_mean": mean, "test_acc_std": std, "test_acc_all_runs": accuracies}
+
+    variants = {
+        variant: {**scored(f"{cell.audit} {variant}"), "change": change,
+                  "agreement": float(np.mean([np.mean(run[f"{cell.audit} {variant}"] == run["test"]) for run in runs]))}
+        for variant, change in changes.items()
+    }
+    return {"audit": cell.audit, "representation": cell.representation, "layer_set": cell.layer_set, "trained_dim": trained.trained_dim,
+            "training_time_total": sum(run.seconds for run in trained.runs), **scored("test"), "variants": variants}
+
+
+def audit_arrays(cell: Cell, trained, test_labels: np.ndarray, split, variants) -> dict[str, np.ndarray]:
+    """For predictions/<cell>.npz: row numbers and class numbers (n,) of the test rows, and predictions (R, n) of each variant."""
+    stack = lambda part: np.stack([run.predictions[part] for run in trained.runs]).astype(np.int32)  # noqa: E731
+    return {"test_rows": split.test, "test_labels": test_labels.astype(np.int32), "test_predictions": stack("test"),
+            **{f"{variant}_predictions": stack(f"{cell.audit} {variant}") for variant in variants}}
+
+
 # --- the whole folder
 
 
@@ -119,19 +148,23 @@ def compare(records: dict[Cell, dict]) -> list[dict]:
     return table
 
 
-def collect(records: dict[Cell, dict], failures: dict[Cell, str], header: dict) -> dict:
-    """results.json. `header` says what was run on what; `failures` maps cells to their error in a line."""
+def collect(records: dict[Cell, dict], failures: dict[Cell, str], skipped: dict[Cell, str], header: dict) -> dict:
+    """results.json. `header` says what was run on what; `failures` and `skipped` map cells to their error or reason in a line."""
     results = dict(header)
     for layer_set in LAYER_SETS:
         of_set = [records[Cell(r, layer_set)] for r in REPRESENTATIONS if Cell(r, layer_set) in records]
         if of_set or layer_set in ("all_layers", "visual_only"):
             results[f"{layer_set}_results"] = of_set
     results["comparison"] = compare(records)
-    results["failed_cells"] = [
-        {"cell": cell.name, "representation": cell.representation, "layer_set": cell.layer_set, "error": error}
-        for cell, error in failures.items()
-    ]
+    results["audits"] = [{key: record[key] for key in AUDIT_KEYS} for cell, record in records.items() if cell.audit]
+    results["failed_cells"] = [{**named(cell), "error": error} for cell, error in failures.items()]
+    results["skipped_cells"] = [{**named(cell), "reason": reason} for cell, reason in skipped.items()]
     return results
+
+
+def named(cell: Cell) -> dict[str, str]:
+    found = {"cell": cell.name, "representation": cell.representation, "layer_set": cell.layer_set}
+    return found | ({"audit": cell.audit} if cell.audit else {})
 
 
 def percent(mean: float | None, std: float | None = None) -> str:
@@ -152,27 +185,57 @@ def results_text(results: dict) -> str:
     ]
     if results["splits_overlap"]:
         lines.append("WARNING:   ten rows or fewer: train, validation and test are the same rows; no accuracy here means anything")
-    header = f"{'representation':<16}{'columns':>8}{'trained':>8}{'train':>12}{'val':>12}{'test':>12}{'test F1':>12}{'epoch':>7}{'s/run':>8}"
+    header = f"{'representation':<20}{'columns':>8}{'trained':>8}{'train':>12}{'val':>12}{'test':>12}{'test F1':>12}{'epoch':>7}{'s/run':>8}"
     for layer_set, (title, _) in LAYER_SETS.items():
         rows = results.get(f"{layer_set}_results") or []
-        failed = [failure for failure in results["failed_cells"] if failure["layer_set"] == layer_set]
+        failed = [failure for failure in results["failed_cells"] if failure["layer_set"] == layer_set and "audit" not in failure]
         if not rows and not failed:
             continue
         lines += ["", title, header, "-" * len(header)]
         for row in rows:
             name = row["representation"].removesuffix(f"_{layer_set}")
             cells = "".join(f"{percent(row[f'{k}_mean'], row[f'{k}_std']):>12}" for k in ("train_acc", "val_acc", "test_acc", "test_f1"))
-            lines.append(f"{name:<16}{row['feature_dim']:>8}{row['trained_dim']:>8}{cells}{row['best_epoch_mean']:>7.0f}{row['training_time_mean']:>8.1f}")
-        lines += [f"{failure['representation']:<16}FAILED: {failure['error']}" for failure in failed]
+            lines.append(f"{name:<20}{row['feature_dim']:>8}{row['trained_dim']:>8}{cells}{row['best_epoch_mean']:>7.0f}{row['training_time_mean']:>8.1f}")
+        lines += [f"{failure['representation']:<20}FAILED: {failure['error']}" for failure in failed]
     if results["comparison"]:
         text = any(row["text_only"] is not None for row in results["comparison"])
-        header = f"{'representation':<16}{'all layers':>12}{'visual only':>13}" + f"{'text only':>12}" * text + f"{'drop':>12}{'retained':>10}"
+        header = f"{'representation':<20}{'all layers':>12}{'visual only':>13}" + f"{'text only':>12}" * text + f"{'drop':>12}{'retained':>10}"
         lines += ["", "Test accuracy, all layers against visual only (drop in points)", header, "-" * len(header)]
         for row in results["comparison"]:
             shown = f"{percent(row['all_layers'], row['all_layers_std']):>12}{percent(row['visual_only'], row['visual_only_std']):>13}"
             shown += f"{percent(row['text_only'], row['text_only_std']):>12}" * text
             retained = "-" if row["retention"] is None else f"{percent(row['retention'])}%"
-            lines.append(f"{row['representation']:<16}{shown}{percent(row['drop'], row['drop_std']):>12}{retained:>10}")
+            lines.append(f"{row['representation']:<20}{shown}{percent(row['drop'], row['drop_std']):>12}{retained:>10}")
+    lines += audit_lines(results["audits"])
+    if results["skipped_cells"]:
+        lines += [""] + [f"Skipped: {entry['cell']}, {entry['reason']}" for entry in results["skipped_cells"]]
     if results["failed_cells"]:
         lines += ["", f"{len(results['failed_cells'])} cells FAILED: " + ", ".join(failure["cell"] for failure in results["failed_cells"])]
     return "\n".join(lines) + "\n"
+
+
+AUDIT_TEXTS = {
+    "gauge": "Gauge audit: the same adapters as other pairs (up G, inv(G) down); changes in units of a column's spread over the rows",
+    "noise": "Noise audit: test rows with Gaussian noise, its std as a part of each layer's; in brackets the predictions that stay",
+}
+
+
+def audit_lines(audits: list[dict]) -> list[str]:
+    """A table for each audit that was run."""
+    lines = []
+    for audit, text in AUDIT_TEXTS.items():
+        rows = [row for row in audits if row["audit"] == audit]
+        if not rows:
+            continue
+        header = f"{'representation':<20}{'layer set':<14}{'test':>8}" + "".join(f"{variant:>16}" for variant in rows[0]["variants"])
+        if audit == "gauge":
+            header += f"{'largest change':>16}{'rms change':>12}"
+        lines += ["", text, header, "-" * len(header)]
+        for row in rows:
+            line = f"{row['representation']:<20}{row['layer_set']:<14}{percent(row['test_acc_mean']):>8}"
+            for variant in row["variants"].values():
+                line += f"{percent(variant['test_acc_mean']) + ' (' + percent(variant['agreement']) + '%)':>16}"
+            if audit == "gauge":
+                line += f"{variant['change']['largest']:>16.2g}{variant['change']['rms']:>12.2g}"
+            lines.append(line)
+    return lines

@@ -1,16 +1,22 @@
-"""The nine representations: what numbers describe a batch of matrices.
+"""What numbers describe a batch of matrices (the nine), and a batch of modules by their products (six more).
 
-Each is a pure function (n, rows, cols) float32 -> (n, width) float32 on the same device: row i of the result depends
-on matrix i alone. N = rows*cols, m = min(rows, cols); x is a matrix as a vector of its N entries. Sums run in float64.
-Definitions follow the project's design, section 5: percentiles interpolate linearly, the median is the lower middle
-value, skewness and kurtosis are standardised moments (kurtosis of a normal sample is about 3, not 0), entropies are in
-nats, s_1 >= s_2 >= ... are the singular values. A constant matrix has std, skewness, kurtosis and histogram entropy 0.
+Each of the nine is a pure function (n, rows, cols) float32 -> (n, width) float32 on the same device: row i of the result
+depends on matrix i alone. N = rows*cols, m = min(rows, cols); x is a matrix as a vector of its N entries. Sums run in
+float64. Definitions follow the project's design, section 5: percentiles interpolate linearly, the median is the lower
+middle value, skewness and kurtosis are standardised moments (kurtosis of a normal sample is about 3, not 0), entropies
+are in nats, s_1 >= s_2 >= ... are the singular values. A constant matrix has std, skewness, kurtosis and histogram
+entropy 0.
+
+Those of the product take `down` (n, r, in) and `up` (n, out, r) and describe W = up @ down, (out, in), which is what the
+adapter does to the model: (up G, inv(G) down) is the same adapter for every invertible G. W is never formed: all of it
+follows from sums over `in` and `out` of at most r^2 (the fourth moment: r^4) terms.
 """
 
 from __future__ import annotations
 
 import math
-from functools import cached_property
+from collections.abc import Callable
+from functools import cache, cached_property
 
 import numpy as np
 import torch
@@ -25,6 +31,11 @@ BINS = 50                 # of the histogram behind info_theoretic
 EIGH_BATCH = 16_384       # matrices a call: cuSOLVER fails on larger batches
 SLICE_WEIGHTS = {"cpu": 2**17, "gpu": 2**24}   # weights described at a time: on a CPU what stays in a core's cache
 GRAM_IS_EXACT_ABOVE = 1e-4  # of s_m/s_1: below it, squaring loses more than half of float64's digits
+SKETCH_SIZE = 16          # rows and columns of the product's sketch
+PROJECTED = 16            # numbers that a singular vector of the product is projected to
+DIRECTIONS = 4            # pairs of singular vectors kept
+PROJECTION_SEED = 0
+NORM_PERCENTS = (0, 5, 10, 25, 50, 75, 90, 95, 100)
 
 
 class Layer:
@@ -44,10 +55,7 @@ class Layer:
 
     @cached_property
     def sorted(self) -> Tensor:
-        """Entries ascending. NumPy's sort uses SIMD and is far faster than torch's on a CPU."""
-        if self.x.device.type == "cpu":
-            return torch.from_numpy(np.sort(self.x.detach().numpy(), axis=1))   # (n, N)
-        return self.x.sort(dim=1).values                                 # (n, N)
+        return sort(self.x)                                              # (n, N)
 
     @cached_property
     def min(self) -> Tensor:
@@ -133,11 +141,21 @@ class Layer:
 
     def percentiles(self, *percents: float) -> Tensor:
         """Linearly interpolated between the sorted entries, float64."""
-        positions = [percent / 100 * (self.N - 1) for percent in percents]
-        below = self.sorted[:, [math.floor(p) for p in positions]].double()
-        above = self.sorted[:, [math.ceil(p) for p in positions]].double()
-        fraction = torch.tensor([p - math.floor(p) for p in positions], dtype=torch.float64, device=self.x.device)
-        return below + (above - below) * fraction                        # (n, len(percents))
+        return percentiles_of(self.sorted, percents)                     # (n, len(percents))
+
+
+def sort(x: Tensor) -> Tensor:
+    """Rows ascending. NumPy's sort uses SIMD and is far faster than torch's on a CPU."""
+    return torch.from_numpy(np.sort(x.detach().numpy(), axis=1)) if x.device.type == "cpu" else x.sort(dim=1).values
+
+
+def percentiles_of(ascending: Tensor, percents: tuple[float, ...]) -> Tensor:
+    """Of each row (n, N) of ascending numbers, linearly interpolated: (n, len(percents)) float64."""
+    positions = [percent / 100 * (ascending.shape[1] - 1) for percent in percents]
+    below = ascending[:, [math.floor(p) for p in positions]].double()
+    above = ascending[:, [math.ceil(p) for p in positions]].double()
+    fraction = torch.tensor([p - math.floor(p) for p in positions], dtype=torch.float64, device=ascending.device)
+    return below + (above - below) * fraction
 
 
 def columns(*parts: Tensor) -> Tensor:
@@ -171,17 +189,21 @@ def spectral(w: Tensor | Layer) -> Tensor:
     i >= m; entropy of the shares (nats); condition number s_1/max(s_m, 1e-6 s_1); nuclear norm. Shares, entropy and
     nuclear norm use all m values. A zero matrix has shares, entropy and condition number 0.
     """
-    layer = Layer.of(w)
-    s = layer.singular_values                                            # (n, m)
+    return spectral_profile(Layer.of(w).singular_values)
+
+
+def spectral_profile(s: Tensor) -> Tensor:
+    """The 32 columns of `spectral` from all singular values (n, m), descending."""
+    m = s.shape[1]
     nuclear = s.sum(1)                                                   # (n,)
     shares = s / torch.where(nuclear > 0, nuclear, 1.0)[:, None]         # (n, m)
-    top = pad(s[:, :TOP], (0, max(TOP - layer.m, 0)))                    # (n, 10)
+    top = pad(s[:, :TOP], (0, max(TOP - m, 0)))                          # (n, 10)
     gaps = (top[:, :-1] - top[:, 1:]) / (top[:, :-1] + EPS)              # (n, 9)
-    gaps[:, layer.m - 1:] = 0
+    gaps[:, m - 1:] = 0
     largest, smallest = s[:, 0], s[:, -1]
     floor = torch.maximum(smallest, 1e-6 * largest)
     condition = largest / torch.where(largest > 0, floor, 1.0)           # (n,)
-    top_shares = pad(shares[:, :TOP], (0, max(TOP - layer.m, 0)))        # (n, 10)
+    top_shares = pad(shares[:, :TOP], (0, max(TOP - m, 0)))              # (n, 10)
     return columns(top, top_shares, gaps, torch.special.entr(shares).sum(1), condition, nuclear)
 
 
@@ -255,6 +277,192 @@ def ensemble(w: Tensor | Layer) -> Tensor:
     return columns(*(REPRESENTATIONS[part](layer) for part in ENSEMBLE_PARTS))
 
 
+# --- of the product
+
+
+def eigh(symmetric: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues (n, r), ascending, and eigenvectors (n, r, r) as columns."""
+    parts = [torch.linalg.eigh(part) for part in symmetric.split(EIGH_BATCH)]
+    return torch.cat([values for values, _ in parts]), torch.cat([vectors for _, vectors in parts])
+
+
+@cache
+def projection(count: int, size: int, side: str, device: torch.device) -> Tensor:
+    """Fixed Gaussian numbers (count, size) float64, with std 1, for vectors of a side; a larger count begins with the smaller one's rows."""
+    rng = np.random.default_rng([PROJECTION_SEED, *side.encode(), size])
+    return torch.from_numpy(rng.standard_normal((count, size))).to(device)
+
+
+class Module:
+    """A batch of pairs `down` (n, r, in), `up` (n, out, r) with what several representations of W = up @ down share, each computed once."""
+
+    def __init__(self, down: Tensor, up: Tensor, sketch_size: int = SKETCH_SIZE):
+        if down.ndim != 3 or up.ndim != 3 or 0 in (*down.shape, *up.shape) or down.shape[:2] != (len(up), up.shape[2]):
+            raise ValueError(f"expected down (n, r, in) and up (n, out, r), got {tuple(down.shape)} and {tuple(up.shape)}")
+        self.down = down.double()
+        self.upT = up.mT.double().contiguous()                           # (n, r, out): sums along memory
+        self.up = self.upT.mT
+        self.r, self.sketch_size = down.shape[1], sketch_size
+        self.N = up.shape[1] * down.shape[2]                             # entries of W
+        self.m = min(self.r, up.shape[1], down.shape[2])                 # singular values that need not be 0
+
+    @cached_property
+    def grams(self) -> tuple[Tensor, Tensor]:
+        """down @ down.mT and up.mT @ up, (n, r, r) each."""
+        return self.down @ self.down.mT, self.upT @ self.up
+
+    @cached_property
+    def svd_of_grams(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """s (n, r), descending; left and right (n, r, r); and which rows (n,) are too ill-conditioned for this way.
+
+        up @ left has the left singular vectors as columns, right @ down the right ones as rows: with the eigenvectors E of
+        down @ down.mT and C = E sqrt(eigenvalues), inv(C) @ down has orthonormal rows, and the Gram matrix of up @ C has
+        the squares of W's singular values.
+        """
+        gram_down, gram_up = self.grams
+        values, vectors = eigh(gram_down)
+        roots = values.clamp_min(0).sqrt()                               # (n, r) ascending
+        C = vectors * roots[:, None]
+        inverse = vectors.mT / torch.where(roots > 0, roots, 1.0)[:, :, None]
+        squares, turn = eigh(C.mT @ gram_up @ C)
+        s, turn = squares.clamp_min(0).sqrt().flip(1), turn.flip(2)
+        left = C @ turn / torch.where(s > 0, s, 1.0)[:, None]
+        ill = (roots[:, 0] <= GRAM_IS_EXACT_ABOVE * roots[:, -1]) | (s[:, -1] <= GRAM_IS_EXACT_ABOVE * s[:, 0])
+        return s, left, turn.mT @ inverse, ill
+
+    @cached_property
+    def svd_of_ill(self) -> tuple[Tensor, Tensor, Tensor] | None:
+        """U (k, out, r), s (k, r) and V (k, r, in) of the ill-conditioned rows, or None; what is beyond m is 0.
+
+        By the QR factors of both sides and the SVD of the small matrix between them.
+        """
+        ill = self.svd_of_grams[3]
+        if ill.is_meta or not ill.any():                                 # which rows: a question of values, not of shapes
+            return None
+        q_up, r_up = torch.linalg.qr(self.up[ill])
+        q_down, r_down = torch.linalg.qr(self.down[ill].mT)
+        x, s, y = torch.linalg.svd(r_up @ r_down.mT, full_matrices=False)
+        missing = self.r - s.shape[1]
+        return pad(q_up @ x, (0, missing)), pad(s, (0, missing)), pad(y @ q_down.mT, (0, 0, 0, missing))
+
+    @cached_property
+    def singular_values(self) -> Tensor:
+        """The m that need not be 0, descending, (n, m) float64."""
+        s, _, _, ill = self.svd_of_grams
+        if self.svd_of_ill is not None:
+            s = s.index_put((ill,), self.svd_of_ill[1])
+        return s[:, :self.m]
+
+    @cached_property
+    def row_norms(self) -> Tensor:
+        """Of the rows of W, (n, out)."""
+        return ((self.grams[0] @ self.upT) * self.upT).sum(1).clamp_min(0).sqrt()
+
+    @cached_property
+    def column_norms(self) -> Tensor:
+        """Of the columns of W, (n, in)."""
+        return ((self.grams[1] @ self.down) * self.down).sum(1).clamp_min(0).sqrt()
+
+    @cached_property
+    def projections(self) -> tuple[Tensor, Tensor]:
+        """R_out (k, out) and R_in (k, in); the first PROJECTED are the same for every k."""
+        count, device = max(PROJECTED, self.sketch_size), self.up.device
+        return projection(count, self.up.shape[1], "out", device), projection(count, self.down.shape[2], "in", device)
+
+    @cached_property
+    def projected(self) -> tuple[Tensor, Tensor]:
+        """R_out @ up (n, k, r) and down @ R_in.mT (n, r, k)."""
+        return self.projections[0] @ self.up, self.down @ self.projections[1].mT
+
+    def directions(self, count: int, whole: bool = False) -> tuple[Tensor, Tensor]:
+        """The first `count` left and right singular vectors times sqrt(s_i), by their PROJECTED projections: (n, count, PROJECTED) each.
+
+        Whole, (n, count, out) and (n, count, in), with `whole`. Of all pairs (up G, inv(G) down) they are the balanced one: r of
+        them are an `up` and a `down` again. The sign of a pair is such that the projection of the left vector that is largest
+        in absolute value is positive. What is beyond m is 0.
+        """
+        R_out, R_in = (R[:PROJECTED] for R in self.projections)
+        s, left, right, ill = self.svd_of_grams
+        scale = s.sqrt()[:, None]                                        # (n, 1, r)
+        probes = self.projected[0][:, :PROJECTED] @ left * scale         # (n, PROJECTED, r)
+        u = self.up @ left * scale if whole else probes                  # (n, out or PROJECTED, r)
+        v = right @ (self.down if whole else self.projected[1][:, :, :PROJECTED]) * scale.mT   # (n, r, in or PROJECTED)
+        if self.svd_of_ill is not None:
+            U, s_ill, V = self.svd_of_ill
+            U, V = U * s_ill.sqrt()[:, None], V * s_ill.sqrt()[:, :, None]
+            probes = probes.index_put((ill,), R_out @ U)
+            u = u.index_put((ill,), U if whole else R_out @ U)
+            v = v.index_put((ill,), V if whole else V @ R_in.mT)
+        largest = probes.gather(1, probes.abs().argmax(1, keepdim=True))  # (n, 1, r)
+        sign = torch.where(largest < 0, -1.0, 1.0)
+        missing = max(count - self.r, 0)
+        return pad((u * sign).mT[:, :count], (0, 0, 0, missing)), pad((v * sign.mT)[:, :count], (0, 0, 0, missing))
+
+
+def product_spectral(module: Module) -> Tensor:
+    """Profile of W's singular values, the columns of `spectral`, of the m = min(r, out, in) that need not be 0. (n, 32).
+
+    Singular values of up, down and product are what DSiRe uses; these do not see how the product is shared between the two.
+    """
+    return spectral_profile(module.singular_values)
+
+
+def product_norms(module: Module) -> Tensor:
+    """Frobenius, nuclear, spectral norm, largest row and largest column norm of W (weights squared); nuclear and spectral over Frobenius. (n, 7).
+
+    The ratios are 0 for a zero product. Largest row and column norm are the induced norms 2 -> inf and 1 -> 2.
+    """
+    s = module.singular_values                                           # (n, m)
+    frobenius, nuclear, largest = s.norm(dim=1), s.sum(1), s[:, 0]
+    scale = torch.where(frobenius > 0, frobenius, 1.0)
+    return columns(frobenius, nuclear, largest, module.row_norms.amax(1), module.column_norms.amax(1), nuclear / scale, largest / scale)
+
+
+def product_moments(module: Module) -> Tensor:
+    """Means of w, w^2, w^3 and w^4 over the entries w of W, raw. (n, 4).
+
+    W^2 (entry by entry) is a product too, of the r (r + 1) / 2 products of two columns of `up` with those of two rows of
+    `down`, twice where the two differ. So mean w^4 = |W^2|_F^2 / N and mean w^3 = <W^2, W> / N follow from Gram matrices.
+    """
+    up, down, N = module.upT, module.down, module.N                      # (n, r, out), (n, r, in)
+    first, second = torch.triu_indices(module.r, module.r, device=up.device)
+    times = torch.where(first == second, 1.0, 2.0).to(up)                # (p,) with p = r (r + 1) / 2
+    up2, down2 = up[:, first] * up[:, second], down[:, first] * down[:, second]   # (n, p, out), (n, p, in)
+    one = torch.linalg.vecdot(up.sum(2), down.sum(2))
+    two = (module.grams[0] * module.grams[1]).sum((1, 2))
+    three = ((up2 @ up.mT) * (down2 @ down.mT) * times[:, None]).sum((1, 2))
+    four = ((up2 @ up2.mT) * (down2 @ down2.mT) * times[:, None] * times).sum((1, 2))
+    return columns(one / N, two / N, three / N, four / N)
+
+
+def product_quantiles(module: Module) -> Tensor:
+    """Percentiles 0 5 10 25 50 75 90 95 100 of the norms of W's rows, then of its columns, linearly interpolated. (n, 18).
+
+    Which output, or input, channels the adapter writes to, or reads from, and how unequally. Units: weights squared.
+    """
+    return columns(*(percentiles_of(sort(norms), NORM_PERCENTS) for norms in (module.row_norms, module.column_norms)))
+
+
+def product_sketch(module: Module) -> Tensor:
+    """R_out @ W @ R_in.mT with fixed Gaussian R_out (k, out) and R_in (k, in), row by row. (n, k^2), k = 16 unless told.
+
+    A linear map of W that keeps inner products on average (Johnson and Lindenstrauss): a classifier on it sees the direction
+    of the adapter. MVProbe learns such probes; these are the same for every module of a shape, row and run.
+    """
+    k = module.sketch_size
+    left, right = module.projected
+    return columns((left[:, :k] @ right[:, :, :k]).flatten(1))
+
+
+def product_directions(module: Module) -> Tensor:
+    """The four first left singular vectors of W, then the right ones, times sqrt(s_i), each by 16 fixed projections. (n, 128).
+
+    The balanced factors by QR and SVD that W2T reads, signs fixed (`Module.directions`); 0 beyond rank r. Units: weights.
+    """
+    left, right = module.directions(DIRECTIONS)
+    return columns(left.flatten(1), right.flatten(1))
+
+
 REPRESENTATIONS = {
     "simple_stats": simple_stats,
     "rank_based": rank_based,
@@ -266,6 +474,14 @@ REPRESENTATIONS = {
     "info_theoretic": info_theoretic,
     "ensemble": ensemble,
 }
+PRODUCT_REPRESENTATIONS = {
+    "product_spectral": product_spectral,
+    "product_norms": product_norms,
+    "product_moments": product_moments,
+    "product_quantiles": product_quantiles,
+    "product_sketch": product_sketch,
+    "product_directions": product_directions,
+}
 
 
 def describe(w: Tensor, names: list[str]) -> tuple[dict[str, Tensor], dict[str, Exception]]:
@@ -273,18 +489,31 @@ def describe(w: Tensor, names: list[str]) -> tuple[dict[str, Tensor], dict[str, 
 
     Works in slices of rows, so that what they share is computed once and stays near. Out of memory is the caller's to answer.
     """
-    limit = SLICE_WEIGHTS["cpu" if w.device.type == "cpu" else "gpu"]
-    parts: dict[str, list[Tensor]] = {name: [] for name in names}
+    return in_slices((w,), w[0].numel(), Layer, {name: REPRESENTATIONS[name] for name in names})
+
+
+def describe_module(down: Tensor, up: Tensor, names: list[str], sketch_size: int = SKETCH_SIZE) -> tuple[dict[str, Tensor], dict[str, Exception]]:
+    """The same of the products of a module's batch, `down` (n, r, in) and `up` (n, out, r)."""
+    r = down.shape[1]
+    size = (down[0].numel() + up[0].numel()) * (r + 1) // 2              # the pairs of columns behind the fourth moment
+    return in_slices((down, up), size, lambda *part: Module(*part, sketch_size), {name: PRODUCT_REPRESENTATIONS[name] for name in names})
+
+
+def in_slices(weights: tuple[Tensor, ...], size: int, share: Callable,
+              functions: dict[str, Callable]) -> tuple[dict[str, Tensor], dict[str, Exception]]:
+    """Each function of `share(*part)` for parts of a few rows of every tensor, `size` numbers a row."""
+    limit = SLICE_WEIGHTS["cpu" if weights[0].device.type == "cpu" else "gpu"]
+    parts: dict[str, list[Tensor]] = {name: [] for name in functions}
     failed: dict[str, Exception] = {}
-    for part in w.split(max(1, limit // w[0].numel())):
-        layer = Layer(part)
-        for name in names:
+    for part in zip(*(w.split(max(1, limit // size)) for w in weights), strict=True):
+        shared = share(*part)
+        for name, function in functions.items():
             if name not in failed:
                 try:
-                    parts[name].append(REPRESENTATIONS[name](layer))
+                    parts[name].append(function(shared))
                 except torch.OutOfMemoryError:
                     raise
-                except Exception as error:  # the other representations of this layer go on; the caller reports it
+                except Exception as error:  # the other representations go on; the caller reports it
                     if "ALLOC_FAILED" in str(error):                     # how cuFFT, cuBLAS and cuSOLVER say it
                         raise torch.OutOfMemoryError(str(error)) from error
                     failed[name] = error

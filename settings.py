@@ -1,7 +1,7 @@
 """Every setting of the experiment: name, type, default, unit and range in one place, checked where it enters.
 
 Imports nothing heavy, so that --help and --status answer at once. The numbers of columns and the versions of the
-representations stand here too, beside their names; a test ties them to the functions in `representations.py`.
+representations stand here too, beside their names; a test ties them to the functions that compute them.
 """
 
 from __future__ import annotations
@@ -20,25 +20,55 @@ class InputError(Exception):
     """Bad input or settings: one line that names the value, the choice and the remedy. Ends the program with status 2."""
 
 
+KERNEL_ROWS = 20_000   # at most: a kernel holds a number for every row and training row
+
+
 class Representation(NamedTuple):
-    width: int    # columns a layer
-    version: int  # raise it whenever a number changes: caches and checkpoints of the old version become stale
+    of: str               # what it is made from: each "layer", or each "module", which is a down and its up
+    width: int            # columns a layer or module
+    version: int          # raise it whenever a number changes: caches and checkpoints of the old version become stale
+    options: tuple[str, ...] = ()   # the settings that change its numbers
+    fitted: bool = False  # to the training rows: made when its cell runs, of as many columns as it finds, and not cached
+    most_rows: float = math.inf     # of a data set
 
 
 REPRESENTATIONS = {
-    "simple_stats": Representation(5, 1),
-    "rank_based": Representation(11, 1),
-    "stats": Representation(7, 1),
-    "spectral": Representation(32, 1),
-    "matrix_norms": Representation(7, 1),
-    "distribution": Representation(12, 1),
-    "frequency": Representation(14, 1),
-    "info_theoretic": Representation(2, 1),
-    "ensemble": Representation(67, 1),
+    "simple_stats": Representation("layer", 5, 1),
+    "rank_based": Representation("layer", 11, 1),
+    "stats": Representation("layer", 7, 1),
+    "spectral": Representation("layer", 32, 1),
+    "matrix_norms": Representation("layer", 7, 1),
+    "distribution": Representation("layer", 12, 1),
+    "frequency": Representation("layer", 14, 1),
+    "info_theoretic": Representation("layer", 2, 1),
+    "ensemble": Representation("layer", 67, 1),
+    "product_spectral": Representation("module", 32, 1),
+    "product_norms": Representation("module", 7, 1),
+    "product_moments": Representation("module", 4, 1),
+    "product_quantiles": Representation("module", 18, 1),
+    "product_sketch": Representation("module", 256, 1, options=("sketch_size",)),   # at the default size
+    "product_directions": Representation("module", 128, 1),
+    "pca": Representation("layer", 0, 1, options=("pca_components",), fitted=True),
+    "centroid_cosine": Representation("module", 0, 1, fitted=True),
+    "kernel_pca": Representation("module", 0, 1, options=("pca_components",), fitted=True, most_rows=KERNEL_ROWS),
+    "kernel_ridge": Representation("module", 0, 1, fitted=True, most_rows=KERNEL_ROWS),
+    "flat_vec": Representation("layer", 0, 1, fitted=True),
 }
 ENSEMBLE_PARTS = ("spectral", "matrix_norms", "distribution", "frequency", "info_theoretic")
+REPRESENTATION_GROUPS = {
+    "nine": tuple(name for name, known in REPRESENTATIONS.items() if known.of == "layer" and not known.fitted),
+    "product": tuple(name for name, known in REPRESENTATIONS.items() if known.of == "module" and not known.fitted),
+    "fitted": tuple(name for name, known in REPRESENTATIONS.items() if known.fitted),
+    "all": tuple(REPRESENTATIONS),
+}
+NINE = REPRESENTATION_GROUPS["nine"]
 
 ATTENTION_KINDS = ("attn1", "attn2", "other")  # self-attention, cross-attention, neither
+
+
+def parts_of(representation: str) -> tuple[str, ...]:
+    """What is computed and cached for it: itself, or the parts that an ensemble is joined from."""
+    return ENSEMBLE_PARTS if representation == "ensemble" else (representation,)
 
 
 class LayerSet(NamedTuple):
@@ -67,20 +97,31 @@ DATASET_NAMES = (
 )
 
 
+AUDIT_VERSION = 1   # raise it whenever an audit gives other numbers
+AUDITS = {"gauge": "Gauge Audit", "noise": "Noise Audit"}   # and their titles in the progress summary
+
+
 class Cell(NamedTuple):
-    """One number of the paper's table: a representation of a layer set."""
+    """One number of the paper's table: a representation of a layer set; or an audit of it, on test rows that were changed."""
 
     representation: str
     layer_set: str
+    audit: str = ""
 
     @property
     def name(self) -> str:
-        """Stem of the cell's files: `all_layers_stats`."""
-        return f"{self.layer_set}_{self.representation}"
+        """Stem of the cell's files: `all_layers_stats`, `all_layers_stats.gauge`."""
+        return f"{self.layer_set}_{self.representation}" + (f".{self.audit}" if self.audit else "")
+
+    @property
+    def trained(self) -> Cell:
+        """The cell whose runs an audit scores; of that cell, itself."""
+        return self._replace(audit="")
 
 
-def cells_of(layer_sets, representations) -> list[Cell]:
-    return [Cell(representation, layer_set) for layer_set in layer_sets for representation in representations]
+def cells_of(layer_sets, representations, audits=()) -> list[Cell]:
+    """An audit stands right after the cell that it audits: they share the trained runs."""
+    return [Cell(representation, layer_set, audit) for layer_set in layer_sets for representation in representations for audit in ("", *audits)]
 
 
 @dataclass(frozen=True)
@@ -100,9 +141,12 @@ class Range:
         return f"in {'(' if self.open_low else '['}{self.low:g}, {self.high:g}{')' if self.open_high else ']'}"
 
 
-def setting(default, help, allowed=None):
-    """A field with its help text and what it may be: a Range, a tuple of choices, or None for anything of its type."""
-    return field(default=default, metadata={"help": help, "allowed": allowed})
+def setting(default, help, allowed=None, groups=None):
+    """A field with its help text and what it may be: a Range, a tuple of choices, or None for anything of its type.
+
+    `groups` are names that stand for several choices.
+    """
+    return field(default=default, metadata={"help": help, "allowed": allowed, "groups": groups or {}})
 
 
 @dataclass(frozen=True)
@@ -142,8 +186,13 @@ class Settings:
     data_split: str = setting("", "split of the data set to read (default: train, or the only one there is)")
     revision: str = setting("", "branch, tag or commit of a data set on the Hub")
     label_column: str = setting("category_label", "column that holds the class: strings, integers or ClassLabel")
-    representations: tuple[str, ...] = setting(tuple(REPRESENTATIONS), "which to compute", tuple(REPRESENTATIONS))
+    representations: tuple[str, ...] = setting(
+        NINE, f"which to compute; also {', '.join(REPRESENTATION_GROUPS)} for those of a kind", tuple(REPRESENTATIONS), REPRESENTATION_GROUPS
+    )
     layer_sets: tuple[str, ...] = setting(("all_layers", "visual_only"), "which to train on", tuple(LAYER_SETS))
+    audit: tuple[str, ...] = setting((), "score the trained runs on test rows whose weights are changed", tuple(AUDITS))
+    sketch_size: int = setting(16, "rows and columns of product_sketch", Range(1, 64))
+    pca_components: int = setting(128, "components of pca and kernel_pca, at most", Range(1))
     split_seed: int = setting(42, "seed of the 70/10/20 split", Range(0, 2**32, open_high=True))
     output_dir: str = setting("visual-ablation-results", "folder that gets visual_ablation_<data set>/")
     cache_features: bool = setting(True, "keep the computed features on disk")
@@ -153,17 +202,27 @@ class Settings:
 
     def __post_init__(self):
         check_fields(self)
-        for name in ("representations", "layer_sets"):
+        for name in ("representations", "layer_sets", "audit"):
             chosen = getattr(self, name)
-            if not chosen or len(set(chosen)) < len(chosen):
-                raise InputError(f"{flag(name)} names {'nothing' if not chosen else 'one twice'}: {' '.join(chosen)}")
+            if len(set(chosen)) < len(chosen):
+                raise InputError(f"{flag(name)} names one twice: {' '.join(chosen)}")
+            if not chosen and name != "audit":
+                raise InputError(f"{flag(name)} names nothing")
         for name in ("dataset", "label_column", "output_dir", "cache_dir"):
             if not getattr(self, name):
                 raise InputError(f"{flag(name)} is empty: give a name")
 
     @property
     def cells(self) -> list[Cell]:
-        return cells_of(self.layer_sets, self.representations)
+        return cells_of(self.layer_sets, self.representations, self.audit)
+
+    def width_of(self, representation: str) -> int:
+        """Columns a layer or module."""
+        return self.sketch_size**2 if representation == "product_sketch" else REPRESENTATIONS[representation].width
+
+    def options_of(self, representation: str) -> dict:
+        """The settings that change a representation's numbers."""
+        return {option: getattr(self, option) for option in REPRESENTATIONS[representation].options}
 
     @property
     def short_name(self) -> str:
@@ -216,7 +275,10 @@ def convert(f: dataclasses.Field, value):
         if f.type == "str" and isinstance(value, (str, int)) and not isinstance(value, bool):
             return str(value)
         if f.type == "tuple[str, ...]":
-            return (value,) if isinstance(value, str) else tuple(map(str, value))
+            names = (value,) if isinstance(value, str) else tuple(map(str, value))
+            groups = f.metadata["groups"]
+            several = [part for name in names for part in groups.get(name, (name,))]
+            return tuple(dict.fromkeys(several) if groups.keys() & set(names) else several)
     except (TypeError, ValueError, OverflowError):
         pass
     kind = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}.get(f.type, "a list of names")
@@ -232,7 +294,7 @@ def check_fields(settings) -> None:
         if isinstance(allowed, tuple):
             for one in value if isinstance(value, tuple) else (value,):
                 if one not in allowed:
-                    raise InputError(f"unknown {flag(f.name)} '{one}': use {', '.join(allowed)}")
+                    raise InputError(f"unknown {flag(f.name)} '{one}': use {', '.join([*f.metadata['groups'], *allowed])}")
 
 
 class UniqueKeys(yaml.SafeLoader):

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import logging
 import math
 import threading
 import time
@@ -30,12 +31,15 @@ from torch.optim.adam import adam
 
 from settings import InputError, TrainingSettings
 
+log = logging.getLogger("visual_ablation")
+
 HIDDEN_LAYERS = 3
 LR_FACTOR, LR_PATIENCE = 0.5, 10    # ReduceLROnPlateau on validation accuracy
 BETA1, BETA2, ADAM_EPS = 0.9, 0.999, 1e-8
 EVAL_ROWS = 4096                    # rows a forward pass without gradients
 COLUMN_BLOCK = 256                  # columns standardised at a time in float64
 DROPOUT_STEPS = 8                   # steps whose dropout is drawn at a time
+COPIES = 3                          # of the features while they are trained on: as they come, standardised, the training rows
 WARM_UP = 2                         # ordinary steps before one is recorded as a CUDA graph
 PARTS = ("train", "val", "test")
 
@@ -77,23 +81,42 @@ def resolve_training(settings: TrainingSettings, device: str) -> TrainingSetting
 
 
 def train_runs(features: Tensor, labels: np.ndarray, split, num_classes: int, settings: TrainingSettings, device: str = "cpu",
-               on_run: OnRun = lambda run, number: None, on_epoch: OnEpoch = lambda run: None) -> TrainedRuns:
+               on_run: OnRun = lambda run, number: None, on_epoch: OnEpoch = lambda run: None,
+               also: dict[str, Tensor] | None = None) -> TrainedRuns:
     """Train one MLP a seed on `features` (N, D) and `labels` (N,), and predict every row of the split.
 
     `split` has the row numbers `train`, `val` and `test`. `on_run(run, number)` is called as runs finish, number from 1,
-    `on_epoch(run)` after each epoch of each run, from any thread. Raises TrainingError if no column varies over the
-    training rows, if there is one such row only, or if a loss is not finite.
+    `on_epoch(run)` after each epoch of each run, from any thread. `also` has the features (n, D) of rows that are only
+    predicted, by name. Raises TrainingError if no column varies over the training rows, if there is one such row only, or
+    if a loss is not finite.
     """
     if len(split.train) < 2:
         raise TrainingError("one training row: BatchNorm needs at least two")
-    parts = {name: torch.from_numpy(np.asarray(getattr(split, name))).to(device) for name in PARTS}
-    x_ND = standardise(features.to(device), parts["train"])
+    home = home_of(features, device)
+    parts = {name: torch.from_numpy(np.asarray(getattr(split, name))).to(home) for name in PARTS}
+    rows = len(labels)
+    for name, extra in (also or {}).items():
+        parts[name] = torch.arange(rows, rows + len(extra), device=home)
+        rows += len(extra)
+    features = torch.cat([features, *also.values()]) if also else features
+    x_ND = standardise(features.to(home), parts["train"])
     y_N = torch.from_numpy(labels).to(device)
     trainer = {"sequential": train_sequential, "packed": train_packed}[settings.trainer]
     new_scheduler(settings)   # a process's first optimizer makes torch import its compiler: seconds that are not a run's
     with arithmetic(settings.precision):
         runs = trainer(x_ND, y_N, parts, num_classes, settings, on_run, on_epoch)
     return TrainedRuns(runs, x_ND.shape[1])
+
+
+def home_of(features: Tensor, device: str) -> str:
+    """Where features lie while they are trained on: on the device, or on the host if a GPU has no room for their copies; batches are then moved."""
+    if torch.device(device).type != "cuda":
+        return device
+    size, (free, _) = features.numel() * features.element_size(), torch.cuda.mem_get_info(device)
+    if COPIES * size <= free:
+        return device
+    log.info(f"The features ({size / 1e9:.1f} GB) stay in the host's memory: {device} has {free / 1e9:.1f} GB free")
+    return "cpu"
 
 
 def standardise(x_ND: Tensor, train_rows: Tensor) -> Tensor:
@@ -182,8 +205,19 @@ def batches(order: Tensor, batch_size: int) -> list[Tensor]:
     return list(parts if parts[-1].shape[-1] > 1 else parts[:-1])
 
 
-def autocast(x: Tensor, precision: str):
-    return torch.autocast(x.device.type, torch.bfloat16) if precision == "bfloat16" else contextlib.nullcontext()
+def autocast(device: torch.device, precision: str):
+    return torch.autocast(device.type, torch.bfloat16) if precision == "bfloat16" else contextlib.nullcontext()
+
+
+def rows_of(x: Tensor, rows: Tensor, device: torch.device) -> Tensor:
+    """x[rows] on the device, wherever x lies."""
+    return x[rows.to(x.device)].to(device)
+
+
+def by_part(classes_of: Callable[[Tensor], Tensor], x_ND: Tensor, own: int, parts: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Predictions (..., n) of each part. The data's `own` rows are predicted apart from what follows, which must not change their rounding."""
+    classes = torch.cat([classes_of(x) for x in (x_ND[:own], x_ND[own:]) if len(x)], dim=-1).cpu()
+    return {name: classes[..., rows.cpu()] for name, rows in parts.items()}
 
 
 def new_scheduler(settings: TrainingSettings):
@@ -244,9 +278,9 @@ def has_stopped(run: Run, settings: TrainingSettings) -> bool:
 def train_sequential(x_ND: Tensor, y_N: Tensor, parts: dict[str, Tensor], num_classes: int, settings: TrainingSettings,
                      on_run: OnRun, on_epoch: OnEpoch) -> list[Run]:
     """Run after run; on a CPU as many at a time as there are cores, each on one: small products gain little from a second."""
-    models = [build_model(seed, x_ND.shape[1], num_classes, settings).to(x_ND) for seed in settings.seeds]
+    models = [build_model(seed, x_ND.shape[1], num_classes, settings).to(y_N.device, x_ND.dtype) for seed in settings.seeds]
     stop, runs = threading.Event(), []
-    with one_thread_a_core(settings.num_runs if x_ND.device.type == "cpu" else 1) as pool:
+    with one_thread_a_core(settings.num_runs if y_N.device.type == "cpu" else 1) as pool:
         try:
             for run in pool.map(lambda seed, model: train_one(model, x_ND, y_N, parts, settings, seed, stop, on_epoch), settings.seeds, models):
                 runs.append(run)
@@ -273,20 +307,20 @@ def one_thread_a_core(most: int) -> Iterator[ThreadPoolExecutor]:
 def train_one(model: nn.Sequential, x_ND: Tensor, y_N: Tensor, parts: dict[str, Tensor], settings: TrainingSettings, seed: int,
               stop: threading.Event, on_epoch: OnEpoch) -> Run:
     """One run: the plain loop. Ends with a TrainingError within a step once `stop` is set."""
-    start = time.perf_counter()
+    start, device = time.perf_counter(), y_N.device
     parameters = list(model.parameters())
     state = AdamState.before(parameters)
     scheduler = new_scheduler(settings)
     order, run, best = batch_order(seed), Run(seed), {}
-    x_train, y_train = x_ND[parts["train"]], y_N[parts["train"]]
-    x_val, y_val = x_ND[parts["val"]], y_N[parts["val"]]
+    x_train, y_train = x_ND[parts["train"]], rows_of(y_N, parts["train"], device)
+    x_val, y_val = x_ND[parts["val"]], rows_of(y_N, parts["val"], device)
     dropouts = [module for module in model if isinstance(module, Dropout)]
-    factors = dropout_factors(seed, min(settings.batch_size, len(x_train)), settings, x_ND)
+    factors = dropout_factors(seed, min(settings.batch_size, len(x_train)), settings, parameters[0])
     while not has_stopped(run, settings):
         model.train()
         learning_rate = scheduler.optimizer.param_groups[0]["lr"]
-        total, rows = torch.zeros((), dtype=torch.float64, device=x_ND.device), 0
-        permutation = torch.randperm(len(x_train), generator=order).to(x_ND.device)
+        total, rows = torch.zeros((), dtype=torch.float64, device=device), 0
+        permutation = torch.randperm(len(x_train), generator=order).to(device)
         for batch in batches(permutation, settings.batch_size):
             if stop.is_set():
                 raise TrainingError("stopped")
@@ -294,32 +328,32 @@ def train_one(model: nn.Sequential, x_ND: Tensor, y_N: Tensor, parts: dict[str, 
                 factors_LBH = next(factors)
                 for level, dropout in enumerate(dropouts):
                     dropout.factors = factors_LBH[level, :len(batch)]
-            with autocast(x_ND, settings.precision):
-                logits_BC = model(x_train[batch])
+            with autocast(device, settings.precision):
+                logits_BC = model(rows_of(x_train, batch, device))
             loss = F.cross_entropy(logits_BC.to(x_ND.dtype), y_train[batch])
             adam_step(parameters, torch.autograd.grad(loss, parameters), state, learning_rate, settings)
             total += loss.detach() * len(batch)
             rows += len(batch)
         for dropout in dropouts:
             dropout.factors = None
-        correct = int((predict(model, x_val, settings) == y_val).sum())
+        correct = int((predict(model, x_val, settings, device) == y_val).sum())
         if record_epoch(run, total.item() / rows, correct, len(y_val), learning_rate):
             best = {name: tensor.clone() for name, tensor in model.state_dict().items()}   # a copy: training goes on
         scheduler.step(run.val_accuracy[-1])
         on_epoch(run)
     model.load_state_dict(best)
-    classes = predict(model, x_ND, settings)
-    run.predictions = {name: classes[part].cpu().numpy() for name, part in parts.items()}
+    found = by_part(lambda x: predict(model, x, settings, device), x_ND, len(y_N), parts)
+    run.predictions = {name: classes.numpy() for name, classes in found.items()}
     run.seconds = time.perf_counter() - start
     return run
 
 
 @torch.no_grad()
-def predict(model: nn.Module, x_ND: Tensor, settings: TrainingSettings) -> Tensor:
+def predict(model: nn.Module, x_ND: Tensor, settings: TrainingSettings, device: torch.device) -> Tensor:
     """Class numbers (N,), with BatchNorm's running statistics; dropout has no mask then."""
     model.eval()
-    with autocast(x_ND, settings.precision):
-        return torch.cat([model(part).argmax(1) for part in x_ND.split(EVAL_ROWS)])
+    with autocast(device, settings.precision):
+        return torch.cat([model(part.to(device)).argmax(1) for part in x_ND.split(EVAL_ROWS)])
 
 
 # --- all runs as one pack
@@ -384,8 +418,9 @@ class Pack:
     @torch.no_grad()
     def predict(self, x_ND: Tensor) -> Tensor:
         """Class numbers (R, N)."""
-        with autocast(x_ND, self.settings.precision):
-            return torch.cat([self.logits(part.expand(len(self), *part.shape), False).argmax(2) for part in x_ND.split(EVAL_ROWS)], 1)
+        device = next(iter(self.parameters.values())).device
+        with autocast(device, self.settings.precision):
+            return torch.cat([self.logits(part.to(device).expand(len(self), *part.shape), False).argmax(2) for part in x_ND.split(EVAL_ROWS)], 1)
 
 
 class PackedEpoch:
@@ -393,7 +428,7 @@ class PackedEpoch:
 
     def __init__(self, pack: Pack, x_train: Tensor, y_train: Tensor):
         self.pack, self.x_train, self.y_train = pack, x_train, y_train
-        device = x_train.device
+        device = y_train.device
         self.total_R = torch.zeros(len(pack), dtype=torch.float64, device=device)          # loss summed over the epoch's rows
         # a CPU's Adam takes rates as they are, a GPU's as float32
         self.rates_R = torch.zeros(len(pack), dtype=torch.float32 if device.type == "cuda" else torch.float64, device=device)
@@ -419,8 +454,8 @@ class PackedEpoch:
 
     def step(self, batch_RB: Tensor, dropout_LRBH: Tensor | None = None) -> None:
         R, B = batch_RB.shape
-        with autocast(self.x_train, self.pack.settings.precision):
-            logits_RBC = self.pack.logits(self.x_train[batch_RB], True, dropout_LRBH)
+        with autocast(self.y_train.device, self.pack.settings.precision):
+            logits_RBC = self.pack.logits(rows_of(self.x_train, batch_RB, self.y_train.device), True, dropout_LRBH)
         losses = F.cross_entropy(logits_RBC.to(self.x_train.dtype).flatten(0, 1), self.y_train[batch_RB].flatten(), reduction="none")
         loss_R = losses.view(R, B).mean(1)
         self.pack.step(torch.autograd.grad(loss_R.sum(), list(self.pack.parameters.values())), self.rates_R)
@@ -498,15 +533,15 @@ def train_packed(x_ND: Tensor, y_N: Tensor, parts: dict[str, Tensor], num_classe
     The host waits for the device between epochs, and when a step is recorded, but not within the steps of an epoch.
     """
     start = time.perf_counter()
-    device = x_ND.device
+    device = y_N.device
     runs = [Run(seed) for seed in settings.seeds]
     pack = Pack([build_model(run.seed, x_ND.shape[1], num_classes, settings) for run in runs], settings, device, x_ND.dtype)
     schedulers = [new_scheduler(settings) for _ in runs]
     orders = [batch_order(run.seed) for run in runs]
     best = {name: tensor.clone() for name, tensor in pack.state().items()}
-    x_train, y_train = x_ND[parts["train"]], y_N[parts["train"]]
-    x_val, y_val = x_ND[parts["val"]], y_N[parts["val"]]
-    dropouts = [dropout_factors(run.seed, min(settings.batch_size, len(x_train)), settings, x_ND) for run in runs]
+    x_train, y_train = x_ND[parts["train"]], rows_of(y_N, parts["train"], device)
+    x_val, y_val = x_ND[parts["val"]], rows_of(y_N, parts["val"], device)
+    dropouts = [dropout_factors(run.seed, min(settings.batch_size, len(x_train)), settings, pack.parameters["0.bias"]) for run in runs]
     alive = list(range(len(runs)))                                       # numbers of the runs in the pack, in its order
     epoch = PackedEpoch(pack, x_train, y_train)
     try:
@@ -534,10 +569,10 @@ def train_packed(x_ND: Tensor, y_N: Tensor, parts: dict[str, Tensor], num_classe
         epoch.steps.clear()
     for name, tensor in best.items():
         (pack.parameters if name in pack.parameters else pack.statistics)[name] = tensor
-    classes_RN = pack.predict(x_ND)
+    found = by_part(pack.predict, x_ND, len(y_N), parts)
     seconds = (time.perf_counter() - start) / len(runs)
-    for number, (run, classes) in enumerate(zip(runs, classes_RN, strict=True), 1):
-        run.predictions = {name: classes[part].cpu().numpy() for name, part in parts.items()}
+    for number, run in enumerate(runs, 1):
+        run.predictions = {name: classes_RN[number - 1].numpy() for name, classes_RN in found.items()}
         run.seconds = seconds
         on_run(run, number)
     return runs

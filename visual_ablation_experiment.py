@@ -14,10 +14,13 @@ the output folder; 129, 130, 143 ended by SIGHUP, SIGINT, SIGTERM.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import errno
+import itertools
 import json
 import logging
+import math
 import os
 import platform
 import shlex
@@ -26,9 +29,9 @@ import sys
 import threading
 import time
 import traceback
-from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from checkpointing import (
     FeatureCache,
@@ -47,7 +50,8 @@ from checkpointing import (
     write_json,
 )
 from settings import (
-    ENSEMBLE_PARTS,
+    AUDIT_VERSION,
+    AUDITS,
     LAYER_SETS,
     REPRESENTATIONS,
     TRAINING_VERSION,
@@ -56,9 +60,13 @@ from settings import (
     Settings,
     build_settings,
     flag,
+    parts_of,
     read_yaml,
     setting_fields,
 )
+
+if TYPE_CHECKING:
+    from extraction import Features
 
 log = logging.getLogger("visual_ablation")
 
@@ -96,51 +104,117 @@ def run_experiment(settings: Settings, rerun_stale: bool) -> int:
     settings = dataclasses.replace(settings, training=resolve_training(settings.training, device))
     data = load(settings, device, clock)
     made_with = descriptions(settings, data)
-    moved = store.clear(made_with, settings.cells, rerun_stale)
+    cells, skipped = possible_cells(settings, data)
+    moved = store.clear(made_with, cells, rerun_stale)
     for line in moved:
         log.info(line)
     if moved:
-        save_results(store, settings, data, made_with, {})   # or, until this run ends, the files would tell of cells that are gone
-    missing = [cell for cell in settings.cells if store.state(cell, made_with[cell]).kind == "missing"]
-    print_progress_summary(settings, missing)
+        save_results(store, settings, data, made_with, {}, skipped)   # or, until this run ends, the files would tell of cells that are gone
+    missing = [cell for cell in cells if store.state(cell, made_with[cell]).kind == "missing"]
+    print_progress_summary(cells, missing)
     announce(store, "started", command=command(), cells=[cell.name for cell in missing])
 
     features, failures = load_or_extract(data, missing, settings, clock)      # each weight is read once
     disk_full = False
-    for cell in missing:
+    for group in groups_of(missing):                                          # a cell and its audits: the same trained runs
+        able, trace = [cell for cell in group if cell not in failures], ""
         try:
-            if cell in failures or disk_full:
-                raise CellError(failures.get(cell, "not run: no space left for its results"))
-            with clock("training"), locked(store.path(cell)):
-                run_cell(cell, features, data, settings, device, store, made_with[cell])
-        except Exception as error:  # this cell is lost and reported; the others go on
+            if disk_full:
+                raise CellError("not run: no space left for its results")
+            with contextlib.ExitStack() as locks:
+                for cell in able:
+                    locks.enter_context(locked(store.path(cell)))
+                run_cells(able, f"[{cells.index(group[0]) + 1}/{len(cells)}]", features, data, settings, device, store, made_with, clock)
+        except Exception as error:  # these cells are lost and reported; the others go on
             disk_full |= isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
             known = isinstance(error, CellError)
-            failures[cell] = str(error) if known else describe_error(error)
-            log.error(f"{cell.name} FAILED: {failures[cell]}" + ("" if known else f"\n{traceback.format_exc()}"))
+            trace = "" if known else f"\n{traceback.format_exc()}"
+            reason = str(error) if known else describe_error(error)
+            failures |= {cell: reason for cell in able if store.state(cell, made_with[cell]).kind != "done"}
+        for cell in filter(failures.__contains__, group):
+            log.error(f"{cell.name} FAILED: {failures[cell]}{trace}")
             announce(store, "failed", cell=cell.name, error=failures[cell])
-    return write_results(store, settings, data, made_with, missing, failures, clock)
+            trace = ""
+    return write_results(store, settings, data, made_with, cells, missing, failures, skipped, clock)
 
 
 class CellError(Exception):
     """Why a cell cannot be computed, with nothing to add."""
 
 
-def run_cell(cell: Cell, features: dict, data, settings: Settings, device: str, store: ResultStore, made_with: dict) -> None:
-    """Train, score and save one cell."""
-    from reporting import cell_record, prediction_arrays, run_scores
-    from training import PARTS, train_runs
+def possible_cells(settings: Settings, data) -> tuple[list[Cell], dict[Cell, str]]:
+    """The cells that this data set has something for, and why the others are left out. Raises InputError if none is left."""
+    skipped = {}
+    for layer_set in settings.layer_sets:
+        cells = [(cell, REPRESENTATIONS[cell.representation]) for cell in settings.cells if cell.layer_set == layer_set]
+        alone = data.layers_without_partner(layer_set) if any(known.of == "module" for _, known in cells) else []
+        for cell, known in cells:
+            if known.of == "module" and alone:
+                skipped[cell] = f"{len(alone)} layers of {layer_set} are there without the other half of their module, such as '{alone[0]}'"
+            elif data.num_rows > known.most_rows:
+                skipped[cell] = f"for at most {known.most_rows:,} rows, the data set has {data.num_rows:,}"
+    for reason in dict.fromkeys(skipped.values()):
+        log.info(f"Skipped, {reason}: {', '.join(cell.name for cell, of_cell in skipped.items() if of_cell == reason)}")
+    cells = [cell for cell in settings.cells if cell not in skipped]
+    if not cells:
+        raise InputError(f"nothing can be computed: {next(iter(skipped.values()))}; choose other --representations or --layer-sets")
+    return cells, skipped
 
-    if store.state(cell, made_with).kind == "done":
-        return   # by another process, while this one waited for the lock
-    x = slice_layers(feature_matrix(features, cell), cell, data)
-    log.info(f"\n[{settings.cells.index(cell) + 1}/{len(settings.cells)}] {cell.name}: {x.shape[1]} columns")
-    refuse_non_finite_features(x, cell, data)
+
+def groups_of(cells: list[Cell]) -> list[list[Cell]]:
+    """Cells that share their trained runs, in order."""
+    return [list(group) for _, group in itertools.groupby(cells, key=lambda cell: cell.trained)]
+
+
+def run_cells(cells: list[Cell], number: str, features: Features, data, settings: Settings, device: str, store: ResultStore,
+              made_with: dict[Cell, dict], clock: Clock) -> None:
+    """Train, score and save a cell, its audits, or both: they share the trained runs."""
+    from reporting import audit_arrays, audit_record, cell_record, prediction_arrays
+    from training import PARTS
+
+    cells = [cell for cell in cells if store.state(cell, made_with[cell]).kind != "done"]   # by another process, while this one waited
+    if not cells:
+        return
+    cell, audits = cells[0].trained, [features.audits[one.audit] for one in cells if one.audit]
+    with clock("features"), Progress(None, f"computing {cell.representation}"):
+        x, changed = features.of(cell, audits)
+        refuse_non_finite_features(x, cell, data)
+    if REPRESENTATIONS[cell.representation].fitted:   # it has read the weights just now
+        refuse_changed_files(data)
+    log.info(f"\n{number} {' + '.join(one.name for one in cells)}: {x.shape[1]} columns")
+    also = {f"{audit.name} {variant}": changed[audit.name][audit.positions(variant, data.split.test)]
+            for audit in audits for variant in audit.variants}
     labels = {part: data.labels[getattr(data.split, part)] for part in PARTS}
+    with clock("training"):
+        trained = train_cell(cell, x, also, data, labels, settings, device)
+    provenance = {"asked": asked(settings), "made_on": {"time": utc_now(), "machine": machine(device), "versions": versions()}}
+    for one in cells:
+        if one.audit:
+            with clock("features"):
+                changes = features.audits[one.audit].changes(x, changed[one.audit], data.split.train)
+            record = audit_record(one, trained, labels["test"], changes)
+            arrays = audit_arrays(one, trained, labels["test"], data.split, changes)
+            found = ", ".join(f"{variant}={entry['test_acc_mean']:.4f}±{entry['test_acc_std']:.4f}" for variant, entry in record["variants"].items())
+            log.info(f"Audit {one.audit}: Test={record['test_acc_mean']:.4f}±{record['test_acc_std']:.4f}, {found}")
+        else:
+            record = cell_record(one, trained, labels, len(data.classes), len(data.layers_of(one.layer_set)), x.shape[1])
+            arrays = prediction_arrays(trained, labels, data.split)
+            found = ", ".join(f"{part.title()}={record[f'{part}_acc_mean']:.4f}±{record[f'{part}_acc_std']:.4f}" for part in PARTS)
+            log.info(f"Results: {found}, best epoch {record['best_epoch_mean']:.0f}, {trained.trained_dim} columns trained")
+        store.save(one, record | provenance, arrays, made_with[one])
+        announce(store, "finished", cell=one.name, seconds=record["training_time_total"], test_acc=record["test_acc_mean"])
+
+
+def train_cell(cell: Cell, x, also: dict, data, labels: dict, settings: Settings, device: str):
+    """The runs of a cell, with a line a run. `also` has the columns of rows that are only predicted."""
+    from reporting import run_scores
+    from training import train_runs
+
+    runs = 1 if cell.representation == "kernel_ridge" else settings.training.num_runs
 
     def on_run(run, number: int) -> None:
         found, _ = run_scores(labels, run, len(data.classes))
-        log.info(f"Run {number}/{settings.training.num_runs}: Train={found['train_acc']:.4f}, Val={found['val_acc']:.4f}, "
+        log.info(f"Run {number}/{runs}: Train={found['train_acc']:.4f}, Val={found['val_acc']:.4f}, "
                  f"Test={found['test_acc']:.4f}, Time={run.seconds:.1f}s")
         progress.advance()
 
@@ -148,15 +222,12 @@ def run_cell(cell: Cell, features: dict, data, settings: Settings, device: str, 
         end_if_stopped()
         progress.note = f"epoch {len(run.train_loss)} of the run with seed {run.seed}"
 
-    with Progress(settings.training.num_runs, "runs") as progress:
-        trained = train_runs(x, data.labels, data.split, len(data.classes), settings.training, device, on_run, on_epoch)
-    record = cell_record(cell, trained, labels, len(data.classes), len(data.layers_of(cell.layer_set)), x.shape[1])
-    record["asked"] = asked(settings)
-    record["made_on"] = {"time": utc_now(), "machine": machine(device), "versions": versions()}
-    store.save(cell, record, prediction_arrays(trained, labels, data.split), made_with)
-    log.info("Results: " + ", ".join(f"{part.title()}={record[f'{part}_acc_mean']:.4f}±{record[f'{part}_acc_std']:.4f}" for part in PARTS)
-             + f", best epoch {record['best_epoch_mean']:.0f}, {trained.trained_dim} columns trained")
-    announce(store, "finished", cell=cell.name, seconds=record["training_time_total"], test_acc=record["test_acc_mean"])
+    with Progress(runs, "runs") as progress:
+        if cell.representation == "kernel_ridge":
+            from fitted import train_kernel_ridge
+
+            return train_kernel_ridge(x, data.labels, data.split, len(data.classes), on_run, also)
+        return train_runs(x, data.labels, data.split, len(data.classes), settings.training, device, on_run, on_epoch, also)
 
 
 def load(settings: Settings, device: str, clock: Clock):
@@ -191,31 +262,46 @@ def load(settings: Settings, device: str, clock: Clock):
     return data
 
 
-def load_or_extract(data, cells: list[Cell], settings: Settings, clock: Clock) -> tuple[dict, dict[Cell, str]]:
-    """Features (N, L*k) of every representation that `cells` need, from the cache or from the weights; and which cells failed."""
+def load_or_extract(data, cells: list[Cell], settings: Settings, clock: Clock) -> tuple[Features, dict[Cell, str]]:
+    """What the columns of `cells` are taken from, from the cache or from the weights; and which cells failed."""
     import torch
 
-    wanted = [name for name in REPRESENTATIONS if any(name in parts_of(cell.representation) for cell in cells)]
-    features, cache = {}, None
-    if settings.cache_features:
-        cache = FeatureCache(cache_folder(settings), data.identity, data.layers)
+    from controls import AUDITS
+    from extraction import Features
+
+    features = Features(data, settings.pca_components)
+    failures: dict[Cell, str] = {}
+
+    def wanted(audit: str) -> list[str]:
+        parts = {part for cell in cells if cell.audit == audit for part in parts_of(cell.representation)}
+        return [name for name in REPRESENTATIONS if name in parts and not REPRESENTATIONS[name].fitted]
+
+    def compute(names: list[str], audit=None) -> dict:
+        found, errors = extract_features(data, names, settings, clock, audit)
+        for cell in cells:
+            for part in parts_of(cell.representation):
+                if part in errors and (audit is None or audit.name == cell.audit):
+                    failures.setdefault(cell, f"features of {part}: {describe_error(errors[part])}")
+        return found
+
+    # an audit's change is measured against the features of the rows as they are
+    names = [name for name in REPRESENTATIONS if any(name in wanted(audit) for audit in ("", *settings.audit))]
+    cache = FeatureCache(cache_folder(settings), data.identity, data.layers, settings.options_of) if settings.cache_features else None
+    if cache:
         with clock("features"), Progress(None, "loading cached features"):
-            for name in wanted:
+            for name in names:
                 found, problem = cache.load(name)
                 if problem:
                     log.warning(f"cached features of {name} are not used: {problem}; computing them again")
                 elif found is not None:
-                    features[name] = torch.from_numpy(found)
-    if features:
-        log.info(f"Cached features: {', '.join(features)}")
-    absent = [name for name in wanted if name not in features]
-    errors = {}
+                    features.computed[name] = torch.from_numpy(found)
+    if features.computed:
+        log.info(f"Cached features: {', '.join(features.computed)}")
+    absent = [name for name in names if name not in features.computed]
     if absent:
         log.info(f"Computing {', '.join(absent)}")
-        computed, errors = extract_features(data, absent, clock)
-        if file_stamps(data.files) != data.stamps:
-            raise InputError("the files of the data set changed while they were read: run again when nothing writes to them")
-        features |= computed
+        computed = compute(absent)
+        features.computed |= computed
         with clock("features"), Progress(len(computed), "representations cached") as progress:
             for name in computed if cache else []:
                 try:
@@ -223,149 +309,60 @@ def load_or_extract(data, cells: list[Cell], settings: Settings, clock: Clock) -
                 except OSError as error:
                     log.warning(f"features of {name} are not cached: {error}")
                 progress.advance()
-    failures = {}
-    for cell in cells:
-        for part in parts_of(cell.representation):
-            if part in errors:
-                failures.setdefault(cell, f"features of {part}: {describe_error(errors[part])}")
+    for name in settings.audit:
+        if any(cell.audit == name for cell in cells):
+            features.audits[name] = AUDITS[name](data, data.split.test)
+            if wanted(name):
+                log.info(f"Computing {', '.join(wanted(name))} of the rows that the {name} audit changes")
+                features.changed[name] = compute(wanted(name), features.audits[name])
     return features, failures
 
 
-def parts_of(representation: str) -> tuple[str, ...]:
-    """What is computed and cached for it: itself, or the parts that an ensemble is joined from."""
-    return ENSEMBLE_PARTS if representation == "ensemble" else (representation,)
-
-
-def extract_features(data, wanted: list[str], clock: Clock) -> tuple[dict, dict[str, Exception]]:
-    """Every representation in `wanted` of all rows and layers, (N, L*k) each, layer-major; and the errors of those that failed."""
-    import torch
-
+def extract_features(data, names: list[str], settings: Settings, clock: Clock, audit=None) -> tuple[dict, dict[str, Exception]]:
+    """Features (N, P*k) of every row, or of an audit's, and the errors of those that failed; with the log and the clock of this program."""
+    import extraction
     from lora_data import BLOCK_ROWS
 
-    features = {name: torch.empty(data.num_rows, len(data.layers), REPRESENTATIONS[name].width) for name in wanted}
-    errors: dict[str, Exception] = {}
-    seconds = {"read": 0.0, "features": 0.0}
-    starts = range(0, data.num_rows, BLOCK_ROWS)
-    began = time.perf_counter()
     with Progress(len(data.layers), "layers") as progress:
-        for start in starts:
-            stop = min(start + BLOCK_ROWS, data.num_rows)
-            names = [name for name in wanted if name not in errors]
-            found, failed = extract(data, names, start, stop, seconds, lambda: progress.advance(1 / len(starts)))
-            errors |= failed
-            for name, block in found.items():
-                features[name][start:stop] = block
-    data.spare.clear()                                                       # the buffers
-    wall = time.perf_counter() - began
-    read = wall * seconds["read"] / (sum(seconds.values()) or 1)             # the threads' seconds overlap
-    clock.add("read", read)
-    clock.add("features", wall - read)
-    log.info(f"Features of {data.num_rows} rows x {len(data.layers)} layers, in blocks of {min(BLOCK_ROWS, data.num_rows)} rows "
-             f"({data.block_weights * 4 / 1e6:.1f} MB a layer at most): {wall:.1f}s (reading {read:.1f}s, computing {wall - read:.1f}s)")
-    return {name: x.flatten(1) for name, x in features.items() if name not in errors}, errors
+        widths = {name: settings.width_of(name) for name in names}
+        found, errors, reading, computing = extraction.extract_features(data, widths, progress.advance, settings.sketch_size, audit)
+    clock.add("read", reading)
+    clock.add("features", computing)
+    refuse_changed_files(data)
+    log.info(f"Features of {data.num_rows if audit is None else len(audit.rows)} rows x {len(data.layers)} layers, in blocks of "
+             f"{min(BLOCK_ROWS, data.num_rows)} rows ({data.block_weights * 4 / 1e6:.1f} MB a layer at most): {reading + computing:.1f}s "
+             f"(reading {reading:.1f}s, computing {computing:.1f}s)")
+    return found, errors
 
 
-def extract(data, names: list[str], start: int, stop: int, seconds: dict[str, float], on_layer) -> tuple[dict, dict[str, Exception]]:
-    """Rows start:stop of every representation in `names`, (n, L, k) each on the CPU; and the errors of those that failed.
-
-    Each weight is read once. On a CPU each core reads and describes a layer at a time; for a GPU the cores read ahead. Adds to
-    `seconds` and calls `on_layer()` as layers are done.
-    """
-    import torch
-
-    from lora_data import ReadAhead
-    from training import one_thread_a_core
-
-    found = {name: torch.empty(stop - start, len(data.layers), REPRESENTATIONS[name].width) for name in names}
-    errors: dict[str, Exception] = {}
-
-    def fill(position: int, w) -> None:
-        began = time.perf_counter()
-        for first, columns, failed in describe_rows(data, data.layers[position], names, start, stop, w):
-            for name, error in failed.items():
-                if name not in errors:
-                    trace = "".join(traceback.format_exception(error))
-                    log.error(f"{name} failed on rows {start}..{stop} of {data.layers[position]}:\n{trace}")
-                errors.setdefault(name, error)
-            for name, part in columns.items():
-                found[name][first - start:first - start + len(part), position] = part
-        seconds["features"] += time.perf_counter() - began
-
-    def read_and_fill(position: int) -> None:
-        with data.buffer() as buffer:
-            began = time.perf_counter()
-            w = data.read_layer(data.layers[position], start, stop, buffer)
-            seconds["read"] += time.perf_counter() - began
-            fill(position, w)
-
-    if data.device == "cpu":
-        with one_thread_a_core(len(data.layers)) as pool:
-            for _ in pool.map(read_and_fill, range(len(data.layers))):
-                on_layer()
-    else:
-        layers = ReadAhead(data, start, stop, torch.get_num_threads())
-        for position, w in enumerate(layers):
-            fill(position, w)
-            on_layer()
-        seconds["read"] += layers.waited
-    return {name: block for name, block in found.items() if name not in errors}, errors
-
-
-def describe_rows(data, layer: str, names: list[str], start: int, stop: int, w):
-    """Yields (first row, {name: (n, k) on the CPU}, {name: error}) of `w`, rows start:stop of a layer; in halves if memory is short."""
-    import torch
-
-    from representations import describe
-
-    try:
-        found, failed = describe(w.to(data.device), names)               # a GPU may have had no room to read it to
-        if found:
-            columns = torch.cat(list(found.values()), dim=1).cpu()       # one transfer
-            widths = [part.shape[1] for part in found.values()]
-            found = dict(zip(found, columns.split(widths, dim=1), strict=True))
-        yield start, found, failed
-        return
-    except torch.OutOfMemoryError as error:
-        if stop - start == 1:
-            yield start, {}, dict.fromkeys(names, error)
-            return
-        log.warning(f"out of memory on {data.device}: rows {start}..{stop} of {layer} are done in halves")
-    found = None   # outside the except clause, whose traceback keeps the tensors alive
-    middle = (start + stop) // 2
-    yield from describe_rows(data, layer, names, start, middle, w[:middle - start])
-    yield from describe_rows(data, layer, names, middle, stop, w[middle - start:])
-
-
-def feature_matrix(features: dict, cell: Cell):
-    """(N, L, k) of the cell's representation; an ensemble's parts are joined within each layer."""
-    import torch
-
-    parts = [features[name].unflatten(1, (-1, REPRESENTATIONS[name].width)) for name in parts_of(cell.representation)]
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
-
-
-def slice_layers(x, cell: Cell, data):
-    """The columns (N, L'*k) of the cell's layers: visual-only is a slice of the all-layers features."""
-    chosen = data.layers_of(cell.layer_set)
-    return (x if len(chosen) == x.shape[1] else x[:, chosen]).flatten(1)
+def refuse_changed_files(data) -> None:
+    if file_stamps(data.files) != data.stamps:
+        raise InputError("the files of the data set changed while they were read: run again when nothing writes to them")
 
 
 def refuse_non_finite_features(x, cell: Cell, data) -> None:
     finite = x.isfinite()
     if not finite.all():
+        from extraction import places_of
+
         row, column = (~finite).nonzero()[0].tolist()
-        layer = data.layers[data.layers_of(cell.layer_set)[column // REPRESENTATIONS[cell.representation].width]]
-        raise ValueError(f"feature {column % REPRESENTATIONS[cell.representation].width} of layer '{layer}', row {row}, is {x[row, column]}")
+        if REPRESENTATIONS[cell.representation].fitted:
+            raise ValueError(f"feature {column} of row {row} is {x[row, column]}")
+        places = places_of(cell, data)
+        place, column_there = divmod(column, x.shape[1] // len(places))
+        names = data.layers if REPRESENTATIONS[cell.representation].of == "layer" else [module.name for module in data.modules]
+        raise ValueError(f"feature {column_there} of layer '{names[places[place]]}', row {row}, is {x[row, column]}")
 
 
-def write_results(store: ResultStore, settings: Settings, data, made_with: dict, ran: list[Cell], failures: dict, clock: Clock) -> int:
+def write_results(store: ResultStore, settings: Settings, data, made_with: dict, cells: list[Cell], ran: list[Cell], failures: dict,
+                  skipped: dict, clock: Clock) -> int:
     """results.json, results.txt, manifest.json and the last table of the log. Returns the exit status."""
-    for cell in settings.cells:
+    for cell in cells:
         state = store.state(cell, made_with[cell])
         if cell not in failures and state.kind != "done":   # finished, then touched by somebody else
             failures[cell] = f"its files are {state.kind} at the end of the run{': ' + state.why if state.why else ''}"
             log.error(f"{cell.name} FAILED: {failures[cell]}")
-    text = save_results(store, settings, data, made_with, failures)
+    text = save_results(store, settings, data, made_with, failures, skipped)
     status = 1 if failures else 0
     path = store.folder / "manifest.json"
     if ran or not path.exists():
@@ -380,7 +377,7 @@ def write_results(store: ResultStore, settings: Settings, data, made_with: dict,
     return status
 
 
-def save_results(store: ResultStore, settings: Settings, data, made_with: dict, failures: dict[Cell, str]) -> str:
+def save_results(store: ResultStore, settings: Settings, data, made_with: dict, failures: dict[Cell, str], skipped: dict[Cell, str]) -> str:
     """results.json and results.txt of every current cell in the folder. Returns the text."""
     from reporting import collect, results_text
 
@@ -402,7 +399,7 @@ def save_results(store: ResultStore, settings: Settings, data, made_with: dict, 
         "data": {"identity": data.identity, **card},
         "settings": dataclasses.asdict(settings),
     }
-    results = collect(records, earlier_failures(store, records) | failures, header)
+    results = collect(records, earlier_failures(store, records) | failures, skipped, header)
     text = results_text(results)
     write_json(store.folder / "results.json", results, indent=2)
     write_bytes(store.folder / "results.txt", text.encode())
@@ -412,7 +409,7 @@ def save_results(store: ResultStore, settings: Settings, data, made_with: dict, 
 def earlier_failures(store: ResultStore, records: dict[Cell, dict]) -> dict[Cell, str]:
     """Failures that an earlier command reported of cells that still have no checkpoint."""
     reported = read_json(store.folder / "results.json").get("failed_cells", [])
-    failed = {Cell(entry["representation"], entry["layer_set"]): entry["error"] for entry in reported}
+    failed = {Cell(entry["representation"], entry["layer_set"], entry.get("audit", "")): entry["error"] for entry in reported}
     return {cell: error for cell, error in failed.items() if cell not in records}
 
 
@@ -489,6 +486,7 @@ def descriptions(settings: Settings, data=None) -> dict[Cell, dict]:
         layers = {layer_set: {"layers": hash_of([data.layers[i] for i in data.layers_of(layer_set)])} for layer_set in LAYER_SETS}
     return {
         cell: {"representation": cell.representation, "representation_version": [REPRESENTATIONS[p].version for p in versions_of(cell)],
+               **settings.options_of(cell.representation), **({"audit": cell.audit, "audit_version": AUDIT_VERSION} if cell.audit else {}),
                **layers[cell.layer_set], **shared}
         for cell in all_cells()
     }
@@ -499,13 +497,14 @@ def versions_of(cell: Cell) -> list[str]:
     return list(dict.fromkeys([cell.representation, *parts_of(cell.representation)]))
 
 
-def print_progress_summary(settings: Settings, missing: list[Cell]) -> None:
+def print_progress_summary(cells: list[Cell], missing: list[Cell]) -> None:
     log.info("PROGRESS SUMMARY")
-    for layer_set in settings.layer_sets:
-        total = len(settings.representations)
-        left = sum(cell.layer_set == layer_set for cell in missing)
-        log.info(f"{LAYER_SETS[layer_set].title + ' Config:':<22}{total - left}/{total} completed, {left} remaining")
-    total = len(settings.cells)
+    titles = {cell: AUDITS.get(cell.audit) or f"{LAYER_SETS[cell.layer_set].title} Config" for cell in cells}
+    for title in dict.fromkeys(sorted(titles.values(), key=lambda title: title in AUDITS.values())):
+        total = sum(of_cell == title for of_cell in titles.values())
+        left = sum(titles[cell] == title for cell in missing)
+        log.info(f"{title + ':':<22}{total - left}/{total} completed, {left} remaining")
+    total = len(cells)
     done = total - len(missing)
     log.info(f"{'Total Progress:':<22}{done}/{total} ({100 * done / total:.1f}%)")
     if not missing:
@@ -519,13 +518,14 @@ def print_progress_summary(settings: Settings, missing: list[Cell]) -> None:
 def cell_states(settings: Settings) -> dict[Cell, State]:
     """Of the cells that the settings ask for, from the files of the output folder alone."""
     store, wanted = ResultStore(output_folder(settings)), descriptions(settings)
-    return {cell: store.state(cell, wanted[cell]) for cell in settings.cells}
+    skipped = {entry["cell"] for entry in read_json(store.folder / "results.json").get("skipped_cells", [])}   # by the last run
+    return {cell: store.state(cell, wanted[cell]) for cell in settings.cells if cell.name not in skipped}
 
 
 def print_status(settings: Settings) -> int:
     """What is finished; nothing is moved."""
     states = cell_states(settings)
-    print_progress_summary(settings, [cell for cell, state in states.items() if state.kind != "done"])
+    print_progress_summary(list(states), [cell for cell, state in states.items() if state.kind != "done"])
     for cell, state in states.items():
         if state.kind in ("damaged", "stale"):
             log.info(f"{cell.name} is {state.kind}: {state.why}")
@@ -543,18 +543,27 @@ def print_plan(settings: Settings) -> int:
     found = survey(settings.dataset, settings.data_split)
     states = cell_states(settings)
     to_run = [cell for cell, state in states.items() if state.kind != "done"]
-    print_progress_summary(settings, to_run)
+    print_progress_summary(list(states), to_run)
     log.info(f"\nOutput folder: {output_folder(settings)}")
     for cell, state in states.items():
         log.info(f"  {cell.name:<28} {REASONS[state.kind]}{state.why}")
     if found is None:
         log.info(f"\nData set {settings.dataset}: its size is not known before the download")
         return 0
-    parts = {part for cell in to_run for part in parts_of(cell.representation)}
-    matrix = 4 * found.rows * len(found.shapes)                              # bytes of one column a layer
-    features = matrix * sum(REPRESENTATIONS[part].width for part in parts)
-    largest = matrix * max((REPRESENTATIONS[cell.representation].width for cell in to_run), default=0)
     weights = 4 * found.rows * sum(rows * cols for _, rows, cols in found.shapes)
+
+    def size_of(name: str) -> int:
+        """Bytes of a representation's features; of fitted ones an upper bound, kernels apart."""
+        known = REPRESENTATIONS[name]
+        if name == "flat_vec":
+            return weights
+        if known.fitted:
+            return 4 * found.rows * settings.pca_components if known.most_rows == math.inf else 8 * found.rows**2
+        return 4 * found.rows * len(found.shapes) * settings.width_of(name) // (2 if known.of == "module" else 1)
+
+    parts = {part for cell in to_run for part in parts_of(cell.representation)}
+    features = sum(size_of(part) for part in parts if not REPRESENTATIONS[part].fitted)
+    largest = max((sum(map(size_of, parts_of(cell.representation))) for cell in to_run), default=0)
     log.info(f"\nData set {settings.dataset}: {found.rows} rows, {len(found.shapes)} layers, {gigabytes(weights)} of weights")
     log.info(f"Memory:  {gigabytes(features)} features, up to {gigabytes(3 * largest)} more while the largest cell trains")
     if settings.cache_features:
@@ -745,7 +754,7 @@ class Clock:
         self.started = utc_now()
         self.spent = dict.fromkeys(("load", "read", "features", "training"), 0.0)
 
-    @contextmanager
+    @contextlib.contextmanager
     def __call__(self, stage: str):
         began = time.perf_counter()
         try:

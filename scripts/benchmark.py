@@ -3,7 +3,7 @@
 
     read       every layer's weights into memory of our own; the origin: through the torch formatter after a split;
                the limit: a plain copy of the same bytes
-    features   nine representations of every layer, reading included; the origin: the formatter's tensors, and each
+    features   nine representations of every layer, then six of every product, reading included; the origin: the formatter's tensors, and each
                representation on its own with torch.quantile, fft2, svdvals and histogram; the limit: the copy again
     train      runs of the 18 cells; the origin: one model after another from a DataLoader with torch's plain Adam and all
                cores, on all columns; the limit: the matrix products at the rate measured on the spot for large ones
@@ -36,9 +36,10 @@ from torch.utils.data import DataLoader, TensorDataset
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import training  # noqa: E402
+from extraction import Features, extract_features  # noqa: E402
 from lora_data import BLOCK_ROWS, LoraData, ReadAhead, load_lora_data  # noqa: E402
-from settings import REPRESENTATIONS, Cell, InputError, TrainingSettings, cells_of  # noqa: E402
-from visual_ablation_experiment import Clock, extract_features, feature_matrix, find_device, parts_of, slice_layers  # noqa: E402
+from settings import NINE, REPRESENTATION_GROUPS, REPRESENTATIONS, Cell, InputError, TrainingSettings, cells_of, parts_of  # noqa: E402
+from visual_ablation_experiment import find_device  # noqa: E402
 
 STAGES = ("read", "features", "train")
 LAYER_SETS = ("all_layers", "visual_only")
@@ -222,7 +223,7 @@ def time_reading(data: LoraData, arguments) -> list[Row]:
 
     def ahead() -> None:
         for start in range(0, data.num_rows, BLOCK_ROWS):
-            for _ in ReadAhead(data, start, min(start + BLOCK_ROWS, data.num_rows), torch.get_num_threads()):
+            for _ in ReadAhead(data, layers, start, min(start + BLOCK_ROWS, data.num_rows), torch.get_num_threads()):
                 pass
 
     def one_by_one() -> None:
@@ -260,31 +261,37 @@ def part_for_origin(data: LoraData, count: int) -> tuple[list[str], float]:
 
 
 def time_features(data: LoraData, arguments) -> list[Row]:
-    names = [name for name in REPRESENTATIONS if name != "ensemble"]
     some, factor = part_for_origin(data, arguments.origin_layers)
 
     def one_by_one() -> None:
         for layer in some:
             describe_one_by_one(torch.cat(read_formatted(data, [layer])).to(data.device))
 
-    def ours() -> None:
-        extract_features(data, names, Clock())
+    def ours(group: str) -> None:
+        extract_features(data, widths_of([name for name in REPRESENTATION_GROUPS[group] if name != "ensemble"]))
 
-    timed = interleaved(arguments.repeats, data.device, (ours, 1), (one_by_one, factor), (copier(data), 1))
-    return [Row("features", f"9 of {len(data.layers)} layers", *timed)]
+    nine, product, origin, limit = interleaved(arguments.repeats, data.device, (lambda: ours("nine"), 1), (lambda: ours("product"), 1),
+                                               (one_by_one, factor), (copier(data), 1))
+    return [Row("features", f"nine of {len(data.layers)} layers", nine, origin, limit),
+            Row("features", f"six of {len(data.modules)} products", product, origin, limit)]
+
+
+def widths_of(names: list[str]) -> dict[str, int]:
+    return {name: REPRESENTATIONS[name].width for name in names}
 
 
 def inputs_of(data: LoraData, cells: list[Cell]) -> dict[Cell, Tensor]:
-    """(N, L*k) of each cell, as the experiment hands it to the trainer."""
-    names = [name for name in REPRESENTATIONS if any(name in parts_of(cell.representation) for cell in cells)]
-    features, errors = extract_features(data, names, Clock())
-    if errors:
-        raise SystemExit(f"error: features failed: {errors}")
-    return {cell: slice_layers(feature_matrix(features, cell), cell, data) for cell in cells}
+    """(N, D) of each cell, as the experiment hands it to the trainer."""
+    names = [name for name in REPRESENTATIONS if any(name in parts_of(cell.representation) for cell in cells) and not REPRESENTATIONS[name].fitted]
+    found = extract_features(data, widths_of(names))
+    if found.errors:
+        raise SystemExit(f"error: features failed: {found.errors}")
+    features = Features(data, computed=found.features)
+    return {cell: features.of(cell, [])[0] for cell in cells}
 
 
 def time_training(data: LoraData, arguments) -> list[Row]:
-    cells = cells_of(LAYER_SETS, REPRESENTATIONS)
+    cells = cells_of(LAYER_SETS, NINE)
     inputs = inputs_of(data, cells)
     base = TrainingSettings(num_runs=arguments.runs, max_epochs=arguments.epochs, patience=arguments.epochs, batch_size=arguments.batch_size)
     num_classes = len(data.classes)

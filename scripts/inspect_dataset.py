@@ -32,7 +32,7 @@ from progress import Progress  # noqa: E402
 
 from lora_data import BLOCK_ROWS, LoraData, attention_kind, load_lora_data  # noqa: E402
 from representations import describe  # noqa: E402
-from settings import ATTENTION_KINDS, ENSEMBLE_PARTS, REPRESENTATIONS, InputError  # noqa: E402
+from settings import ATTENTION_KINDS, ENSEMBLE_PARTS, NINE, REPRESENTATIONS, InputError  # noqa: E402
 
 SAMPLE_ROWS = 500          # rows between which `down` and `up` are compared, chosen by a fixed seed
 PERMUTATIONS = 999         # of the labels, for the p-values
@@ -56,7 +56,7 @@ COLUMN_NAMES = {           # of each representation, as in the project's design
     "info_theoretic": ["entropy", "entropy/log50"],
 }
 COLUMN_NAMES["ensemble"] = [f"{part}.{name}" for part in ENSEMBLE_PARTS for name in COLUMN_NAMES[part]]
-PARTS = [name for name in REPRESENTATIONS if name != "ensemble"]
+PARTS = [name for name in NINE if name != "ensemble"]
 STARTS = dict(zip(PARTS, np.cumsum([0] + [REPRESENTATIONS[name].width for name in PARTS[:-1]]).tolist(), strict=True))
 POSITIONS = {name: np.arange(start, start + REPRESENTATIONS[name].width) for name, start in STARTS.items()}
 POSITIONS["ensemble"] = np.concatenate([POSITIONS[part] for part in ENSEMBLE_PARTS])
@@ -84,7 +84,7 @@ def inspect(data: LoraData, name: str, groups: tuple[str, list] | None) -> dict:
     rng = np.random.default_rng(0)
     chosen = np.sort(rng.permutation(data.num_rows)[:SAMPLE_ROWS])
     likeness = {side: Likeness(data.labels[chosen]) for side in ("down", "up")}
-    columns = {representation: ColumnCensus(representation) for representation in REPRESENTATIONS}
+    columns = {representation: ColumnCensus(representation) for representation in NINE}
     hashes, zeros = np.zeros(data.num_rows, np.uint64), Counter()
     progress = Progress(len(data.layers), "layers", sys.stderr)
     for layer, found in read_layers(data, chosen):

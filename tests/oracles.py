@@ -99,6 +99,108 @@ def represent(name, batch):
     return np.array([REPRESENTATIONS[name](np.asarray(w, dtype=np.float64)) for w in batch])
 
 
+# --- of the product, formed as a dense matrix: down (r, in), up (out, r) float64
+
+
+def profile(s):
+    """The columns of `spectral` for given singular values."""
+    return spectral(np.diag(s))
+
+
+def product_spectral(down, up):
+    w = up @ down
+    return profile(np.linalg.svd(w, compute_uv=False)[:min(len(down), *w.shape)])
+
+
+def product_norms(down, up):
+    w = up @ down
+    frobenius, nuclear, largest = (np.linalg.norm(w, kind) for kind in ("fro", "nuc", 2))
+    rows, columns = np.sqrt((w**2).sum(1)), np.sqrt((w**2).sum(0))
+    ratios = [nuclear / frobenius, largest / frobenius] if frobenius > 0 else [0.0, 0.0]
+    return [frobenius, nuclear, largest, rows.max(), columns.max(), *ratios]
+
+
+def product_moments(down, up):
+    return [np.mean((up @ down) ** k) for k in (1, 2, 3, 4)]
+
+
+def product_quantiles(down, up):
+    w = up @ down
+    return [np.percentile([np.linalg.norm(vector) for vector in vectors], q) for vectors in (w, w.T) for q in (0, 5, 10, 25, 50, 75, 90, 95, 100)]
+
+
+def gaussian(side, count, size):
+    """The fixed projections: part of the definition."""
+    return np.random.default_rng([0, *side.encode(), size]).normal(size=(count, size))
+
+
+def product_sketch(down, up, k=16):
+    w = up @ down
+    return (gaussian("out", k, len(w)) @ w @ gaussian("in", k, w.shape[1]).T).ravel()
+
+
+def balanced(down, up):
+    """Rows sqrt(s_i) u_i and sqrt(s_i) v_i, signs fixed: the largest of 16 projections of u_i, in absolute value, is positive."""
+    u, s, v = np.linalg.svd(up @ down, full_matrices=False)
+    r = min(len(down), len(s))
+    left, right = (u * np.sqrt(s)).T[:r], (v.T * np.sqrt(s)).T[:r]
+    for i in range(r):
+        probes = gaussian("out", 16, len(up)) @ left[i]
+        if probes[np.abs(probes).argmax()] < 0:
+            left[i], right[i] = -left[i], -right[i]
+    return left, right
+
+
+def product_directions(down, up):
+    left, right = balanced(down, up)
+    found = np.zeros((2, 4, 16))
+    for i in range(min(4, len(left))):
+        found[0, i] = gaussian("out", 16, len(up)) @ left[i]
+        found[1, i] = gaussian("in", 16, down.shape[1]) @ right[i]
+    return found.ravel()
+
+
+PRODUCT_REPRESENTATIONS = {
+    f.__name__: f for f in (product_spectral, product_norms, product_moments, product_quantiles, product_sketch, product_directions)
+}
+
+
+def represent_product(name, downs, ups):
+    """(n, r, in) and (n, out, r) -> (n, width) float64, one module at a time."""
+    pairs = zip(np.asarray(downs, dtype=np.float64), np.asarray(ups, dtype=np.float64), strict=True)
+    return np.array([PRODUCT_REPRESENTATIONS[name](down, up) for down, up in pairs])
+
+
+def linear_kernel(modules):
+    """<dW_i, dW_j> summed over modules, of their (down (n, r, in), up (n, out, r)) pairs: (n, n)."""
+    rows = dense_products(modules)
+    return rows @ rows.T
+
+
+def dense_products(modules):
+    """All entries of all products, (n, D)."""
+    return np.concatenate([(up.astype(np.float64) @ down.astype(np.float64)).reshape(len(up), -1) for down, up in modules], axis=1)
+
+
+def centroid_cosines(modules, labels, train, folds, num_classes):
+    """Row by row: of each module the first left, then right singular vector to every class's mean over the training rows of other folds."""
+    n, found = len(labels), []
+    for down, up in modules:
+        for side in (0, 1):
+            vectors = np.array([balanced(down[i].astype(np.float64), up[i].astype(np.float64))[side][0] for i in range(n)])
+            vectors /= np.linalg.norm(vectors, axis=1)[:, None]
+            cosines = np.zeros((n, num_classes))
+            for i in range(n):
+                own = folds[list(train).index(i)] if i in train else None
+                for c in range(num_classes):
+                    seen = [j for j, fold in zip(train, folds, strict=True) if labels[j] == c and fold != own]
+                    if seen:
+                        centroid = vectors[seen].mean(0)
+                        cosines[i, c] = vectors[i] @ centroid / np.linalg.norm(centroid)
+            found.append(cosines)
+    return np.concatenate(found, axis=1)
+
+
 def train_one_model(x, labels, train, val, num_classes, settings, seed, batches):
     """The plain training loop of one model at dropout 0, with torch's own modules, optimizer and scheduler.
 

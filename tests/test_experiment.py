@@ -22,14 +22,15 @@ from builders import lora_dataset
 from conftest import ROOT
 from datasets import Dataset
 
+import extraction
 import representations
 import visual_ablation_experiment as experiment
 from lora_data import LoraData
-from settings import REPRESENTATIONS, Cell, cells_of
+from settings import NINE, REPRESENTATIONS, Cell, cells_of
 
 SCRIPT = ROOT / "visual_ablation_experiment.py"
 FAST = ["--num-runs", "2", "--max-epochs", "3", "--hidden-dim", "8", "--batch-size", "8"]
-BOTH = cells_of(("all_layers", "visual_only"), REPRESENTATIONS)
+BOTH = cells_of(("all_layers", "visual_only"), NINE)
 
 
 @pytest.fixture
@@ -83,6 +84,10 @@ def cell_files(place, **kwargs):
             for name in visible(folder(place, **kwargs) / "checkpoints")}
 
 
+def widths(names):
+    return {name: REPRESENTATIONS[name].width for name in names}
+
+
 def never(*arguments, **kwargs):
     raise AssertionError("this must not be called")
 
@@ -107,8 +112,8 @@ def test_a_run_writes_everything_that_is_promised(run, place):
     assert results["label_mapping"] == {"Ape": 0, "cat": 1, "dog": 2} and results["splits_overlap"] is False
     for layer_set, layers in (("all_layers", 16), ("visual_only", 8)):
         rows = results[f"{layer_set}_results"]
-        assert [row["representation"] for row in rows] == [f"{name}_{layer_set}" for name in REPRESENTATIONS]
-        assert [row["feature_dim"] for row in rows] == [layers * width for width, _ in REPRESENTATIONS.values()]
+        assert [row["representation"] for row in rows] == [f"{name}_{layer_set}" for name in NINE]
+        assert [row["feature_dim"] for row in rows] == [layers * REPRESENTATIONS[name].width for name in NINE]
         assert {row["num_layers"] for row in rows} == {layers}
     assert len(results["comparison"]) == 9 and results["failed_cells"] == []
     for entry in results["comparison"]:
@@ -183,13 +188,12 @@ def test_each_weight_is_read_once_for_all_that_needs_it(run, monkeypatch):
 
 
 def test_blocks_do_not_change_a_number(place, monkeypatch):
-    import lora_data
     data = experiment_data()
-    names = [name for name in REPRESENTATIONS if name != "ensemble"]
-    whole, _ = experiment.extract_features(data, names, experiment.Clock())
-    monkeypatch.setattr(lora_data, "BLOCK_ROWS", 7)
+    names = [name for name in NINE if name != "ensemble"]
+    whole, _ = extraction.extract_features(data, widths(names))[:2]
+    monkeypatch.setattr(extraction, "BLOCK_ROWS", 7)
     monkeypatch.setitem(representations.SLICE_WEIGHTS, "cpu", 30)
-    pieces, _ = experiment.extract_features(data, names, experiment.Clock())
+    pieces, _ = extraction.extract_features(data, widths(names))[:2]
     for name in names:
         assert torch.allclose(whole[name], pieces[name], rtol=1e-6, atol=1e-7), name
 
@@ -197,12 +201,12 @@ def test_blocks_do_not_change_a_number(place, monkeypatch):
 def test_the_way_of_a_gpu_gives_the_same_features(place):
     """Layers read ahead by threads and described in turn; `cpu:0` is a CPU that takes that way."""
     import lora_data
-    names = [name for name in REPRESENTATIONS if name != "ensemble"]
+    names = [name for name in NINE if name != "ensemble"]
     data = experiment_data()
-    ours, _ = experiment.extract_features(data, names, experiment.Clock())
-    clock = experiment.Clock()
-    theirs, _ = experiment.extract_features(lora_data.from_dataset(data.dataset, "x", "cpu:0"), names, clock)
-    assert clock.seconds["read"] > 0 and clock.seconds["features"] > 0
+    ours, _ = extraction.extract_features(data, widths(names))[:2]
+    theirs = extraction.extract_features(lora_data.from_dataset(data.dataset, "x", "cpu:0"), widths(names))
+    assert theirs.reading > 0 and theirs.computing > 0
+    theirs = theirs.features
     for name in names:
         assert torch.equal(ours[name], theirs[name]), name
 
@@ -220,9 +224,9 @@ def room_for(rows, sizes):
 
 def test_a_layer_that_a_gpu_has_no_room_for_is_described_in_halves(place, monkeypatch):
     import lora_data
-    names = [name for name in REPRESENTATIONS if name != "ensemble"]
+    names = [name for name in NINE if name != "ensemble"]
     data = experiment_data()
-    ours, _ = experiment.extract_features(data, names, experiment.Clock())
+    ours, _ = extraction.extract_features(data, widths(names))[:2]
     real, sizes = torch.Tensor.copy_, []
 
     def copy_(self, source, non_blocking=False):
@@ -232,7 +236,7 @@ def test_a_layer_that_a_gpu_has_no_room_for_is_described_in_halves(place, monkey
 
     monkeypatch.setattr(torch.Tensor, "copy_", copy_)
     monkeypatch.setattr(representations, "describe", room_for(20, sizes))
-    theirs, errors = experiment.extract_features(lora_data.from_dataset(data.dataset, "x", "cpu:0"), names, experiment.Clock())
+    theirs, errors = extraction.extract_features(lora_data.from_dataset(data.dataset, "x", "cpu:0"), widths(names))[:2]
     assert not errors and {40, 20} == set(sizes)
     for name in names:
         assert torch.allclose(ours[name], theirs[name], rtol=1e-6, atol=1e-7), name
@@ -455,7 +459,7 @@ def test_a_representation_that_fails_takes_its_cells_and_no_others(run, place, m
     assert len(visible(folder(place) / "checkpoints")) == 14
     results = json.loads((folder(place) / "results.json").read_text())
     assert {failed["cell"] for failed in results["failed_cells"]} == {cell.name for cell in BOTH if cell.representation in ("spectral", "ensemble")}
-    assert [entry["representation"] for entry in results["comparison"]] == [name for name in REPRESENTATIONS if name not in ("spectral", "ensemble")]
+    assert [entry["representation"] for entry in results["comparison"]] == [name for name in NINE if name not in ("spectral", "ensemble")]
     for entry in results["comparison"]:
         assert entry["drop"] == pytest.approx(entry["all_layers"] - entry["visual_only"])
     assert "FAILED" in (folder(place) / "results.txt").read_text()
@@ -608,14 +612,14 @@ def test_a_cell_that_another_process_finishes_meanwhile_is_not_run_again(run, pl
 
 def interfere(monkeypatch, action):
     """Do something to the output folder when the third cell starts."""
-    real, calls = experiment.run_cell, []
+    real, calls = experiment.run_cells, []
 
-    def run_cell(*arguments):
+    def run_cells(*arguments):
         calls.append(1)
         if len(calls) == 3:
             action()
         return real(*arguments)
-    monkeypatch.setattr(experiment, "run_cell", run_cell)
+    monkeypatch.setattr(experiment, "run_cells", run_cells)
 
 
 @pytest.mark.parametrize("harm, kind", [("deleted", "missing"), ("emptied", "damaged"), ("predictions", "damaged")])

@@ -11,7 +11,7 @@ from datasets import Dataset, Features, List, Value
 from inspect_dataset import COLUMN_NAMES, POSITIONS, inspect, read_groups, redundant
 
 from lora_data import LoraData, from_dataset
-from settings import REPRESENTATIONS, InputError
+from settings import NINE, REPRESENTATIONS, InputError
 
 LAYERS = [f"unet.down_blocks.{i}.attentions.0.transformer_blocks.0.{kind}.to_q.lora" for i in range(2) for kind in ("attn1", "attn2")]
 N, RANK, WIDTH = 120, 4, 48
@@ -274,7 +274,7 @@ def test_untrained_modules_are_counted(plain):
 
 
 def test_every_column_has_its_name():
-    assert {name: len(names) for name, names in COLUMN_NAMES.items()} == {name: known.width for name, known in REPRESENTATIONS.items()}
+    assert {name: len(names) for name, names in COLUMN_NAMES.items()} == {name: REPRESENTATIONS[name].width for name in NINE}
     assert all(len(set(names)) == len(names) for names in COLUMN_NAMES.values())
     assert sorted(np.concatenate([positions for name, positions in POSITIONS.items() if name != "ensemble"])) == list(range(90))
 

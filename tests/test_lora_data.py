@@ -56,7 +56,7 @@ def test_arrow_and_formatter_agree_bit_for_bit_in_every_layout(layout, pieces):
 @pytest.mark.parametrize("threads", [1, 3])
 def test_reading_ahead_gives_the_same_tensors_in_order(threads):
     data = from_dataset(lora_dataset(n=30), "x")
-    ahead = ReadAhead(data, 7, 29, threads)
+    ahead = ReadAhead(data, data.layers, 7, 29, threads)
     found = list(ahead)
     assert len(found) == len(data.layers) and ahead.waited > 0
     for layer, w in zip(data.layers, found, strict=True):
@@ -70,7 +70,7 @@ def test_reading_ahead_stops_at_what_it_cannot_read():
     data = from_dataset(Dataset.from_dict({name: w.tolist() for name, w in rows.items()} | {"category_label": ["a", "b"] * 3}), "x")
     before = threading.active_count()
     with pytest.raises(InputError, match=f"column '{re.escape(LAYER)}', row 4"):
-        list(ReadAhead(data, 0, 6, 2))
+        list(ReadAhead(data, data.layers, 0, 6, 2))
     assert threading.active_count() <= before
 
 

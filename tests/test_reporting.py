@@ -83,7 +83,7 @@ def test_the_comparison_goes_by_name_where_cells_are_missing():
     for name in ("frequency", "simple_stats"):     # stats failed there, and the order is another
         records[Cell(name, "visual_only")] = record(Cell(name, "visual_only"), [0.6, 0.4])
     records[Cell("frequency", "text_only")] = record(Cell("frequency", "text_only"), [0.3, 0.3])
-    results = reporting.collect(records, {Cell("stats", "visual_only"): "ValueError: no"}, header())
+    results = reporting.collect(records, {Cell("stats", "visual_only"): "ValueError: no"}, {}, header())
     assert [entry["representation"] for entry in results["comparison"]] == ["simple_stats", "frequency"]
     first, last = results["comparison"]
     assert (first["all_layers"], first["visual_only"], first["text_only"]) == (pytest.approx(0.85), pytest.approx(0.5), None)
@@ -94,12 +94,12 @@ def test_the_comparison_goes_by_name_where_cells_are_missing():
         {"cell": "visual_only_stats", "representation": "stats", "layer_set": "visual_only", "error": "ValueError: no"}
     ]
     text = reporting.results_text(results)
-    assert "stats           FAILED: ValueError: no" in text and "1 cells FAILED: visual_only_stats" in text
+    assert "stats               FAILED: ValueError: no" in text and "1 cells FAILED: visual_only_stats" in text
     (line,) = [line for line in text.splitlines() if line.startswith("frequency") and "76.9%" in line]
     assert line.split() == ["frequency", "65.0±5.0", "50.0±10.0", "30.0±0.0", "15.0±5.0", "76.9%"]
 
 
 def test_results_of_nothing_are_still_results():
-    results = reporting.collect({}, {}, header())
+    results = reporting.collect({}, {}, {}, header())
     assert results["all_layers_results"] == [] == results["visual_only_results"] == results["comparison"]
     assert "text_only_results" not in results and "drop" not in reporting.results_text(results)

@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import representations
 import settings as project
-from representations import REPRESENTATIONS, Layer
+from representations import PRODUCT_REPRESENTATIONS, REPRESENTATIONS, Layer, Module, describe_module
 
 NAMES = list(REPRESENTATIONS)
 SHAPES = [(1, 320), (320, 1), (1280, 1), (2, 64), (64, 2), (4, 320), (64, 64), (48, 17), (1, 1), (1, 2), (3, 7), (1, 25)]
@@ -48,7 +48,8 @@ def assert_agrees(name, w, spread=None):
 
 
 def test_names_order_widths_and_versions_stand_in_settings_too():
-    assert list(project.REPRESENTATIONS) == NAMES
+    assert list(project.NINE) == NAMES
+    assert list(project.REPRESENTATION_GROUPS["product"]) == PRODUCT_NAMES
     for name, function in REPRESENTATIONS.items():
         assert function(torch.randn(2, 3, 4)).shape == (2, project.REPRESENTATIONS[name].width)
 
@@ -97,7 +98,7 @@ def test_rank_deficient_and_ill_conditioned_matrices(name, shape):
         u, _ = np.linalg.qr(rng.normal(size=(shape[0], m)))
         v, _ = np.linalg.qr(rng.normal(size=(shape[1], m)))
         batch.append(u * np.geomspace(1, low, m) @ v.T if low else np.outer(rng.normal(size=shape[0]), rng.normal(size=shape[1])))
-    exact = rng.normal(size=(2, *shape))
+    exact = rng.normal(size=(2, *shape)) / 64                            # of norm 1: rounding is 1e-16 of that, and a gap divides it by 1e-8
     exact[:, :, 1:] = exact[:, :, :1] * 2.0 ** rng.integers(-2, 3, shape[1] - 1)     # rank 1 even in float32
     w = np.concatenate([np.stack(batch), exact]).astype(np.float32)
     ours = REPRESENTATIONS[name](torch.from_numpy(w)).numpy()[:, :32]
@@ -211,7 +212,165 @@ def test_columns_in_weight_units_scale_and_the_others_do_not(name, factor, seed)
     assert torch.allclose(after[:, ~scaled], before[:, ~scaled], rtol=1e-4, atol=1e-6)
 
 
+# --- of the product
+
+PRODUCT_NAMES = list(PRODUCT_REPRESENTATIONS)
+MODULES = [(1, 320, 320), (1, 768, 320), (2, 64, 48), (4, 96, 64), (8, 40, 24), (4, 1, 1), (3, 2, 9), (1, 1, 1), (5, 3, 40)]   # r, in, out
+
+
+def draw_module(kind, n, r, inner, out, seed=0):
+    """`down` as a LoRA is initialised and `up` as it learns: with one direction far above the others; or degenerate ones."""
+    rng = np.random.default_rng([seed, r, inner, out])
+    down, up = rng.normal(size=(n, r, inner)), 1e-2 * rng.normal(size=(n, out, r))
+    if kind == "trained":
+        up += 0.1 * rng.normal(size=(1, out, 1)) * (down @ rng.normal(size=(inner, 1)) / inner)[:, :, 0][:, None]
+    if kind == "less than its rank":
+        up[:, :, -1] = 2 * up[:, :, 0]
+    if kind == "ill-conditioned":
+        down *= np.geomspace(1, 1e-6, r)[None, :, None]
+    return down.astype(np.float32), up.astype(np.float32)
+
+
+def product(name, down, up, **options):
+    found, failed = describe_module(torch.as_tensor(down), torch.as_tensor(up), [name], **options)
+    assert not failed, failed
+    return found[name]
+
+
+def assert_product_agrees(name, down, up):
+    ours, truth = product(name, down, up).numpy(), oracles.represent_product(name, down, up)
+    assert ours.shape == truth.shape == (len(down), project.REPRESENTATIONS[name].width) and ours.dtype == np.float32
+    allowed = 1e-5 * truth.std(0) + 2e-7 * np.abs(truth).max(0) + 1e-13
+    if name == "product_directions":   # what lies beyond the last direction that is there is rounding: judged by the row
+        allowed = allowed + 1e-6 * np.abs(truth).max()
+    worst = np.abs(ours - truth) / allowed
+    assert np.isfinite(ours).all() and worst.max() <= 1, (name, np.unravel_index(worst.argmax(), worst.shape), worst.max())
+
+
+@pytest.mark.parametrize("kind", ["initial", "trained"])
+@pytest.mark.parametrize("shape", MODULES, ids=str)
+@pytest.mark.parametrize("name", PRODUCT_NAMES)
+def test_a_product_representation_equals_its_oracle_on_the_dense_product(name, shape, kind):
+    assert_product_agrees(name, *draw_module(kind, 12, *shape))
+
+
+@pytest.mark.parametrize("kind", ["less than its rank", "ill-conditioned"])
+@pytest.mark.parametrize("shape", [(2, 64, 48), (4, 96, 64)], ids=str)
+@pytest.mark.parametrize("name", ["product_norms", "product_moments", "product_quantiles", "product_sketch"])
+def test_products_of_less_than_their_rank(name, shape, kind):
+    assert_product_agrees(name, *draw_module(kind, 12, *shape))
+
+
+@pytest.mark.parametrize("kind", ["less than its rank", "ill-conditioned", "initial", "trained"])
+@pytest.mark.parametrize("shape", [(2, 64, 48), (4, 96, 64), (3, 2, 9)], ids=str)
+def test_singular_values_and_directions_of_ill_conditioned_products(shape, kind):
+    down, up = draw_module(kind, 12, *shape)
+    module = Module(torch.from_numpy(down), torch.from_numpy(up))
+    dense = up.astype(np.float64) @ down
+    truth = np.linalg.svd(dense, compute_uv=False)[:, :module.m]
+    assert np.abs(module.singular_values.numpy() - truth).max() <= 1e-12 * truth.max()
+    assert np.abs(module.singular_values.numpy() / truth - 1)[truth > 1e-9 * truth.max()].max() < 1e-6
+    left, right = module.directions(shape[0], whole=True)
+    assert np.abs((left.mT @ right).numpy() - dense).max() <= 1e-12 * np.abs(dense).max()     # balanced factors of the same product
+    for vectors in (left, right):
+        gram = (vectors @ vectors.mT).numpy()[:, :module.m, :module.m]
+        assert np.abs(gram - np.eye(module.m) * truth[:, None]).max() <= 1e-9 * truth.max()
+
+
+def test_both_kinds_of_rows_in_one_batch_stay_apart():
+    """Well- and ill-conditioned rows take different ways; each row's numbers are its own."""
+    well, ill = draw_module("initial", 5, 4, 30, 20), draw_module("ill-conditioned", 5, 4, 30, 20)
+    down, up = (np.stack([well[side], ill[side]], 1).reshape(10, *well[side].shape[1:]) for side in (0, 1))
+    assert Module(torch.from_numpy(down), torch.from_numpy(up)).svd_of_grams[3].tolist() == [False, True] * 5
+    for name in PRODUCT_NAMES:
+        mixed = product(name, down, up)
+        assert torch.allclose(mixed[0::2], product(name, *well), rtol=1e-5, atol=1e-9), name
+        assert torch.allclose(mixed[1::2], product(name, *ill), rtol=1e-5, atol=1e-9), name
+
+
+def regauged(down, up, rng):
+    r = down.shape[1]
+    q, p = (np.linalg.qr(rng.normal(size=(len(down), r, r)))[0] for _ in range(2))
+    G = q * rng.uniform(0.5, 2, (len(down), 1, r)) * rng.choice([-1, 1], (len(down), 1, r)) @ p
+    return (np.linalg.inv(G) @ down).astype(np.float32), (up @ G).astype(np.float32)
+
+
+@pytest.mark.parametrize("name", PRODUCT_NAMES)
+@settings(max_examples=20, deadline=None)
+@given(st.integers(1, 5), st.integers(8, 40), st.integers(8, 40), st.integers(0, 1000))
+def test_a_product_representation_does_not_see_the_gauge(name, r, inner, out, seed):
+    down, up = draw_module("initial", 16, r, inner, out, seed)
+    before, after = product(name, down, up), product(name, *regauged(down, up, np.random.default_rng(seed)))
+    spread = before.std(0)
+    assert ((after - before).abs() <= 1e-3 * spread + 2e-7 * before.abs().amax(0)).all()
+
+
+@pytest.mark.parametrize("name", [*NAMES, *PRODUCT_NAMES])
+def test_but_the_nine_do_and_the_products_see_another_adapter(name):
+    down, up = draw_module("initial", 16, 3, 30, 20)
+    other_down, other_up = regauged(down, up, np.random.default_rng(1))
+    if name in PRODUCT_NAMES:
+        other_down, other_up = down, up * np.float32(1.5) if name != "product_sketch" else up[::-1].copy()
+        before, after = product(name, down, up), product(name, other_down, other_up)
+    else:
+        before, after = REPRESENTATIONS[name](torch.from_numpy(down)), REPRESENTATIONS[name](torch.from_numpy(other_down))
+    assert ((after - before).abs() > 0.1 * before.std(0)).any(dim=1).all()
+
+
+def test_moving_channels_keeps_what_does_not_depend_on_their_order_and_changes_what_does():
+    down, up = draw_module("initial", 8, 2, 30, 20)
+    rng = np.random.default_rng(0)
+    moved = down[:, :, rng.permutation(30)], up[:, rng.permutation(20)]
+    for name in PRODUCT_NAMES:
+        same = torch.allclose(product(name, down, up), product(name, *moved), rtol=1e-4, atol=1e-7)
+        assert same == (name not in ("product_sketch", "product_directions")), name
+
+
+def test_a_zero_product_has_no_direction_and_nothing_invented():
+    for down, up in ((torch.zeros(2, 3, 5), torch.ones(2, 4, 3)), (torch.ones(2, 1, 5), torch.zeros(2, 4, 1))):
+        for name in PRODUCT_NAMES:
+            assert (product(name, down, up) == 0).all(), name
+
+
+def test_the_sketch_is_linear_in_the_product_and_keeps_inner_products_on_average():
+    down, up = draw_module("initial", 2, 2, 400, 300)
+    joined = np.concatenate([down[:1], down[1:]], axis=1), np.concatenate([up[:1], up[1:]], axis=2)        # W_0 + W_1 as one module
+    parts = product("product_sketch", down, up, sketch_size=40)
+    assert torch.allclose(product("product_sketch", *joined, sketch_size=40)[0], parts.sum(0), rtol=1e-4, atol=1e-4)
+    assert parts.shape == (2, 1600)
+    dense = up.astype(np.float64) @ down
+    assert float((parts[0] ** 2).mean()) == pytest.approx((dense[0] ** 2).sum(), rel=0.2)
+    small = product("product_sketch", down, up, sketch_size=3).view(2, 3, 3)
+    assert torch.allclose(small, parts.view(2, 40, 40)[:, :3, :3], rtol=1e-5)
+
+
+def test_slices_of_rows_do_not_change_a_product(monkeypatch):
+    down, up = draw_module("trained", 10, 4, 30, 20)
+    whole = {name: product(name, down, up) for name in PRODUCT_NAMES}
+    monkeypatch.setitem(representations.SLICE_WEIGHTS, "cpu", 700)
+    for name in PRODUCT_NAMES:
+        assert torch.allclose(product(name, down, up), whole[name], rtol=1e-6, atol=1e-9), name
+
+
+@pytest.mark.parametrize("down, up", [((4, 2, 5), (4, 6, 3)), ((4, 2, 5), (3, 6, 2)), ((4, 2, 5), (4, 0, 2)), ((2, 5), (6, 2))])
+def test_what_is_no_module_is_refused(down, up):
+    with pytest.raises(ValueError, match="expected down"):
+        Module(torch.zeros(down), torch.zeros(up))
+
+
 # --- devices
+
+
+@pytest.mark.parametrize("shape", [(1, 320, 300), (4, 64, 48), (3, 2, 9)], ids=str)
+@pytest.mark.parametrize("name", PRODUCT_NAMES)
+def test_a_product_runs_on_a_device_that_is_not_the_cpu(name, shape, monkeypatch):
+    r, inner, out = shape
+    on_meta = lambda count, size, side, device: torch.empty(count, size, dtype=torch.float64, device=device)  # noqa: E731
+    monkeypatch.setattr(representations, "projection", on_meta)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        found = PRODUCT_REPRESENTATIONS[name](Module(torch.empty(7, r, inner, device="meta"), torch.empty(7, out, r, device="meta")))
+    assert found.device.type == "meta" and found.dtype == torch.float32
+    assert found.shape == (7, project.REPRESENTATIONS[name].width)
 
 
 @pytest.mark.parametrize("shape", [(1, 320), (1280, 1), (4, 64), (64, 64), (1, 1)], ids=str)

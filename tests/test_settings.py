@@ -33,7 +33,7 @@ def test_the_defaults_are_the_published_ones():
     ("weight_decay", -1, "at least 0"),
     ("trainer", "fast", "unknown --trainer 'fast': use auto, sequential, packed"),
     ("precision", "float16", "use float32, tf32, bfloat16"),
-    ("representations", ["stats", "magic"], "unknown --representations 'magic': use simple_stats, rank_based"),
+    ("representations", ["stats", "magic"], "unknown --representations 'magic': use nine, product, fitted, all, simple_stats, rank_based"),
     ("representations", ["stats", "stats"], "one twice"),
     ("layer_sets", [], "nothing"),
     ("cache_features", "yes", "not true or false"),

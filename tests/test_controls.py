@@ -1,0 +1,129 @@
+"""Audits: which rows are changed, how, and what is said about it."""
+
+import numpy as np
+import pytest
+import torch
+from builders import lora_columns, lora_dataset
+from datasets import Dataset
+
+import controls
+import extraction
+from controls import AUDITS, GAUGE_STRETCH, NOISE_LEVELS, GaugeAudit, NoiseAudit
+from extraction import extract_features
+from lora_data import LoraData, from_dataset
+from representations import REPRESENTATIONS, describe_module
+from settings import AUDITS as AUDIT_NAMES
+
+TEST = np.array([23, 4, 17, 9, 0])
+
+
+@pytest.fixture(params=[1024, 7])
+def data(request, monkeypatch) -> LoraData:
+    """24 rows of rank 2, in one block or in four."""
+    for module in (controls, extraction):
+        monkeypatch.setattr(module, "BLOCK_ROWS", request.param)
+    return from_dataset(lora_dataset(n=24), "x")
+
+
+def changed_layers(data, audit):
+    """Every layer as the audit reads it, block by block: (E, rows, cols) each."""
+    found = []
+    for position, layer in enumerate(data.layers):
+        blocks = []
+        for start in range(0, data.num_rows, extraction.BLOCK_ROWS):
+            stop = min(start + extraction.BLOCK_ROWS, data.num_rows)
+            blocks.append(audit.change(data, position, start, stop, data.read_layer(layer, start, stop)))
+            assert len(blocks[-1]) == len(audit.rows_in(start, stop))
+        found.append(torch.cat(blocks).double())
+    return found
+
+
+def test_settings_name_the_audits():
+    assert list(AUDITS) == list(AUDIT_NAMES)
+
+
+def test_positions_find_the_row_in_its_variant(data):
+    for make in AUDITS.values():
+        audit = make(data, TEST)
+        seen = {}
+        for position, row in enumerate(audit.rows):
+            seen.setdefault(row, []).append(position)
+        for i, variant in enumerate(audit.variants):
+            assert audit.positions(variant, TEST).tolist() == [seen[row][i] for row in TEST]
+
+
+def test_a_gauge_changes_both_layers_and_not_their_product(data):
+    audit = GaugeAudit(data, TEST)
+    assert audit.rows.tolist() == list(range(24))
+    layers, changed = [data.read_layer(layer, 0, 24).double() for layer in data.layers], changed_layers(data, audit)
+    for module in data.modules:
+        before, after = (of[module.up] @ of[module.down] for of in (layers, changed))
+        assert (after - before).abs().max() < 1e-5 * before.abs().max()
+        G = torch.linalg.pinv(layers[module.up]) @ changed[module.up]              # (n, r, r)
+        s = torch.linalg.svdvals(G)
+        assert s.min() > 0.999 / GAUGE_STRETCH and s.max() < 1.001 * GAUGE_STRETCH
+        assert (G - G[:1]).abs().amax((1, 2))[1:].min() > 0.01 and G.det().sign().unique().tolist() == [-1, 1]   # each row's own, of either sign
+        assert not torch.allclose(G, torch.linalg.pinv(layers[data.modules[0].up]) @ changed[data.modules[0].up]) or module is data.modules[0]
+
+
+def test_a_layer_without_a_partner_has_no_gauge():
+    columns = lora_columns(n=12)
+    alone = next(name for name in columns if "up" in name)
+    del columns[alone]
+    data = from_dataset(Dataset.from_dict({name: w.tolist() for name, w in columns.items()} | {"category_label": ["a", "b"] * 6}), "x")
+    partner = data.layers.index(alone.replace("up", "down"))
+    w = data.read_layer(data.layers[partner], 0, 12)
+    assert len(data.modules) == 7 and torch.equal(GaugeAudit(data, TEST).change(data, partner, 0, 12, w), w)
+
+
+def test_noise_has_the_std_that_it_says_in_test_rows_only(data):
+    audit = NoiseAudit(data, TEST)
+    assert sorted(audit.rows) == sorted(np.repeat(TEST, len(NOISE_LEVELS))) and audit.variants == ("1%", "5%", "10%", "20%")
+    first = None
+    for layer, changed in zip(data.layers, changed_layers(data, audit), strict=True):
+        w = data.read_layer(layer, 0, 24).double()[TEST]
+        noise = [changed[audit.positions(variant, TEST)] - w for variant in audit.variants]
+        for level, of_level in zip(NOISE_LEVELS, noise, strict=True):
+            assert torch.allclose(of_level / level, noise[-1] / NOISE_LEVELS[-1], atol=2e-4)       # one draw, scaled
+        ratio = noise[-1].flatten(1).std(1) / w.flatten(1).std(1, correction=0)
+        assert ratio.mean() == pytest.approx(0.2, rel=0.25) and len(ratio.unique()) == len(TEST)
+        first = noise[-1] if first is None else first
+        assert layer == data.layers[0] or not torch.allclose(first.flatten(), noise[-1].flatten())
+
+
+def test_what_is_drawn_does_not_depend_on_the_way_of_reading(data):
+    on_gpus_way = from_dataset(data.dataset, "x", "cpu:0")
+    widths = {"simple_stats": 5, "product_sketch": 256}
+    for make in AUDITS.values():
+        ours = extract_features(data, widths, audit=make(data, TEST))
+        theirs = extract_features(on_gpus_way, widths, audit=make(data, TEST))
+        assert not ours.errors
+        for name in widths:
+            assert torch.equal(ours.features[name], theirs.features[name]), name
+
+
+def test_features_of_changed_rows_are_those_of_changed_weights(data):
+    widths = {"stats": 7, "product_norms": 7}
+    for make in AUDITS.values():
+        audit = make(data, TEST)
+        found = extract_features(data, widths, audit=audit).features
+        changed = [w.float() for w in changed_layers(data, audit)]
+        expected = torch.cat([REPRESENTATIONS["stats"](w) for w in changed], dim=1)
+        assert torch.allclose(found["stats"], expected, rtol=1e-6, atol=1e-7)
+        pairs = [describe_module(changed[module.down], changed[module.up], ["product_norms"])[0]["product_norms"] for module in data.modules]
+        assert torch.allclose(found["product_norms"], torch.cat(pairs, dim=1), rtol=1e-6, atol=1e-7)
+
+
+def test_changes_are_in_units_of_a_columns_spread(data):
+    rng = np.random.default_rng(0)
+    x, train = rng.normal(size=(24, 300)) * rng.uniform(0.1, 10, 300), np.arange(12)
+    x[:, 5] = 2.0                                                          # constant: left out, as the trainers do
+    for make in AUDITS.values():
+        audit = make(data, TEST)
+        changed = x[audit.rows] + 0.1 * rng.normal(size=(len(audit.rows), 300))
+        found = audit.changes(torch.from_numpy(x), torch.from_numpy(changed), train)
+        for i, variant in enumerate(audit.variants):
+            which = np.flatnonzero(audit.chosen)
+            rows = [[p for p in range(len(audit.rows)) if audit.rows[p] == row][i] for row in which]
+            difference = np.delete((changed[rows] - x[which]) / np.where(x.std(0) > 0, x.std(0), 1), 5, axis=1)
+            assert found[variant] == pytest.approx({"largest": np.abs(difference).max(), "rms": np.sqrt((difference**2).mean())})

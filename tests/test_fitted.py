@@ -1,0 +1,239 @@
+"""Representations that are fitted to training rows: against dense oracles, and what they must not see."""
+
+import dataclasses
+
+import numpy as np
+import oracles
+import pytest
+import sklearn.decomposition
+import torch
+from builders import lora_columns
+from datasets import Dataset
+
+import controls
+import fitted
+from controls import GaugeAudit, NoiseAudit
+from fitted import FEATURES, FIT_SEED, FOLDS, Fit, train_kernel_ridge
+from lora_data import LoraData, Split, from_dataset
+from settings import REPRESENTATION_GROUPS
+
+N = 60
+
+
+def make_data(seed=0, rank=2, labels=None) -> LoraData:
+    columns = lora_columns(n=N, rank=rank, seed=seed)
+    labels = np.arange(N) % 3 if labels is None else labels
+    data = from_dataset(Dataset.from_dict({name: w.tolist() for name, w in columns.items()} | {"category_label": labels.tolist()}), "x")
+    rows = np.random.default_rng(1).permutation(N)
+    data.split = Split(rows[:40], rows[40:48], rows[48:], False)
+    return data
+
+
+def modules_of(data, layer_set):
+    read = lambda position: data.read_layer(data.layers[position], 0, N).numpy()  # noqa: E731
+    return [(read(data.modules[i].down), read(data.modules[i].up)) for i in data.modules_of(layer_set)]
+
+
+def flat(data, layer_set):
+    return np.concatenate([data.read_layer(data.layers[i], 0, N).numpy().reshape(N, -1) for i in data.layers_of(layer_set)], axis=1)
+
+
+@pytest.fixture(params=["all_layers", "visual_only"])
+def layer_set(request):
+    return request.param
+
+
+def test_the_registry_is_the_one_of_the_settings():
+    assert list(FEATURES) == list(REPRESENTATION_GROUPS["fitted"])
+
+
+def test_flat_vec_is_all_weights(layer_set):
+    data = make_data()
+    assert np.array_equal(FEATURES["flat_vec"](Fit(data, layer_set)).numpy(), flat(data, layer_set))
+
+
+@pytest.mark.parametrize("name", FEATURES)
+def test_changed_rows_follow_the_rows_and_move_none(name, monkeypatch):
+    """What is fitted does not depend on them; a changed row that did not change has its row's features."""
+    monkeypatch.setattr(fitted, "BLOCK_ROWS", 16)
+    monkeypatch.setattr(controls, "BLOCK_ROWS", 16)
+    data = make_data()
+    noise, gauge = NoiseAudit(data, data.split.test), GaugeAudit(data, data.split.test)
+    alone, together = FEATURES[name](Fit(data, "all_layers")), FEATURES[name](Fit(data, "all_layers", audits=(noise, gauge)))
+    assert together.shape == (N + len(noise.rows) + N, alone.shape[1])
+    assert torch.allclose(together[:N], alone, rtol=1e-4, atol=1e-4 * float(alone.abs().max()))
+    slightly = together[N:][noise.positions("1%", data.split.test)] - alone[data.split.test]
+    strongly = together[N:][noise.positions("20%", data.split.test)] - alone[data.split.test]
+    assert 0 < slightly.abs().mean() < 0.2 * strongly.abs().mean()
+    regauged = together[N + len(noise.rows):]
+    invariant = name in ("centroid_cosine", "kernel_pca", "kernel_ridge")
+    assert ((regauged - alone).abs().max() < 1e-4 * alone.abs().max()) == invariant     # of training rows, too: they keep their folds
+
+
+def test_the_kernel_is_that_of_the_dense_products(layer_set, monkeypatch):
+    data = make_data(rank=3)
+    expected = oracles.linear_kernel(modules_of(data, layer_set))[:, data.split.train]
+    for tile in (fitted.KERNEL_TILE, 9 * 40 * 7):
+        monkeypatch.setattr(fitted, "KERNEL_TILE", tile)
+        found = FEATURES["kernel_ridge"](Fit(data, layer_set)).numpy()
+        assert np.abs(found - expected).max() < 1e-5 * np.abs(expected).max()
+
+
+def aligned(found, expected):
+    """`found` with each column's sign as in `expected`."""
+    return found * np.sign((found * expected).sum(0))
+
+
+@pytest.mark.parametrize("components", [5, 30])
+def test_pca_of_few_rows_is_exact(layer_set, components):
+    """40 training rows span fewer directions than are looked at from 20 components on; below, what is lost is bounded."""
+    data = make_data()
+    x, train = flat(data, layer_set), data.split.train
+    found = FEATURES["pca"](Fit(data, layer_set, components=components)).numpy()
+    exact = sklearn.decomposition.PCA(components, svd_solver="full").fit(x[train])
+    assert found.shape == (N, components)
+    if components == 30:
+        expected = exact.transform(x)
+        assert np.abs(aligned(found, expected) - expected).max() < 1e-3 * np.abs(expected).max()
+    assert found[train].var(0, ddof=1).sum() > 0.5 * exact.explained_variance_.sum()
+    assert (np.diff(found[train].var(0)) <= 1e-6).all() and np.abs(found[train].mean(0)).max() < 1e-4
+    largest = found[train][np.abs(found[train]).argmax(0), np.arange(components)]
+    assert (largest > 0).all()
+
+
+def test_pca_finds_what_stands_out_and_needs_two_readings(monkeypatch):
+    data = make_data()
+    signal = np.random.default_rng(3).normal(size=(N, 3)) * [30, 20, 10]
+    reads, real = [], LoraData.read_on_host
+
+    def read_on_host(self, layer, start, stop, buffer=None):
+        reads.append(layer)
+        w = real(self, layer, start, stop, buffer)
+        directions = torch.from_numpy(np.random.default_rng(len(layer) + self.layers.index(layer)).normal(size=(3, w[0].numel())))
+        return w + (torch.from_numpy(signal[start:stop]) @ directions).view(w.shape).float()
+
+    monkeypatch.setattr(LoraData, "read_on_host", read_on_host)
+    found = FEATURES["pca"](Fit(data, "all_layers", components=4)).numpy()
+    assert sorted(reads) == sorted(2 * data.layers)
+    x = FEATURES["flat_vec"](Fit(data, "all_layers")).numpy().astype(np.float64)
+    expected = sklearn.decomposition.PCA(3, svd_solver="full").fit(x[data.split.train]).transform(x)
+    assert np.abs(aligned(found[:, :3], expected) - expected).max() < 0.02 * np.abs(expected).max()
+
+
+def test_pca_has_no_more_components_than_there_are():
+    data = make_data()
+    data.split = Split(np.arange(5), np.arange(5, 9), np.arange(9, 20), False)
+    found = FEATURES["pca"](Fit(data, "all_layers", components=128))
+    assert found.shape == (N, 4) and found.isfinite().all()
+    assert FEATURES["kernel_pca"](Fit(data, "all_layers", components=128)).shape == (N, 4)
+
+
+def test_kernel_pca_is_pca_of_the_dense_products(layer_set):
+    data = make_data()
+    x = oracles.dense_products(modules_of(data, layer_set))
+    found = FEATURES["kernel_pca"](Fit(data, layer_set, components=8)).numpy()
+    expected = sklearn.decomposition.PCA(8, svd_solver="full").fit(x[data.split.train]).transform(x)
+    assert np.abs(aligned(found, expected) - expected).max() < 1e-3 * np.abs(expected).max()
+
+
+def test_kernel_ridge_is_ridge_regression_on_the_dense_products(layer_set, monkeypatch):
+    monkeypatch.setattr(fitted, "RIDGE_PENALTIES", (0.1,))
+    data = make_data()
+    kernel, runs = FEATURES["kernel_ridge"](Fit(data, layer_set)), []
+    also = {"again": kernel[data.split.test[:5]]}
+    trained = train_kernel_ridge(kernel, data.labels, data.split, 3, lambda run, number: runs.append(number), also)
+    x, train = oracles.dense_products(modules_of(data, layer_set)), data.split.train
+    x = x - x[train].mean(0)
+    targets = np.eye(3)[data.labels[train]]
+    penalty = 0.1 * (x[train] ** 2).sum() / len(train)
+    weights = x[train].T @ np.linalg.solve(x[train] @ x[train].T + penalty * np.eye(len(train)), targets - targets.mean(0))
+    expected = (x @ weights + targets.mean(0)).argmax(1)
+    (run,) = trained.runs
+    for part in ("train", "val", "test"):
+        assert np.array_equal(run.predictions[part], expected[getattr(data.split, part)])
+    assert np.array_equal(run.predictions["again"], run.predictions["test"][:5]) and runs == [1] and trained.trained_dim == 40
+
+
+def test_kernel_ridge_takes_the_penalty_that_the_validation_rows_like():
+    data = make_data()
+    kernel = FEATURES["kernel_ridge"](Fit(data, "all_layers"))
+    alone = []
+    with pytest.MonkeyPatch.context() as patch:
+        for penalty in sorted(fitted.RIDGE_PENALTIES, reverse=True):
+            patch.setattr(fitted, "RIDGE_PENALTIES", (penalty,))
+            alone.append(train_kernel_ridge(kernel, data.labels, data.split, 3, lambda *_: None, {}).runs[0].predictions)
+    accuracy = [np.mean(one["val"] == data.labels[data.split.val]) for one in alone]
+    chosen = train_kernel_ridge(kernel, data.labels, data.split, 3, lambda *_: None, {}).runs[0].predictions
+    assert len(set(accuracy)) > 1 and np.array_equal(chosen["test"], alone[int(np.argmax(accuracy))]["test"])
+
+
+# --- what no row may see
+
+
+def folds_of(train):
+    return np.random.default_rng(FIT_SEED).permutation(len(train)) % FOLDS
+
+
+def test_centroid_cosines_equal_the_loop_over_rows(layer_set):
+    data = make_data()
+    found = FEATURES["centroid_cosine"](Fit(data, layer_set)).numpy()
+    expected = oracles.centroid_cosines(modules_of(data, layer_set), data.labels, data.split.train, folds_of(data.split.train), 3)
+    assert found.shape == expected.shape == (N, 2 * 3 * len(data.modules_of(layer_set)))
+    assert np.abs(found - expected).max() < 1e-5
+
+
+def with_labels(data, labels):
+    return dataclasses.replace(data, labels=labels)
+
+
+def test_a_training_row_never_sees_its_own_label():
+    data = make_data()
+    row = data.split.train[7]
+    before = FEATURES["centroid_cosine"](Fit(data, "all_layers"))
+    labels = data.labels.copy()
+    labels[row] = (labels[row] + 1) % 3
+    after = FEATURES["centroid_cosine"](Fit(with_labels(data, labels), "all_layers"))
+    folds = folds_of(data.split.train)
+    of_its_fold = data.split.train[folds == folds[7]]
+    others = np.setdiff1d(np.arange(N), of_its_fold)
+    assert torch.equal(after[of_its_fold], before[of_its_fold])
+    assert ((after - before)[others].abs().amax(1) > 1e-6).all()
+
+
+@pytest.mark.parametrize("name", FEATURES)
+def test_no_label_or_weight_of_another_row_than_the_training_rows_is_seen(name):
+    data = make_data()
+    outside = np.concatenate([data.split.val, data.split.test])
+    labels = data.labels.copy()
+    labels[outside] = (labels[outside] + 1) % 3
+    before = FEATURES[name](Fit(data, "all_layers"))
+    assert torch.equal(FEATURES[name](Fit(with_labels(data, labels), "all_layers")), before)
+    foreign = make_data(seed=9)
+    foreign.split = data.split
+    real = LoraData.read_on_host
+
+    def read_on_host(self, layer, start, stop, buffer=None):
+        w = real(self, layer, start, stop, buffer)
+        w[data.split.test] = 100 * real(foreign, layer, start, stop)[data.split.test]
+        return w
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LoraData, "read_on_host", read_on_host)
+        after = FEATURES[name](Fit(data, "all_layers"))
+    kept = np.setdiff1d(np.arange(N), data.split.test)
+    assert torch.allclose(after[kept], before[kept], rtol=1e-4, atol=1e-5 * float(before.abs().max()))
+    assert not torch.allclose(after[data.split.test], before[data.split.test], rtol=1e-2)
+
+
+def test_labels_that_mean_nothing_are_not_found_again_in_the_training_rows():
+    """Planted leakage: in the centroid of its own class a row's vector would give its label away."""
+    rng, ours, leaky = np.random.default_rng(0), [], []
+    for seed in range(5):
+        data = make_data(seed=seed, labels=rng.integers(0, 3, N))
+        train = data.split.train
+        unfolded = [np.nan] * len(train)                                   # unequal to itself: every row meets its own label
+        naive = oracles.centroid_cosines(modules_of(data, "visual_only"), data.labels, train, unfolded, 3)
+        for found, hits in ((FEATURES["centroid_cosine"](Fit(data, "visual_only")).numpy(), ours), (naive, leaky)):
+            hits.append(np.mean(found.reshape(N, -1, 3).sum(1)[train].argmax(1) == data.labels[train]))
+    assert np.mean(leaky) > 0.7
+    assert np.mean(ours) < 1 / 3 + 3 * np.sqrt(2 / 9 / (5 * 40))
