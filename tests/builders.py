@@ -1,7 +1,10 @@
 """Small data sets for the tests, in every layout that a column can have."""
 
 import numpy as np
+import torch
 from datasets import Array2D, ClassLabel, Dataset, Features, List, Value
+
+import representations
 
 LAYOUTS = ("nested", "array2d", "fixed", "large", "float16", "float64")
 MODULES = [f"unet.down_blocks.{i}.attentions.0.transformer_blocks.0.{kind}.{p}.lora"
@@ -50,3 +53,14 @@ def lora_dataset(n=24, layout="nested", label_kind="string", seed=0, signal=Fals
     features |= {"category_label": feature, "group": Value("string")}
     rows = {name: w.tolist() for name, w in columns.items()}
     return Dataset.from_dict(rows | {"category_label": labels, "group": [f"g{i % 5}" for i in range(n)]}, features=Features(features))
+
+
+def room_for(rows, sizes):
+    """`representations.describe` on a device with memory for so many; notes in `sizes` how many it was asked for."""
+    def describe(w, names):
+        sizes.append(len(w))
+        if len(w) > rows:
+            raise torch.OutOfMemoryError("pretended")
+        return real(w, names)
+    real = representations.describe
+    return describe

@@ -18,11 +18,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from builders import lora_dataset
+from builders import lora_columns, lora_dataset, room_for
 from conftest import ROOT
 from datasets import Dataset
 
-import extraction
 import representations
 import visual_ablation_experiment as experiment
 from lora_data import LoraData
@@ -82,10 +81,6 @@ def without_times(record):
 def cell_files(place, **kwargs):
     return {name: without_times(json.loads((folder(place, **kwargs) / "checkpoints" / name).read_text()))
             for name in visible(folder(place, **kwargs) / "checkpoints")}
-
-
-def widths(names):
-    return {name: REPRESENTATIONS[name].width for name in names}
 
 
 def never(*arguments, **kwargs):
@@ -183,63 +178,11 @@ def test_each_weight_is_read_once_for_all_that_needs_it(run, monkeypatch):
         reads.append((layer, start, stop))
         return real(self, layer, start, stop, buffer)
     monkeypatch.setattr(LoraData, "read_layer", read_layer)
-    run("--layer-sets", "all_layers", "visual_only", "text_only")
-    assert len(reads) == len(set(reads)) == 16
-
-
-def test_blocks_do_not_change_a_number(place, monkeypatch):
-    data = experiment_data()
-    names = [name for name in NINE if name != "ensemble"]
-    whole, _ = extraction.extract_features(data, widths(names))[:2]
-    monkeypatch.setattr(extraction, "BLOCK_ROWS", 7)
-    monkeypatch.setitem(representations.SLICE_WEIGHTS, "cpu", 30)
-    pieces, _ = extraction.extract_features(data, widths(names))[:2]
-    for name in names:
-        assert torch.allclose(whole[name], pieces[name], rtol=1e-6, atol=1e-7), name
-
-
-def test_the_way_of_a_gpu_gives_the_same_features(place):
-    """Layers read ahead by threads and described in turn; `cpu:0` is a CPU that takes that way."""
-    import lora_data
-    names = [name for name in NINE if name != "ensemble"]
-    data = experiment_data()
-    ours, _ = extraction.extract_features(data, widths(names))[:2]
-    theirs = extraction.extract_features(lora_data.from_dataset(data.dataset, "x", "cpu:0"), widths(names))
-    assert theirs.reading > 0 and theirs.computing > 0
-    theirs = theirs.features
-    for name in names:
-        assert torch.equal(ours[name], theirs[name]), name
-
-
-def room_for(rows, sizes):
-    """`describe` on a device with memory for so many; notes in `sizes` how many it was asked for."""
-    def describe(w, names):
-        sizes.append(len(w))
-        if len(w) > rows:
-            raise torch.OutOfMemoryError("pretended")
-        return real(w, names)
-    real = representations.describe
-    return describe
-
-
-def test_a_layer_that_a_gpu_has_no_room_for_is_described_in_halves(place, monkeypatch):
-    import lora_data
-    names = [name for name in NINE if name != "ensemble"]
-    data = experiment_data()
-    ours, _ = extraction.extract_features(data, widths(names))[:2]
-    real, sizes = torch.Tensor.copy_, []
-
-    def copy_(self, source, non_blocking=False):
-        if non_blocking:                                                 # the upload
-            raise torch.OutOfMemoryError("pretended")
-        return real(self, source)
-
-    monkeypatch.setattr(torch.Tensor, "copy_", copy_)
-    monkeypatch.setattr(representations, "describe", room_for(20, sizes))
-    theirs, errors = extraction.extract_features(lora_data.from_dataset(data.dataset, "x", "cpu:0"), widths(names))[:2]
-    assert not errors and {40, 20} == set(sizes)
-    for name in names:
-        assert torch.allclose(ours[name], theirs[name], rtol=1e-6, atol=1e-7), name
+    for names in ("nine", "product"), ("product",), ("stats",):
+        reads.clear()
+        run("--layer-sets", "all_layers", "visual_only", "text_only", "--representations", *names, "--no-cache-features",
+            "--output-dir", names[0])
+        assert len(reads) == len(set(reads)) == 16
 
 
 def test_the_same_command_gives_the_same_numbers(run, place):
@@ -256,6 +199,135 @@ def test_both_trainers_make_whole_cells(run, place):
         status, log = run("--trainer", trainer, "--output-dir", trainer, "--representations", "stats", "--precision", "bfloat16")
         assert status == 0 and log.count("Run 2/2: Train=") == 2
         assert json.loads((folder(place, output=trainer) / "checkpoints" / "all_layers_stats.json").read_text())["made_with"]["trainer"] == trainer
+
+
+# --- products, fitted representations and audits
+
+EVERYTHING = ("--representations", "all", "--audit", "gauge", "noise", "--pca-components", "5", "--sketch-size", "4")
+
+
+def test_everything_that_can_be_asked_for_runs_and_resumes(run, place):
+    status, log = run(*EVERYTHING)
+    assert status == 0, log
+    cells = cells_of(("all_layers", "visual_only"), REPRESENTATIONS, ("gauge", "noise"))
+    assert visible(folder(place) / "checkpoints") == sorted(f"{cell.name}.json" for cell in cells) and len(cells) == 120
+    for line in ("All Layers Config:    0/20 completed, 20 remaining", "Visual-Only Config:   0/20", "Gauge Audit:          0/40",
+                 "Total Progress:       0/120"):
+        assert line in log
+    results = json.loads((folder(place) / "results.json").read_text())
+    assert [row["representation"] for row in results["visual_only_results"]] == [f"{name}_visual_only" for name in REPRESENTATIONS]
+    columns = {row["representation"]: row["feature_dim"] for row in results["visual_only_results"]}
+    # 8 layers, 4 modules, 3 classes, 28 training rows, 96 weights
+    assert columns["product_sketch_visual_only"] == 4 * 16 and columns["pca_visual_only"] == 5 and columns["kernel_ridge_visual_only"] == 28
+    assert columns["centroid_cosine_visual_only"] == 2 * 4 * 3 and columns["flat_vec_visual_only"] == 8 * 12
+    assert [entry["representation"] for entry in results["comparison"]] == list(REPRESENTATIONS)
+    assert len(results["audits"]) == 80 and results["skipped_cells"] == results["failed_cells"] == []
+    accuracies = {row["representation"]: row["test_acc_all_runs"] for row in results["all_layers_results"]}
+    for entry in results["audits"]:
+        if entry["layer_set"] == "all_layers":
+            assert entry["test_acc_all_runs"] == accuracies[f"{entry['representation']}_all_layers"]
+        change = [variant["change"] for variant in entry["variants"].values()]
+        if entry["audit"] == "gauge" and "product" in entry["representation"]:
+            assert change[0]["largest"] < 1e-3 and entry["variants"]["re-gauged"]["agreement"] == 1
+        elif entry["representation"] not in ("centroid_cosine", "kernel_pca", "kernel_ridge"):
+            assert 0 < change[0]["rms"] <= change[0]["largest"] and change[-1]["rms"] > 1e-3
+    text = (folder(place) / "results.txt").read_text()
+    assert "Gauge audit" in text and "largest change" in text and "Noise audit" in text and text in log
+    before = snapshot(folder(place) / "checkpoints")
+    status, log = run(*EVERYTHING)
+    assert status == 0 and "All experiments already completed!" in log and snapshot(folder(place) / "checkpoints") == before
+    status, log = run("--status", *EVERYTHING)
+    assert status == 0 and "Noise Audit:          40/40 completed, 0 remaining" in log
+
+
+def test_an_audit_of_finished_cells_scores_the_same_runs_and_leaves_them(run, place):
+    chosen = ("--representations", "ensemble", "product_norms", "centroid_cosine", "kernel_ridge")
+    assert run(*chosen)[0] == 0
+    before = snapshot(folder(place) / "checkpoints")
+    status, log = run(*chosen, "--audit", "noise")
+    assert status == 0 and "Will run 8 remaining" in log and "Cached features: spectral" in log
+    after = snapshot(folder(place) / "checkpoints")
+    assert {name: after[name] for name in before} == before and len(after) == 16
+    for cell in cells_of(("all_layers", "visual_only"), chosen[1:]):
+        plain, audit = (folder(place) / "predictions" / f"{cell.name}{suffix}.npz" for suffix in ("", ".noise"))
+        with np.load(plain, allow_pickle=False) as plain, np.load(audit, allow_pickle=False) as audit:
+            assert np.array_equal(plain["test_predictions"], audit["test_predictions"]), cell
+            assert audit["20%_predictions"].shape == plain["test_predictions"].shape
+    run("--representations", "ensemble", "--audit", "gauge", "--output-dir", "together")
+    assert cell_files(place, output="together")["all_layers_ensemble.json"] == cell_files(place)["all_layers_ensemble.json"]
+
+
+def test_what_a_layer_set_or_its_size_rules_out_is_skipped_and_said(run, place, monkeypatch):
+    columns = lora_columns(n=40)
+    del columns[next(name for name in columns if "attn1" in name and "up" in name)]
+    rows = {name: w.tolist() for name, w in columns.items()} | {"category_label": ["a", "b"] * 20}
+    Dataset.from_dict(rows).save_to_disk("cut")
+    chosen = ("--representations", "stats", "product_norms", "--layer-sets", "all_layers", "visual_only", "text_only", "--audit", "gauge")
+    status, log = run(*chosen, dataset="./cut")
+    assert status == 0 and "Skipped, 1 layers of all_layers are there without the other half of their module, such as 'unet." in log
+    names = visible(folder(place, "cut") / "checkpoints")
+    assert "text_only_product_norms.json" in names and "text_only_product_norms.gauge.json" in names and len(names) == 8
+    results = json.loads((folder(place, "cut") / "results.json").read_text())
+    assert [entry["cell"] for entry in results["skipped_cells"]] == [
+        f"{layer_set}_product_norms{audit}" for layer_set in ("all_layers", "visual_only") for audit in ("", ".gauge")]
+    assert "Skipped: visual_only_product_norms" in (folder(place, "cut") / "results.txt").read_text()
+    assert "Total Progress:       8/8 (100.0%)" in run("--status", *chosen, dataset="./cut")[1]
+    status, log = run("--representations", "product", "--layer-sets", "visual_only", dataset="./cut")
+    assert status == 2 and "error: nothing can be computed: 1 layers of visual_only" in log
+    for name in ("kernel_pca", "kernel_ridge"):
+        monkeypatch.setitem(REPRESENTATIONS, name, REPRESENTATIONS[name]._replace(most_rows=39))
+    status, log = run("--representations", "stats", "kernel_ridge")
+    assert status == 0 and "Skipped, for at most 39 rows, the data set has 40: all_layers_kernel_ridge, visual_only_kernel_ridge" in log
+
+
+def test_modules_whose_ranks_do_not_fit_are_refused_where_products_are_wanted(run, place):
+    columns = lora_columns(n=40)
+    name = next(name for name in columns if "up" in name)
+    columns[name] = columns[name][:, :, :1]
+    Dataset.from_dict({key: w.tolist() for key, w in columns.items()} | {"category_label": ["a", "b"] * 20}).save_to_disk("odd")
+    assert run("--representations", "stats", dataset="./odd")[0] == 0
+    status, log = run("--representations", "stats", "product_norms", dataset="./odd")
+    assert status == 2 and f"'{name}' 6 x 1" in log
+
+
+def test_options_of_a_representation_make_its_cells_and_caches_stale_and_no_others(run, place):
+    chosen = ("--representations", "stats", "product_sketch", "pca")
+    run(*chosen, "--sketch-size", "3")
+    status, log = run(*chosen, "--sketch-size", "4")
+    assert status == 2 and "2 finished cells" in log and "sketch_size was 3, is now 4" in log
+    status, log = run(*chosen, "--sketch-size", "4", "--rerun-stale", "--pca-components", "3")
+    assert status == 0 and "Set aside stale checkpoint all_layers_pca (pca_components was 128, is now 3)" in log
+    assert "cached features of product_sketch are not used: made by another version or with other options" in log
+    assert "all_layers_stats:" not in log and log.count("Set aside") == 4
+    sizes = {name: record["feature_dim"] for name, record in cell_files(place).items()}
+    assert sizes["all_layers_product_sketch.json"] == 8 * 16 and sizes["all_layers_pca.json"] == 3
+
+
+def test_a_product_that_fails_costs_its_cells_and_their_audits_only(run, place, monkeypatch):
+    def broken(module):
+        raise RuntimeError("did not converge")
+    monkeypatch.setitem(representations.PRODUCT_REPRESENTATIONS, "product_norms", broken)
+    status, log = run("--representations", "stats", "product_norms", "product_sketch", "--audit", "gauge")
+    assert status == 1 and log.count("product_norms failed on rows 0..40 of unet.") == 2      # of the rows, and of the audit's
+    assert visible(folder(place) / "checkpoints") == sorted(
+        f"{cell.name}.json" for cell in cells_of(("all_layers", "visual_only"), ("stats", "product_sketch"), ("gauge",)))
+    assert log.count("product_norms FAILED: features of product_norms: RuntimeError: did not converge") == 2
+    assert log.count("product_norms.gauge FAILED: features of product_norms: RuntimeError: did not converge") == 2
+    assert "4 cells FAILED" in log
+    assert "all_layers_product_norms.gauge" in [entry["cell"] for entry in json.loads((folder(place) / "results.json").read_text())["failed_cells"]]
+
+
+def test_a_fit_that_fails_costs_its_cell(run, place, monkeypatch):
+    import fitted
+    monkeypatch.setitem(fitted.FEATURES, "pca", lambda fit: torch.full((40, 2), float("nan")))
+    status, log = run("--representations", "pca", "flat_vec")
+    assert status == 1 and "all_layers_pca FAILED: ValueError: feature 0 of row 0 is nan" in log
+    assert visible(folder(place) / "checkpoints") == ["all_layers_flat_vec.json", "visual_only_flat_vec.json"]
+
+
+def test_a_plan_counts_products_and_fits(run, place):
+    status, log = run("--dry-run", *EVERYTHING)
+    assert status == 0 and "Will run 120" in log and "all_layers_flat_vec.noise" in log and "GB features" in log
 
 
 # --- resuming

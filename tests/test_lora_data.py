@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import lora_data
-from lora_data import ReadAhead, attention_kind, from_dataset, is_layer, load_lora_data, split_rows, survey
+from lora_data import ReadAhead, attention_kind, from_dataset, is_layer, load_lora_data, module_and_side, split_rows, survey
 from settings import InputError
 
 
@@ -221,6 +221,29 @@ def test_layer_names_of_all_tools(name, kind):
                                   "unet.attn1.to_q.weight", "explora_down.weight"])
 def test_other_columns_are_no_layers(name):
     assert not is_layer(name)
+
+
+@pytest.mark.parametrize("down, up", [
+    ("unet.attn1.to_q.lora.down.weight", "unet.attn1.to_q.lora.up.weight"),
+    ("base.attn1.to_q.lora_A.weight", "base.attn1.to_q.lora_B.weight"), ("a.to_q.lora_A.default.weight", "a.to_q.lora_B.default.weight"),
+    ("lora_unet_down_blocks_0_attn1_to_q.lora_down.weight", "lora_unet_down_blocks_0_attn1_to_q.lora_up.weight"),
+    ("a.to_q_lora.down.weight", "a.to_q_lora.up.weight"),
+])
+def test_the_two_layers_of_a_module_share_its_name(down, up):
+    assert module_and_side(down) == (module_and_side(up)[0], "down") and module_and_side(up)[1] == "up"
+
+
+def test_modules_of_a_layer_set_and_what_it_cuts_apart():
+    data = from_dataset(lora_dataset(), "x")
+    assert len(data.modules) == 8 and [len(data.modules_of(name)) for name in ("all_layers", "visual_only", "text_only")] == [8, 4, 4]
+    for module in data.modules:
+        down, up = data.layers[module.down], data.layers[module.up]
+        assert down.replace("down.weight", "up.weight") == up and "down.weight" in down
+    assert not data.layers_without_partner("all_layers")
+    data.layers.remove(lone := next(layer for layer in data.layers if "attn2" in layer and "up.weight" in layer))
+    cut = from_dataset(data.dataset.remove_columns(lone), "x")
+    assert len(cut.modules) == 7 and cut.layers_without_partner("visual_only") == []
+    assert cut.layers_without_partner("text_only") == [lone.replace("up.weight", "down.weight")] == cut.layers_without_partner("all_layers")
 
 
 @pytest.mark.parametrize("kind, classes", [("string", ["Ape", "cat", "dog"]), ("integer", [3, 7, 9]), ("classlabel", ["zebra", "apple", "mango"])])

@@ -3,9 +3,11 @@
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from make_synthetic_dataset import class_directions
 
 from lora_data import load_lora_data
 
@@ -33,6 +35,30 @@ def test_the_signal_is_where_it_was_planted_and_nowhere_else(tmp_path, signal, k
     for kind in ("attn1", "attn2"):
         spread = mean_square_by_class(data, kind)
         assert spread > 5 if kind in knowing else spread < 2, (kind, spread)
+
+
+def kernel_by_class(data, kind):
+    """Mean inner product of two rows' products, less its mean over pairs of different classes, over the std of one pair."""
+    kernel = np.zeros((data.num_rows, data.num_rows))
+    for module in data.modules:
+        if data.kinds[module.down] == kind:
+            down, up = (data.read_layer(data.layers[position], 0, data.num_rows).double().numpy() for position in (module.down, module.up))
+            kernel += np.einsum("iok,jol,ika,jla->ij", up, up, down, down, optimize=True)
+    same = data.labels[:, None] == data.labels
+    pairs = ~np.eye(len(kernel), dtype=bool)
+    return (kernel[same & pairs].mean() - kernel[~same].mean()) / kernel[~same].std() * np.sqrt((same & pairs).sum() / 2)
+
+
+@pytest.mark.parametrize("rank", ["1", "2"])
+def test_a_signal_in_the_product_is_in_nothing_else(tmp_path, rank):
+    assert make(tmp_path / "set", "--rows", "120", "--signal", "attn1", "--carrier", "product", "--rank", rank)[0] == 0
+    data = load_lora_data(str(tmp_path / "set"))
+    assert kernel_by_class(data, "attn1") > 6 and abs(kernel_by_class(data, "attn2")) < 4
+    assert mean_square_by_class(data, "attn1") < 2
+    a, b = class_directions(0, 1, 320, 64)
+    assert np.abs(a).tolist() == np.ones((10, 320)).tolist() and np.abs(a.sum(1)).max() == 0
+    assert np.allclose(np.abs(np.fft.fft(a)), np.abs(np.fft.fft(a[0])), atol=1e-3)     # no Fourier magnitude tells
+    assert np.abs(a @ a.T / 320 - np.eye(10)).max() < 0.25 and np.allclose((b**2).sum(1), 1)
 
 
 def test_rows_depend_on_the_seed_alone(tmp_path):

@@ -7,7 +7,7 @@ import pytest
 from conftest import ROOT
 
 import visual_ablation_experiment as experiment
-from settings import InputError, Settings, TrainingSettings, build_settings, read_yaml, setting_fields
+from settings import NINE, REPRESENTATION_GROUPS, REPRESENTATIONS, InputError, Settings, TrainingSettings, build_settings, read_yaml, setting_fields
 
 
 def test_the_defaults_are_the_published_ones():
@@ -123,3 +123,29 @@ def test_the_output_folder_ends_in_the_last_part_of_the_name(dataset, name):
     assert experiment.output_folder(Settings(dataset="..")).name == f"visual_ablation_{Path.cwd().parent.name}"
     assert experiment.output_folder(Settings(output_dir="~/x")).is_relative_to(Path.home())
     assert experiment.output_folder(Settings(dataset=dataset)) == Path("visual-ablation-results") / f"visual_ablation_{name}"
+
+
+def test_groups_of_representations_stand_for_their_names():
+    chosen = lambda *names: build_settings({"representations": list(names)}).representations  # noqa: E731
+    assert chosen("nine") == NINE == Settings().representations and len(NINE) == 9
+    assert chosen("nine", "product") == NINE + REPRESENTATION_GROUPS["product"]
+    assert chosen("product_norms", "product")[:2] == ("product_norms", "product_spectral")   # nothing twice where a group is named
+    assert set(chosen("all")) == set(REPRESENTATIONS) == {name for group in ("nine", "product", "fitted") for name in REPRESENTATION_GROUPS[group]}
+    with pytest.raises(InputError, match="names one twice"):
+        chosen("stats", "stats")
+
+
+def test_audits_are_cells_beside_those_they_audit():
+    settings = build_settings({"representations": ["stats"], "audit": ["noise"]})
+    assert [cell.name for cell in settings.cells] == [
+        "all_layers_stats", "all_layers_stats.noise", "visual_only_stats", "visual_only_stats.noise"]
+    assert settings.cells[1].trained == settings.cells[0] and Settings().audit == ()
+    with pytest.raises(InputError, match="unknown --audit 'rain': use gauge, noise"):
+        build_settings({"audit": ["rain"]})
+
+
+def test_options_belong_to_the_representations_that_they_change():
+    settings = build_settings({"sketch_size": 5, "pca_components": 7})
+    assert settings.width_of("product_sketch") == 25 and settings.width_of("stats") == 7
+    assert {name: settings.options_of(name) for name in REPRESENTATIONS if settings.options_of(name)} == {
+        "product_sketch": {"sketch_size": 5}, "pca": {"pca_components": 7}, "kernel_pca": {"pca_components": 7}}

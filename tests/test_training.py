@@ -328,6 +328,55 @@ def test_a_training_step_runs_on_a_device_that_is_not_the_cpu(monkeypatch):
         assert pack.predict(x).shape == (2, 30) and pack.predict(x).device.type == "meta"
 
 
+def test_features_on_the_host_are_moved_batch_by_batch(monkeypatch):
+    """A step, a run's prediction and a pack's with features on one device and all else on another."""
+    monkeypatch.setattr(training, "adam", lambda *lists, lr, **rest: None)
+    settings = dataclasses.replace(SMALL, dropout=0.5)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        x, y = torch.empty(30, 10), torch.empty(30, dtype=torch.long, device="meta")
+        rows, dropout = torch.empty(3, 16, dtype=torch.long), torch.empty(3, 3, 16, 24, device="meta")
+        pack = training.Pack([training.build_model(s, 10, 3, settings) for s in (1, 2, 3)], settings, y.device, x.dtype)
+        epoch = training.PackedEpoch(pack, x, y)
+        assert not epoch.replays()
+        epoch.step(rows, dropout)
+        assert epoch.total_R.device.type == "meta" and pack.predict(x).device.type == "meta"
+        with torch.device("meta"):
+            model = torch.nn.Sequential(torch.nn.Linear(10, 3))
+        assert training.predict(model, x, settings, y.device).device.type == "meta"
+
+
+@pytest.mark.parametrize("trainer", ["sequential", "packed"])
+def test_features_that_a_gpu_has_no_room_for_stay_on_the_host_and_change_no_number(monkeypatch, trainer):
+    x, labels, split = problem()
+    settings = dataclasses.replace(SMALL, trainer=trainer, dropout=0.5)
+    whole = train_runs(x, labels, split, 3, settings, "cpu").runs
+    monkeypatch.setattr(training, "home_of", lambda features, device: "cpu:0")
+    assert_same_runs(train_runs(x, labels, split, 3, settings, "cpu").runs, whole)
+
+
+def test_where_features_lie_goes_by_the_room_that_three_copies_need(monkeypatch):
+    features = torch.zeros(1000, 10)
+    for free, home in ((3 * 40_000, "cuda:1"), (3 * 40_000 - 1, "cpu")):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, 10**9))
+        assert training.home_of(features, "cuda:1") == home
+    assert training.home_of(features, "cpu") == "cpu"
+
+
+@pytest.mark.parametrize("trainer", ["sequential", "packed"])
+def test_rows_that_are_only_predicted_change_nothing_and_are_standardised_as_the_others(trainer):
+    x, labels, split = problem()
+    x = 5 + x * torch.linspace(0.1, 10, 10)
+    settings = dataclasses.replace(SMALL, trainer=trainer, dropout=0.5)
+    alone = train_runs(x, labels, split, 3, settings).runs
+    also = {"the same": x[split.test], "others": 100 * x[split.test], "none": x[:0]}
+    together = train_runs(x, labels, split, 3, settings, also=also).runs
+    assert_same_runs(together, alone)
+    for run in together:
+        assert np.array_equal(run.predictions["the same"], run.predictions["test"])
+        assert not np.array_equal(run.predictions["others"], run.predictions["test"])
+        assert run.predictions["none"].shape == (0,)
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 def test_recorded_steps_train_as_ordinary_ones(monkeypatch, dropout):
     """As on a GPU, but for the recording itself: what is replayed reads the places that were filled at the record."""
