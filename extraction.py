@@ -99,10 +99,23 @@ def extract(work: Pass, start: int, stop: int, seconds: dict[str, float], on_lay
     units = work.units() if n else []
     position_of = {(module.down, module.up): i for i, module in enumerate(data.modules)} if work.names("module") else {}
 
+    def change(position: int, w: Tensor) -> Tensor:
+        """On the device, or on the host where that has no room; what describes it then takes it in halves."""
+        try:
+            return work.audit.change(data, position, start, stop, w)
+        except torch.OutOfMemoryError:
+            log.warning(f"out of memory on {data.device}: rows {start}..{stop} of {data.layers[position]} are changed on the host")
+        return work.audit.change(data, position, start, stop, w.cpu())
+
     def fill(unit: tuple[int, ...], weights: list[Tensor]) -> None:
         began = time.perf_counter()
         if work.audit is not None:
-            weights = [work.audit.change(data, position, start, stop, w) for position, w in zip(unit, weights, strict=True)]
+            try:
+                weights = [change(position, w) for position, w in zip(unit, weights, strict=True)]
+            except Exception as error:  # the audit's features are lost; the caller reports it
+                log.error(f"the {work.audit.name} audit failed on rows {start}..{stop} of {data.layers[unit[0]]}:\n{traceback.format_exc()}")
+                errors.update((name, error) for name in work.widths if name not in errors)
+                return
         jobs = [(position, (w,), work.names("layer")) for position, w in zip(unit, weights, strict=True)]
         if len(unit) == 2:
             jobs.append((position_of[unit], tuple(weights), work.names("module")))
@@ -177,7 +190,7 @@ class Features:
     computed: dict[str, Tensor] = field(default_factory=dict)            # representation -> (N, P*k)
     changed: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     audits: dict[str, Audit] = field(default_factory=dict)
-    fits: dict[tuple, Fit] = field(default_factory=dict)                 # the last one, whose kernel may serve two cells
+    fits: dict[tuple, Fit] = field(default_factory=dict)                 # the last one with a kernel, which serves two cells
 
     def of(self, cell: Cell, audits: list[Audit]) -> tuple[Tensor, dict[str, Tensor]]:
         """The cell's columns of all rows, (N, D), and of each audit's, (E, D)."""
@@ -185,19 +198,19 @@ class Features:
             from fitted import FEATURES
 
             sizes = [self.data.num_rows] + [len(audit.rows) for audit in audits]
-            x, *changed = FEATURES[cell.representation](self.fit(cell.layer_set, audits)).split(sizes)
+            x, *changed = FEATURES[cell.representation](self.fit(cell, audits)).split(sizes)
         else:
             x, *changed = (slice_layers(feature_matrix(found, cell, self.data), cell, self.data)
                            for found in [self.computed] + [self.changed[audit.name] for audit in audits])
         return x, {audit.name: part for audit, part in zip(audits, changed, strict=True)}
 
-    def fit(self, layer_set: str, audits: list[Audit]) -> Fit:
+    def fit(self, cell: Cell, audits: list[Audit]) -> Fit:
         from fitted import Fit
 
-        key = (layer_set, *(audit.name for audit in audits))
-        if key not in self.fits:
-            self.fits = {key: Fit(self.data, layer_set, self.components, tuple(audits))}
-        return self.fits[key]
+        key = (cell.layer_set, *(audit.name for audit in audits))
+        found = self.fits.get(key) or Fit(self.data, cell.layer_set, self.components, tuple(audits))
+        self.fits = {key: found} if cell.representation.startswith("kernel") else {}
+        return found
 
 
 def feature_matrix(features: dict[str, Tensor], cell: Cell, data: LoraData) -> Tensor:

@@ -2,13 +2,14 @@
 
 Each is computed when its cell runs and kept for that cell alone: it depends on which rows train and, for
 `centroid_cosine` and `kernel_ridge`, on their labels. Nothing is fitted to a validation or test row, to its label, or to
-a row that an audit changed. N rows of the data set are followed by E changed ones, all in the same order everywhere.
+a row that an audit changed. N rows of the data set are followed by E changed ones, all in the same order everywhere; the
+two never meet in one product of matrices, so that an audit does not change even the rounding of what it audits.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -52,8 +53,25 @@ class Fit:
         return len(self.sources)
 
     @property
+    def sections(self) -> list[slice]:
+        """The N rows, and the E."""
+        return [slice(0, self.data.num_rows), slice(self.data.num_rows, self.num_rows)]
+
+    def blocks(self, size: int) -> Iterator[slice]:
+        """Of at most `size` rows, none of which holds both kinds."""
+        for section in self.sections:
+            for start in range(section.start, section.stop, size):
+                yield slice(start, min(start + size, section.stop))
+
+    @property
     def layers(self) -> list[int]:
         return self.data.layers_of(self.layer_set)
+
+    @property
+    def width(self) -> int:
+        """Weights of a row."""
+        shapes = [self.data.matrices[self.data.layers[position]] for position in self.layers]
+        return sum(shape.rows * shape.cols for shape in shapes)
 
     @property
     def modules(self) -> list:
@@ -95,15 +113,20 @@ class Fit:
             down, upT = self.read(module.down).to(device), self.read(module.up).mT.contiguous().to(device)   # (N + E, r, in), (N + E, r, out)
             r = down.shape[1]
             down_T, upT_T = (w[train.to(device)].flatten(0, 1) for w in (down, upT))                         # (T*r, in), (T*r, out)
-            for rows in torch.arange(self.num_rows).split(max(1, KERNEL_TILE // (r * r * len(train)))):
-                inner = (upT[rows.to(device)].flatten(0, 1) @ upT_T.mT) * (down[rows.to(device)].flatten(0, 1) @ down_T.mT)
-                kernel[rows] += inner.view(len(rows), r, len(train), r).sum((1, 3), dtype=torch.float64).cpu()
+            for rows in self.blocks(max(1, KERNEL_TILE // (r * r * len(train)))):
+                inner = (upT[rows].flatten(0, 1) @ upT_T.mT) * (down[rows].flatten(0, 1) @ down_T.mT)
+                kernel[rows] += inner.view(-1, r, len(train), r).sum((1, 3), dtype=torch.float64).cpu()
         return kernel
 
 
 def flat_vec(fit: Fit) -> Tensor:
     """All weights of a row, layer after layer: (N + E, D) float32. The origin's tenth representation."""
-    return torch.cat([fit.read(position).flatten(1) for position in fit.layers], dim=1)
+    whole, column = torch.empty(fit.num_rows, fit.width), 0
+    for position in fit.layers:
+        x = fit.read(position).flatten(1)
+        whole[:, column:column + x.shape[1]] = x
+        column += x.shape[1]
+    return whole
 
 
 def pca(fit: Fit) -> Tensor:
@@ -112,34 +135,38 @@ def pca(fit: Fit) -> Tensor:
     Randomised (Halko, Martinsson and Tropp 2011, without power iterations): X = all weights less the training rows' mean. The
     first reading projects X on random directions, whose orthonormal basis Q (T, l) over the training rows has l = 2 k or as
     many as there are; the second takes B = Q.T @ X and X @ B.T, layer by layer. The scores are those of the best k directions
-    in the span of B's rows, ordered by variance, the sign such that the largest score of a training row is positive. One
-    layer of all rows is the largest thing in memory. Exact if the training rows span l directions or fewer.
+    in the span of B's rows, ordered by variance, the sign such that the largest score of a training row is positive. In memory
+    are one layer of all rows, twice while it is projected, and 20 numbers a row and direction. Exact if the training rows span
+    l directions or fewer.
     """
-    train, T = fit.train, len(fit.train)
-    width = sum(fit.data.matrices[fit.data.layers[position]].rows * fit.data.matrices[fit.data.layers[position]].cols for position in fit.layers)
-    k = min(fit.components, T - 1, width)
-    directions = min(OVERSAMPLING * k, T, width)
+    train, T, own = fit.train, len(fit.train), fit.sections[0]
+    k = min(fit.components, T - 1, fit.width)
+    directions = min(OVERSAMPLING * k, T, fit.width)
     if k < 1:
         raise TrainingError("pca needs two training rows")
 
     def centred(position: int) -> Tensor:
-        x = fit.read(position).flatten(1).to(fit.data.device)            # (N + E, d)
-        return x.sub_(x[train].mean(0, dtype=torch.float64).float())
+        x = fit.read(position).flatten(1)                                # (N + E, d)
+        total = sum(x[rows].sum(0, dtype=torch.float64) for rows in train.split(BLOCK_ROWS))
+        return x.sub_((total / T).float()).to(fit.data.device)
 
     zeros = lambda *shape: torch.zeros(*shape, dtype=torch.float64, device=fit.data.device)  # noqa: E731
-    seen = zeros(fit.num_rows, directions)
+    seen = zeros(fit.data.num_rows, directions)
     for position in fit.layers:
-        x = centred(position)
+        x = centred(position)[own]
         rng = np.random.default_rng([FIT_SEED, position])
         seen += x @ torch.from_numpy(rng.standard_normal((x.shape[1], directions), dtype=np.float32)).to(x)
-    Q = zeros(fit.num_rows, directions).float()                          # with rows of zeros where no row trains
+        del x                                                            # before the next is read
+    Q = zeros(fit.data.num_rows, directions).float()                     # with rows of zeros where no row trains
     Q[train] = torch.linalg.qr(seen[train]).Q.float()
     gram, scores = zeros(directions, directions), zeros(fit.num_rows, directions)   # B @ B.T and X @ B.T
     for position in fit.layers:
         x = centred(position)
-        B = Q.mT @ x                                                     # (l, d)
+        B = Q.mT @ x[own]                                                # (l, d)
         gram += B @ B.mT
-        scores += x @ B.mT
+        for section in fit.sections:
+            scores[section] += x[section] @ B.mT
+        del x
     squares, U = torch.linalg.eigh(gram)
     s = squares.flip(0)[:k].clamp_min(0).sqrt()
     kept = s > NEGLIGIBLE * s[0]
@@ -163,18 +190,19 @@ def centroid_cosine(fit: Fit) -> Tensor:
     found = []
     for module in fit.modules:
         down, up = fit.read(module.down), fit.read(module.up)
-        pairs = zip(down.split(BLOCK_ROWS), up.split(BLOCK_ROWS), strict=True)
-        blocks = [Module(d.to(fit.data.device), u.to(fit.data.device)).directions(1, whole=True) for d, u in pairs]
+        pairs = [(down[rows].to(fit.data.device), up[rows].to(fit.data.device)) for rows in fit.blocks(BLOCK_ROWS)]
+        blocks = [Module(*pair).directions(1, whole=True) for pair in pairs]
         for side in (0, 1):
             v = torch.cat([block[side][:, 0].float().cpu() for block in blocks])              # (N + E, out or in)
             v /= v.norm(dim=1, keepdim=True).clamp_min(TINY)
             sums = torch.zeros(FOLDS, C, v.shape[1], dtype=torch.float64)
             sums.index_put_((folds, fit.train_labels), v[fit.train].double(), accumulate=True)
             total = sums.sum(0)
-            cosines = cosines_to(v, total)
+            cosines = torch.cat([cosines_to(v[section], total) for section in fit.sections])
             for fold in range(FOLDS):
-                rows = fold_of == fold
-                cosines[rows] = cosines_to(v[rows], total - sums[fold])
+                for section in fit.sections:
+                    rows = torch.arange(section.start, section.stop)[fold_of[section] == fold]
+                    cosines[rows] = cosines_to(v[rows], total - sums[fold])
             found.append(cosines)
     return torch.cat(found, dim=1)
 
@@ -186,11 +214,11 @@ def cosines_to(v: Tensor, centroids: Tensor) -> Tensor:
 
 def kernel_pca(fit: Fit) -> Tensor:
     """Scores on the principal components of the training rows' products, (N + E, k) float32, by scikit-learn's KernelPCA on `Fit.kernel`."""
-    kernel = fit.kernel.numpy()
-    of_train = kernel[fit.train]
-    found = KernelPCA(min(fit.components, len(fit.train) - 1), kernel="precomputed", random_state=FIT_SEED).fit(of_train)
+    kernel, components = fit.kernel.numpy(), min(fit.components, len(fit.train) - 1)
+    # the dense solver would stop every other thread, the one that writes the log too, for minutes
+    found = KernelPCA(components, kernel="precomputed", eigen_solver="arpack", random_state=FIT_SEED).fit(kernel[fit.train])
     kept = found.eigenvalues_ > NEGLIGIBLE**2 * found.eigenvalues_.max()
-    return torch.from_numpy(found.transform(kernel)[:, kept]).float()
+    return torch.from_numpy(np.concatenate([found.transform(kernel[section])[:, kept] for section in fit.sections if kernel[section].size])).float()
 
 
 FEATURES: dict[str, Callable[[Fit], Tensor]] = {
@@ -215,6 +243,8 @@ def train_kernel_ridge(kernel: Tensor, labels: np.ndarray, split, num_classes: i
     parts = {name: centre.transform(part.numpy()) for name, part in parts.items()}
     targets = np.eye(num_classes)[labels[split.train]]
     mean, scale = targets.mean(0), parts["train"].trace() / len(targets)
+    if scale <= NEGLIGIBLE**2 * abs(kernel[split.train].diagonal().mean().item()) or len(targets) < 2:
+        raise TrainingError("the products of the training rows do not differ: there is nothing to learn from")
     best, found = -1.0, {}
     for penalty in sorted(RIDGE_PENALTIES, reverse=True):
         ridge = KernelRidge(alpha=penalty * scale, kernel="precomputed").fit(parts["train"], targets - mean)

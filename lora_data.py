@@ -214,7 +214,7 @@ class LoraData:
             down, up = (self.matrices[self.layers[position]] for position in (down, up))
             if down.rows != up.cols:
                 raise InputError(f"column '{down.column}' is {down.rows} x {down.cols} and '{up.column}' {up.rows} x {up.cols}: the rows of the "
-                                 "first must be the columns of the second; leave out representations of the product")
+                                 "first must be the columns of the second; leave out representations of the product and the gauge audit")
         return found
 
     @cached_property

@@ -11,7 +11,7 @@ from settings import LAYER_SETS, REPRESENTATIONS, Cell
 
 SCORED_PARTS = ("val", "test")
 SCORES = ("acc", "f1", "precision", "recall")
-AUDIT_KEYS = ("audit", "representation", "layer_set", "test_acc_mean", "test_acc_std", "test_acc_all_runs", "variants")
+AUDIT_KEYS = ("test_acc_mean", "test_acc_std", "test_acc_all_runs", "variants")
 
 
 def confusion_matrix(labels: np.ndarray, predictions: np.ndarray, num_classes: int) -> np.ndarray:
@@ -96,7 +96,7 @@ def prediction_arrays(trained, labels: dict[str, np.ndarray], split) -> dict[str
 
 
 def audit_record(cell: Cell, trained, test_labels: np.ndarray, changes: dict[str, dict]) -> dict:
-    """An audit of a cell: test accuracies of its runs as they are and on each variant of the test rows.
+    """What an audit adds to the record of the runs that it scores: test accuracies on each variant of the test rows.
 
     `changes` has by variant how far the features moved. `agreement` is the part of test predictions that stay the same.
     """
@@ -112,8 +112,7 @@ def audit_record(cell: Cell, trained, test_labels: np.ndarray, changes: dict[str
                   "agreement": float(np.mean([np.mean(run[f"{cell.audit} {variant}"] == run["test"]) for run in runs]))}
         for variant, change in changes.items()
     }
-    return {"audit": cell.audit, "representation": cell.representation, "layer_set": cell.layer_set, "trained_dim": trained.trained_dim,
-            "training_time_total": sum(run.seconds for run in trained.runs), **scored("test"), "variants": variants}
+    return {"audit": cell.audit, "layer_set": cell.layer_set, "variants": variants}
 
 
 def audit_arrays(cell: Cell, trained, test_labels: np.ndarray, split, variants) -> dict[str, np.ndarray]:
@@ -156,7 +155,7 @@ def collect(records: dict[Cell, dict], failures: dict[Cell, str], skipped: dict[
         if of_set or layer_set in ("all_layers", "visual_only"):
             results[f"{layer_set}_results"] = of_set
     results["comparison"] = compare(records)
-    results["audits"] = [{key: record[key] for key in AUDIT_KEYS} for cell, record in records.items() if cell.audit]
+    results["audits"] = [{**named(cell), **{key: record[key] for key in AUDIT_KEYS}} for cell, record in records.items() if cell.audit]
     results["failed_cells"] = [{**named(cell), "error": error} for cell, error in failures.items()]
     results["skipped_cells"] = [{**named(cell), "reason": reason} for cell, reason in skipped.items()]
     return results
@@ -175,13 +174,14 @@ def percent(mean: float | None, std: float | None = None) -> str:
 
 def results_text(results: dict) -> str:
     """results.txt and the log's last table: accuracies of each layer set, then the drop."""
+    ridge = any(row["representation"].startswith("kernel_ridge") for key in results if key.endswith("_results") for row in results[key])
     lines = [
         "VISUAL ABLATION EXPERIMENT",
         "",
         f"Data set:  {results['dataset']} ({results['data']['rows']} rows, {results['num_classes']} classes; "
         + ", ".join(f"{part} {n}" for part, n in results["data"]["split"].items()) + ")",
         f"Layers:    {results['num_all_layers']} ({results['num_visual_layers']} attn1, {results['num_text_layers']} attn2)",
-        f"Runs:      {results['num_runs']} a cell; values are percent, mean±std over runs (training noise only)",
+        f"Runs:      {results['num_runs']} a cell{' (kernel_ridge has one)' * ridge}; values are percent, mean±std over runs (training noise only)",
     ]
     if results["splits_overlap"]:
         lines.append("WARNING:   ten rows or fewer: train, validation and test are the same rows; no accuracy here means anything")

@@ -30,6 +30,7 @@ TOP = 10                  # singular values and FFT magnitudes kept
 BINS = 50                 # of the histogram behind info_theoretic
 EIGH_BATCH = 16_384       # matrices a call: cuSOLVER fails on larger batches
 SLICE_WEIGHTS = {"cpu": 2**17, "gpu": 2**24}   # weights described at a time: on a CPU what stays in a core's cache
+SLICE_PRODUCTS = {"cpu": 2**20, "gpu": 2**24}  # the same of modules, whose many small operations want longer slices
 GRAM_IS_EXACT_ABOVE = 1e-4  # of s_m/s_1: below it, squaring loses more than half of float64's digits
 SKETCH_SIZE = 16          # rows and columns of the product's sketch
 PROJECTED = 16            # numbers that a singular vector of the product is projected to
@@ -489,23 +490,23 @@ def describe(w: Tensor, names: list[str]) -> tuple[dict[str, Tensor], dict[str, 
 
     Works in slices of rows, so that what they share is computed once and stays near. Out of memory is the caller's to answer.
     """
-    return in_slices((w,), w[0].numel(), Layer, {name: REPRESENTATIONS[name] for name in names})
+    limit = SLICE_WEIGHTS["cpu" if w.device.type == "cpu" else "gpu"]
+    return in_slices((w,), limit // w[0].numel(), Layer, {name: REPRESENTATIONS[name] for name in names})
 
 
 def describe_module(down: Tensor, up: Tensor, names: list[str], sketch_size: int = SKETCH_SIZE) -> tuple[dict[str, Tensor], dict[str, Exception]]:
     """The same of the products of a module's batch, `down` (n, r, in) and `up` (n, out, r)."""
-    r = down.shape[1]
-    size = (down[0].numel() + up[0].numel()) * (r + 1) // 2              # the pairs of columns behind the fourth moment
-    return in_slices((down, up), size, lambda *part: Module(*part, sketch_size), {name: PRODUCT_REPRESENTATIONS[name] for name in names})
+    limit = SLICE_PRODUCTS["cpu" if down.device.type == "cpu" else "gpu"]
+    size = (down[0].numel() + up[0].numel()) * (down.shape[1] + 1) // 2   # the pairs of columns behind the fourth moment
+    return in_slices((down, up), limit // size, lambda *part: Module(*part, sketch_size), {name: PRODUCT_REPRESENTATIONS[name] for name in names})
 
 
-def in_slices(weights: tuple[Tensor, ...], size: int, share: Callable,
+def in_slices(weights: tuple[Tensor, ...], rows: int, share: Callable,
               functions: dict[str, Callable]) -> tuple[dict[str, Tensor], dict[str, Exception]]:
-    """Each function of `share(*part)` for parts of a few rows of every tensor, `size` numbers a row."""
-    limit = SLICE_WEIGHTS["cpu" if weights[0].device.type == "cpu" else "gpu"]
+    """Each function of `share(*part)` for parts of `rows` rows of every tensor, at least one."""
     parts: dict[str, list[Tensor]] = {name: [] for name in functions}
     failed: dict[str, Exception] = {}
-    for part in zip(*(w.split(max(1, limit // size)) for w in weights), strict=True):
+    for part in zip(*(w.split(max(1, rows)) for w in weights), strict=True):
         shared = share(*part)
         for name, function in functions.items():
             if name not in failed:

@@ -98,7 +98,14 @@ DATASET_NAMES = (
 
 
 AUDIT_VERSION = 1   # raise it whenever an audit gives other numbers
-AUDITS = {"gauge": "Gauge Audit", "noise": "Noise Audit"}   # and their titles in the progress summary
+
+
+class AuditKind(NamedTuple):
+    title: str            # as in the progress summary
+    changed_rows: float   # about so many for each row of the data set
+
+
+AUDITS = {"gauge": AuditKind("Gauge Audit", 1.0), "noise": AuditKind("Noise Audit", 0.8)}
 
 
 class Cell(NamedTuple):

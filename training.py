@@ -39,7 +39,7 @@ BETA1, BETA2, ADAM_EPS = 0.9, 0.999, 1e-8
 EVAL_ROWS = 4096                    # rows a forward pass without gradients
 COLUMN_BLOCK = 256                  # columns standardised at a time in float64
 DROPOUT_STEPS = 8                   # steps whose dropout is drawn at a time
-COPIES = 3                          # of the features while they are trained on: as they come, standardised, the training rows
+COPIES = 4                          # room for so many of the features: as they come, standardised, the training rows, all else
 WARM_UP = 2                         # ordinary steps before one is recorded as a CUDA graph
 PARTS = ("train", "val", "test")
 
@@ -92,13 +92,13 @@ def train_runs(features: Tensor, labels: np.ndarray, split, num_classes: int, se
     """
     if len(split.train) < 2:
         raise TrainingError("one training row: BatchNorm needs at least two")
+    features = torch.cat([features, *also.values()]) if also else features
     home = home_of(features, device)
     parts = {name: torch.from_numpy(np.asarray(getattr(split, name))).to(home) for name in PARTS}
     rows = len(labels)
     for name, extra in (also or {}).items():
         parts[name] = torch.arange(rows, rows + len(extra), device=home)
         rows += len(extra)
-    features = torch.cat([features, *also.values()]) if also else features
     x_ND = standardise(features.to(home), parts["train"])
     y_N = torch.from_numpy(labels).to(device)
     trainer = {"sequential": train_sequential, "packed": train_packed}[settings.trainer]
@@ -113,6 +113,7 @@ def home_of(features: Tensor, device: str) -> str:
     if torch.device(device).type != "cuda":
         return device
     size, (free, _) = features.numel() * features.element_size(), torch.cuda.mem_get_info(device)
+    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)     # what torch keeps for its next tensors
     if COPIES * size <= free:
         return device
     log.info(f"The features ({size / 1e9:.1f} GB) stay in the host's memory: {device} has {free / 1e9:.1f} GB free")

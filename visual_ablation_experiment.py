@@ -20,7 +20,6 @@ import errno
 import itertools
 import json
 import logging
-import math
 import os
 import platform
 import shlex
@@ -145,6 +144,8 @@ class CellError(Exception):
 def possible_cells(settings: Settings, data) -> tuple[list[Cell], dict[Cell, str]]:
     """The cells that this data set has something for, and why the others are left out. Raises InputError if none is left."""
     skipped = {}
+    if "gauge" in settings.audit:
+        data.modules   # a pair that cannot be multiplied ends the run here, and not after hours  # noqa: B018
     for layer_set in settings.layer_sets:
         cells = [(cell, REPRESENTATIONS[cell.representation]) for cell in settings.cells if cell.layer_set == layer_set]
         alone = data.layers_without_partner(layer_set) if any(known.of == "module" for _, known in cells) else []
@@ -192,7 +193,8 @@ def run_cells(cells: list[Cell], number: str, features: Features, data, settings
         if one.audit:
             with clock("features"):
                 changes = features.audits[one.audit].changes(x, changed[one.audit], data.split.train)
-            record = audit_record(one, trained, labels["test"], changes)
+            record = cell_record(one, trained, labels, len(data.classes), len(data.layers_of(one.layer_set)), x.shape[1])
+            record |= audit_record(one, trained, labels["test"], changes)
             arrays = audit_arrays(one, trained, labels["test"], data.split, changes)
             found = ", ".join(f"{variant}={entry['test_acc_mean']:.4f}±{entry['test_acc_std']:.4f}" for variant, entry in record["variants"].items())
             log.info(f"Audit {one.audit}: Test={record['test_acc_mean']:.4f}±{record['test_acc_std']:.4f}, {found}")
@@ -399,18 +401,19 @@ def save_results(store: ResultStore, settings: Settings, data, made_with: dict, 
         "data": {"identity": data.identity, **card},
         "settings": dataclasses.asdict(settings),
     }
-    results = collect(records, earlier_failures(store, records) | failures, skipped, header)
+    earlier = {cell: reason for cell, reason in earlier_entries(store, "skipped_cells", "reason").items() if cell not in settings.cells}
+    failed = {cell: error for cell, error in earlier_entries(store, "failed_cells", "error").items() if cell not in records}
+    results = collect(records, failed | failures, earlier | skipped, header)
     text = results_text(results)
     write_json(store.folder / "results.json", results, indent=2)
     write_bytes(store.folder / "results.txt", text.encode())
     return text
 
 
-def earlier_failures(store: ResultStore, records: dict[Cell, dict]) -> dict[Cell, str]:
-    """Failures that an earlier command reported of cells that still have no checkpoint."""
-    reported = read_json(store.folder / "results.json").get("failed_cells", [])
-    failed = {Cell(entry["representation"], entry["layer_set"], entry.get("audit", "")): entry["error"] for entry in reported}
-    return {cell: error for cell, error in failed.items() if cell not in records}
+def earlier_entries(store: ResultStore, key: str, text: str) -> dict[Cell, str]:
+    """What an earlier command reported under a key of results.json: cells, and the text that came with each."""
+    reported = read_json(store.folder / "results.json").get(key, [])
+    return {Cell(entry["representation"], entry["layer_set"], entry.get("audit", "")): entry[text] for entry in reported}
 
 
 def read_json(path: Path) -> dict:
@@ -441,7 +444,7 @@ def manifest(settings: Settings, data, ran: list[Cell], failures: dict, clock: C
 
 
 def versions() -> dict[str, str]:
-    packages = ("torch", "datasets", "numpy", "pyarrow", "safetensors", "xxhash")
+    packages = ("torch", "datasets", "numpy", "scipy", "scikit-learn", "pyarrow", "safetensors", "xxhash")
     return {"python": platform.python_version()} | {package: version(package) for package in packages}
 
 
@@ -499,8 +502,8 @@ def versions_of(cell: Cell) -> list[str]:
 
 def print_progress_summary(cells: list[Cell], missing: list[Cell]) -> None:
     log.info("PROGRESS SUMMARY")
-    titles = {cell: AUDITS.get(cell.audit) or f"{LAYER_SETS[cell.layer_set].title} Config" for cell in cells}
-    for title in dict.fromkeys(sorted(titles.values(), key=lambda title: title in AUDITS.values())):
+    titles = {cell: AUDITS[cell.audit].title if cell.audit else f"{LAYER_SETS[cell.layer_set].title} Config" for cell in cells}
+    for title in dict.fromkeys(titles[cell] for cell in sorted(cells, key=lambda cell: bool(cell.audit))):
         total = sum(of_cell == title for of_cell in titles.values())
         left = sum(titles[cell] == title for cell in missing)
         log.info(f"{title + ':':<22}{total - left}/{total} completed, {left} remaining")
@@ -518,8 +521,8 @@ def print_progress_summary(cells: list[Cell], missing: list[Cell]) -> None:
 def cell_states(settings: Settings) -> dict[Cell, State]:
     """Of the cells that the settings ask for, from the files of the output folder alone."""
     store, wanted = ResultStore(output_folder(settings)), descriptions(settings)
-    skipped = {entry["cell"] for entry in read_json(store.folder / "results.json").get("skipped_cells", [])}   # by the last run
-    return {cell: store.state(cell, wanted[cell]) for cell in settings.cells if cell.name not in skipped}
+    skipped = earlier_entries(store, "skipped_cells", "reason")
+    return {cell: store.state(cell, wanted[cell]) for cell in settings.cells if cell not in skipped}
 
 
 def print_status(settings: Settings) -> int:
@@ -542,6 +545,8 @@ def print_plan(settings: Settings) -> int:
 
     found = survey(settings.dataset, settings.data_split)
     states = cell_states(settings)
+    if found is not None:
+        states = {cell: state for cell, state in states.items() if found.rows <= REPRESENTATIONS[cell.representation].most_rows}
     to_run = [cell for cell, state in states.items() if state.kind != "done"]
     print_progress_summary(list(states), to_run)
     log.info(f"\nOutput folder: {output_folder(settings)}")
@@ -553,21 +558,21 @@ def print_plan(settings: Settings) -> int:
     weights = 4 * found.rows * sum(rows * cols for _, rows, cols in found.shapes)
 
     def size_of(name: str) -> int:
-        """Bytes of a representation's features; of fitted ones an upper bound, kernels apart."""
-        known = REPRESENTATIONS[name]
-        if name == "flat_vec":
-            return weights
-        if known.fitted:
-            return 4 * found.rows * settings.pca_components if known.most_rows == math.inf else 8 * found.rows**2
-        return 4 * found.rows * len(found.shapes) * settings.width_of(name) // (2 if known.of == "module" else 1)
+        """Bytes of a representation of all rows; of centroid_cosine if there are ten classes."""
+        modules = len(found.shapes) // 2
+        fitted = {"flat_vec": weights, "pca": 4 * found.rows * settings.pca_components, "centroid_cosine": 4 * found.rows * 2 * modules * 10}
+        if REPRESENTATIONS[name].fitted:
+            return fitted.get(name, 8 * found.rows**2)                   # or a kernel
+        return 4 * found.rows * settings.width_of(name) * (modules if REPRESENTATIONS[name].of == "module" else len(found.shapes))
 
     parts = {part for cell in to_run for part in parts_of(cell.representation)}
-    features = sum(size_of(part) for part in parts if not REPRESENTATIONS[part].fitted)
-    largest = max((sum(map(size_of, parts_of(cell.representation))) for cell in to_run), default=0)
+    cached = sum(size_of(part) for part in parts if not REPRESENTATIONS[part].fitted)
+    growth = 1 + sum(AUDITS[audit].changed_rows for audit in settings.audit)
+    features, largest = growth * cached, growth * max((sum(map(size_of, parts_of(cell.representation))) for cell in to_run), default=0)
     log.info(f"\nData set {settings.dataset}: {found.rows} rows, {len(found.shapes)} layers, {gigabytes(weights)} of weights")
     log.info(f"Memory:  {gigabytes(features)} features, up to {gigabytes(3 * largest)} more while the largest cell trains")
     if settings.cache_features:
-        log.info(f"Disk:    {gigabytes(features)} feature cache in {settings.cache_dir}, less what is cached already")
+        log.info(f"Disk:    {gigabytes(cached)} feature cache in {settings.cache_dir}, less what is cached already")
     if found.downloaded:
         log.info(f"Disk:    about {gigabytes(weights)} download in the cache of huggingface_hub (HF_HOME), unless it is there already")
     if found.copied:

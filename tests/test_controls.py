@@ -40,6 +40,9 @@ def changed_layers(data, audit):
 
 def test_settings_name_the_audits():
     assert list(AUDITS) == list(AUDIT_NAMES)
+    data = from_dataset(lora_dataset(n=50), "x")
+    for name, known in AUDIT_NAMES.items():
+        assert len(AUDITS[name](data, np.arange(10)).rows) == known.changed_rows * 50
 
 
 def test_positions_find_the_row_in_its_variant(data):

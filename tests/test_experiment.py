@@ -241,13 +241,13 @@ def test_everything_that_can_be_asked_for_runs_and_resumes(run, place):
 
 
 def test_an_audit_of_finished_cells_scores_the_same_runs_and_leaves_them(run, place):
-    chosen = ("--representations", "ensemble", "product_norms", "centroid_cosine", "kernel_ridge")
+    chosen = ("--representations", "ensemble", "product_norms", "centroid_cosine", "pca", "kernel_ridge")
     assert run(*chosen)[0] == 0
     before = snapshot(folder(place) / "checkpoints")
     status, log = run(*chosen, "--audit", "noise")
-    assert status == 0 and "Will run 8 remaining" in log and "Cached features: spectral" in log
+    assert status == 0 and "Will run 10 remaining" in log and "Cached features: spectral" in log
     after = snapshot(folder(place) / "checkpoints")
-    assert {name: after[name] for name in before} == before and len(after) == 16
+    assert {name: after[name] for name in before} == before and len(after) == 20
     for cell in cells_of(("all_layers", "visual_only"), chosen[1:]):
         plain, audit = (folder(place) / "predictions" / f"{cell.name}{suffix}.npz" for suffix in ("", ".noise"))
         with np.load(plain, allow_pickle=False) as plain, np.load(audit, allow_pickle=False) as audit:
@@ -271,6 +271,7 @@ def test_what_a_layer_set_or_its_size_rules_out_is_skipped_and_said(run, place, 
     assert [entry["cell"] for entry in results["skipped_cells"]] == [
         f"{layer_set}_product_norms{audit}" for layer_set in ("all_layers", "visual_only") for audit in ("", ".gauge")]
     assert "Skipped: visual_only_product_norms" in (folder(place, "cut") / "results.txt").read_text()
+    run("--representations", "stats", dataset="./cut")                     # asks for none of those that were skipped
     assert "Total Progress:       8/8 (100.0%)" in run("--status", *chosen, dataset="./cut")[1]
     status, log = run("--representations", "product", "--layer-sets", "visual_only", dataset="./cut")
     assert status == 2 and "error: nothing can be computed: 1 layers of visual_only" in log
@@ -286,7 +287,9 @@ def test_modules_whose_ranks_do_not_fit_are_refused_where_products_are_wanted(ru
     columns[name] = columns[name][:, :, :1]
     Dataset.from_dict({key: w.tolist() for key, w in columns.items()} | {"category_label": ["a", "b"] * 20}).save_to_disk("odd")
     assert run("--representations", "stats", dataset="./odd")[0] == 0
-    status, log = run("--representations", "stats", "product_norms", dataset="./odd")
+    for flags in (["--representations", "stats", "product_norms"], ["--representations", "stats", "--audit", "gauge", "--no-cache-features"]):
+        status, log = run(*flags, dataset="./odd")
+        assert status == 2 and "Computing" not in log
     assert status == 2 and f"'{name}' 6 x 1" in log
 
 
@@ -317,6 +320,31 @@ def test_a_product_that_fails_costs_its_cells_and_their_audits_only(run, place, 
     assert "all_layers_product_norms.gauge" in [entry["cell"] for entry in json.loads((folder(place) / "results.json").read_text())["failed_cells"]]
 
 
+def test_an_audit_that_fails_costs_its_own_cells_and_one_without_room_goes_to_the_host(run, place, monkeypatch):
+    import controls
+    real = controls.NoiseAudit.change
+
+    def no_room(self, data, position, start, stop, w):
+        first = position not in seen
+        seen.append(position)
+        if first:
+            raise torch.OutOfMemoryError("pretended")
+        return real(self, data, position, start, stop, w)
+
+    seen = []
+    chosen = ("--representations", "stats", "product_norms", "--audit", "noise")
+    run(*chosen, "--output-dir", "enough")
+    monkeypatch.setattr(controls.NoiseAudit, "change", no_room)
+    status, log = run(*chosen, "--output-dir", "tight")
+    assert status == 0 and log.count("are changed on the host") == 16
+    assert cell_files(place, output="tight") == cell_files(place, output="enough")
+    monkeypatch.setattr(controls.NoiseAudit, "change", never)
+    status, log = run(*chosen, "--output-dir", "broken")
+    assert status == 1 and "the noise audit failed on rows 0..40" in log and "4 cells FAILED" in log
+    assert visible(folder(place, output="broken") / "checkpoints") == sorted(
+        f"{cell.name}.json" for cell in cells_of(("all_layers", "visual_only"), ("stats", "product_norms")))
+
+
 def test_a_fit_that_fails_costs_its_cell(run, place, monkeypatch):
     import fitted
     monkeypatch.setitem(fitted.FEATURES, "pca", lambda fit: torch.full((40, 2), float("nan")))
@@ -327,7 +355,12 @@ def test_a_fit_that_fails_costs_its_cell(run, place, monkeypatch):
 
 def test_a_plan_counts_products_and_fits(run, place):
     status, log = run("--dry-run", *EVERYTHING)
-    assert status == 0 and "Will run 120" in log and "all_layers_flat_vec.noise" in log and "GB features" in log
+    assert status == 0 and "Will run 120" in log and "all_layers_flat_vec.noise" in log
+    memory = lambda log: float(log.split("Memory:  ")[1].split(" GB")[0])  # noqa: E731
+    lora_dataset(n=30000, width=1).save_to_disk("many")
+    _, plain = run("--dry-run", "--representations", "nine", "product", "kernel_ridge", dataset="./many")
+    _, audited = run("--dry-run", "--representations", "nine", "product", "--audit", "gauge", "noise", dataset="./many")
+    assert memory(audited) == pytest.approx(2.8 * memory(plain), rel=0.1) and "kernel_ridge" not in plain
 
 
 # --- resuming

@@ -45,6 +45,7 @@ def test_blocks_do_not_change_a_number(data, monkeypatch):
     whole = features_of(data)
     monkeypatch.setattr(extraction, "BLOCK_ROWS", 7)
     monkeypatch.setitem(representations.SLICE_WEIGHTS, "cpu", 30)
+    monkeypatch.setitem(representations.SLICE_PRODUCTS, "cpu", 60)
     pieces = features_of(data)
     for name in NAMES:
         assert torch.allclose(whole[name], pieces[name], rtol=1e-6, atol=1e-7), name

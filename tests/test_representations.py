@@ -347,7 +347,7 @@ def test_the_sketch_is_linear_in_the_product_and_keeps_inner_products_on_average
 def test_slices_of_rows_do_not_change_a_product(monkeypatch):
     down, up = draw_module("trained", 10, 4, 30, 20)
     whole = {name: product(name, down, up) for name in PRODUCT_NAMES}
-    monkeypatch.setitem(representations.SLICE_WEIGHTS, "cpu", 700)
+    monkeypatch.setitem(representations.SLICE_PRODUCTS, "cpu", 700)
     for name in PRODUCT_NAMES:
         assert torch.allclose(product(name, down, up), whole[name], rtol=1e-6, atol=1e-9), name
 

@@ -354,9 +354,11 @@ def test_features_that_a_gpu_has_no_room_for_stay_on_the_host_and_change_no_numb
     assert_same_runs(train_runs(x, labels, split, 3, settings, "cpu").runs, whole)
 
 
-def test_where_features_lie_goes_by_the_room_that_three_copies_need(monkeypatch):
+def test_where_features_lie_goes_by_the_room_that_their_copies_need(monkeypatch):
     features = torch.zeros(1000, 10)
-    for free, home in ((3 * 40_000, "cuda:1"), (3 * 40_000 - 1, "cpu")):
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 50_000)            # of which torch has 20,000 for what comes
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 30_000)
+    for free, home in ((training.COPIES * 40_000 - 20_000, "cuda:1"), (training.COPIES * 40_000 - 20_001, "cpu")):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, 10**9))
         assert training.home_of(features, "cuda:1") == home
     assert training.home_of(features, "cpu") == "cpu"
