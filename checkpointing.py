@@ -296,6 +296,13 @@ class ResultStore:
             raise ValueError("its predictions do not match their hash")
         return record
 
+    def load_predictions(self, cell: Cell) -> dict[str, np.ndarray]:
+        """Of a finished cell: row numbers and labels (n,) and predictions (R, n) by part."""
+        import numpy as np
+
+        with np.load(self.predictions_path(cell), allow_pickle=False) as arrays:
+            return dict(arrays)
+
     def state(self, cell: Cell, wanted: dict) -> State:
         """Whether the cell is finished and was made as `wanted` describes."""
         if not self.path(cell).exists():

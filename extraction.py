@@ -113,8 +113,9 @@ def extract(work: Pass, start: int, stop: int, seconds: dict[str, float], on_lay
             try:
                 weights = [change(position, w) for position, w in zip(unit, weights, strict=True)]
             except Exception as error:  # the audit's features are lost; the caller reports it
-                log.error(f"the {work.audit.name} audit failed on rows {start}..{stop} of {data.layers[unit[0]]}:\n{traceback.format_exc()}")
-                errors.update((name, error) for name in work.widths if name not in errors)
+                first = [errors.setdefault(name, error) is error for name in work.widths]
+                if all(first):
+                    log.error(f"the {work.audit.name} audit failed on rows {start}..{stop} of {data.layers[unit[0]]}:\n{traceback.format_exc()}")
                 return
         jobs = [(position, (w,), work.names("layer")) for position, w in zip(unit, weights, strict=True)]
         if len(unit) == 2:
@@ -123,9 +124,8 @@ def extract(work: Pass, start: int, stop: int, seconds: dict[str, float], on_lay
             what = f"rows {start}..{stop} of {data.layers[unit[0]] if len(tensors) > 1 else data.layers[place]}"
             for first, columns, failed in describe_rows(work, what, tensors, names) if names else ():
                 for name, error in failed.items():
-                    if name not in errors:
+                    if errors.setdefault(name, error) is error:          # the first of all threads
                         log.error(f"{name} failed on {what}:\n{''.join(traceback.format_exception(error))}")
-                    errors.setdefault(name, error)
                 for name, part in columns.items():
                     found[name][first:first + len(part), place] = part
         seconds["features"] += time.perf_counter() - began

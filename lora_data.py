@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import glob
+import json
 import logging
 import re
 import time
@@ -25,7 +26,7 @@ import pyarrow.parquet as pq
 import xxhash
 
 from checkpointing import file_stamps, hash_of
-from settings import ALIASES, ATTENTION_KINDS, DATASET_NAMES, LAYER_SETS, InputError
+from settings import ALIASES, ATTENTION_KINDS, DATASET_NAMES, GROUP_COLUMN, LAYER_SETS, InputError
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -36,6 +37,7 @@ log = logging.getLogger("visual_ablation")
 BLOCK_ROWS = 1024     # rows of a block; blocks start at its multiples, whatever the memory, the machine or the resumption
 READ_AHEAD = 4        # layers at most that are read ahead for a GPU, by as many threads
 PIECE = 2**17         # values copied or checked at a time: what that writes stays in a core's cache
+DRAWS = 1000          # of a grouped split, among which one may have every class in training
 SMALLEST_SPLIT = 11   # with fewer rows, train = val = test
 
 # The end of a column's name: diffusers' lora.down.weight, PEFT's lora_A.weight and lora_A.<adapter>.weight, kohya's lora_down.weight.
@@ -161,13 +163,36 @@ class Split(NamedTuple):
     overlap: bool
 
 
-def split_rows(num_rows: int, seed: int) -> Split:
-    """70/10/20, the rows and the order of the origin's two calls of `train_test_split`, which depend on n and seed only."""
+def split_rows(num_rows: int, seed: int, kind: str = "random", labels: np.ndarray | None = None, groups: np.ndarray | None = None) -> Split:
+    """70/10/20 of the rows.
+
+    `random`: the rows and the order of the origin's two calls of `train_test_split`, which depend on n and seed only.
+    `stratified`: every class in these proportions. `grouped`: no group in two parts, these proportions of the groups; of DRAWS
+    such splits the first in which no class is without a training row, if there is one. Raises InputError if there are too few
+    rows of a class, or too few groups, for that.
+    """
     from datasets import Dataset
 
     rows = np.arange(num_rows)
     if num_rows < SMALLEST_SPLIT:
         return Split(rows, rows, rows, True)
+    if kind != "random":
+        from sklearn.model_selection import GroupShuffleSplit, StratifiedShuffleSplit
+
+        if kind == "grouped" and groups is None:
+            raise InputError("--split grouped needs a column of groups: give --group-column")
+        try:
+            if kind == "stratified":
+                train, rest = next(StratifiedShuffleSplit(1, test_size=0.3, random_state=seed).split(rows, labels))
+                val, test = next(StratifiedShuffleSplit(1, test_size=0.67, random_state=seed).split(rest, labels[rest]))
+            else:
+                drawn = list(GroupShuffleSplit(DRAWS, test_size=0.3, random_state=seed).split(rows, labels, groups))
+                whole = (pair for pair in drawn if len(np.unique(labels[pair[0]])) == len(np.unique(labels)))
+                train, rest = next(whole, drawn[0])
+                val, test = next(GroupShuffleSplit(1, test_size=0.67, random_state=seed).split(rest, labels[rest], groups[rest]))
+        except ValueError as error:
+            raise InputError(f"--split {kind} is not possible here: {error}") from None
+        return Split(train, rest[val], rest[test], False)
     first = Dataset.from_dict({"row": rows}).train_test_split(test_size=0.3, seed=seed)
     second = first["test"].train_test_split(test_size=0.67, seed=seed)
     parts = [np.array(part.with_format("numpy")["row"][:]) for part in (first["train"], second["train"], second["test"])]
@@ -186,6 +211,7 @@ class LoraData:
     classes: list[str | int]
     split: Split
     files: list[str] = field(default_factory=list)   # what the rows are mapped from; empty for generated rows
+    groups: np.ndarray | None = None   # (N,) what rows have in common, numbered; None without such a column
     identity: str = ""               # content hash of the layers, once known
     stamps: list = field(default_factory=list)       # of the files, from before they were hashed
     spare: list[np.ndarray] = field(default_factory=list)   # buffers that nobody uses
@@ -390,17 +416,18 @@ class ReadAhead:
 
 
 def load_lora_data(name: str, device: str = "cpu", *, data_split: str = "", revision: str = "",
-                   label_column: str = "category_label", split_seed: int = 42) -> LoraData:
+                   label_column: str = "category_label", group_column: str = "", split: str = "random", split_seed: int = 42) -> LoraData:
     """Open a data set by any of its kinds of name (see settings.DATASET_NAMES) and check its columns and labels.
 
     No weight is read but the first row's shapes. Raises InputError for a name that is none of these, and for a data set
     without rows, layers or at least two classes.
     """
-    return from_dataset(open_dataset(name, data_split, revision), name, device, label_column=label_column, split_seed=split_seed)
+    dataset = open_dataset(name, data_split, revision)
+    return from_dataset(dataset, name, device, label_column=label_column, group_column=group_column, split=split, split_seed=split_seed)
 
 
-def from_dataset(dataset: Dataset, name: str, device: str = "cpu", *, label_column: str = "category_label",
-                 split_seed: int = 42) -> LoraData:
+def from_dataset(dataset: Dataset, name: str, device: str = "cpu", *, label_column: str = "category_label", group_column: str = "",
+                 split: str = "random", split_seed: int = 42) -> LoraData:
     """The same for a `datasets.Dataset` that is already open."""
     if len(dataset) == 0:
         raise InputError(f"data set '{name}' has no rows")
@@ -421,7 +448,20 @@ def from_dataset(dataset: Dataset, name: str, device: str = "cpu", *, label_colu
         log.warning(f"{len(unusual)} layer columns are read through the torch formatter, which is slow: "
                     f"'{unusual[0]}' is stored as {dataset.data.column(unusual[0]).type}")
     files = [entry["filename"] for entry in dataset.cache_files]
-    return LoraData(dataset, device, layers, matrices, labels, classes, split_rows(len(dataset), split_seed), files)
+    groups = encode_groups(dataset, group_column) if group_column in dataset.column_names else None
+    if groups is None and group_column not in ("", GROUP_COLUMN):
+        others = ", ".join(column for column in dataset.column_names if not is_layer(column))
+        raise InputError(f"data set '{name}' has no column '{group_column}': give --group-column, one of {others}")
+    rows = split_rows(len(dataset), split_seed, split, labels, groups)
+    return LoraData(dataset, device, layers, matrices, labels, classes, rows, files, groups)
+
+
+def encode_groups(dataset: Dataset, column: str) -> np.ndarray:
+    """Group numbers (N,); a row without a group is one of its own."""
+    values = dataset.data.column(column).to_pylist()
+    found: dict = {}
+    return np.array([found.setdefault(json.dumps(value, default=str) if value is not None else ("row", row), len(found))
+                     for row, value in enumerate(values)])
 
 
 def matrices_of(dataset: Dataset, layer: str) -> Matrices:

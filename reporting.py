@@ -5,6 +5,8 @@ Training hands over predictions; what is counted and what a score means stands h
 
 from __future__ import annotations
 
+import textwrap
+
 import numpy as np
 
 from settings import LAYER_SETS, REPRESENTATIONS, Cell
@@ -206,12 +208,53 @@ def results_text(results: dict) -> str:
             shown += f"{percent(row['text_only'], row['text_only_std']):>12}" * text
             retained = "-" if row["retention"] is None else f"{percent(row['retention'])}%"
             lines.append(f"{row['representation']:<20}{shown}{percent(row['drop'], row['drop_std']):>12}{retained:>10}")
-    lines += audit_lines(results["audits"])
+    lines += inference_lines(results["inference"]) + audit_lines(results["audits"])
     if results["skipped_cells"]:
         lines += [""] + [f"Skipped: {entry['cell']}, {entry['reason']}" for entry in results["skipped_cells"]]
     if results["failed_cells"]:
         lines += ["", f"{len(results['failed_cells'])} cells FAILED: " + ", ".join(failure["cell"] for failure in results["failed_cells"])]
+    lines += ["", "VERDICT", "", *textwrap.wrap(results["verdict"], 110)]
     return "\n".join(lines) + "\n"
+
+
+def inference_lines(found: dict) -> list[str]:
+    """What the accuracies and their differences mean for new examples and runs."""
+    if not found:
+        return []
+    lines = ["", f"Chance: {percent(found['chance'])} (the most frequent class of {found['test_rows']} test rows)"]
+    if found["groups"] is not None:
+        lines.append(f"Groups: {found['groups']} among the test rows; {found['test_rows_that_share_a_group_with_training']} of "
+                     f"{found['test_rows']} test rows share their group with a training row. Tests and intervals take whole groups.")
+    narrow = [one for one in found["accuracies"].values() if one["seeds_narrower_than_test_set"]]
+    if narrow:
+        lines.append(f"In {len(narrow)} of {len(found['accuracies'])} cells the spread over seeds is narrower than the test set's own standard error "
+                     f"(up to {percent(max(one['binomial_error'] for one in narrow))}): ± above is not an interval of the accuracy.")
+    for comparison in found["comparisons"]:
+        title = f"{LAYER_SETS[comparison['first']].title} minus {LAYER_SETS[comparison['second']].title}"
+        header = (f"{'representation':<20}{'points':>8}{'95 % interval':>18}{'p (Holm)':>11}{'equal (Holm)':>14}{'smallest':>10}"
+                  f"{'h':>7}{'training noise':>18}")
+        lines += ["", f"{title}: for new examples and runs; equal: within {100 * found['margin']:g} points; smallest: found with "
+                  f"{100 * found['power']:.0f} % probability", header, "-" * len(header)]
+        for entry in comparison["entries"]:
+            noise = "-" if entry["training_noise_interval"] is None else span(entry["training_noise_interval"])
+            lines.append(f"{entry['representation']:<20}{100 * entry['drop']:>+8.1f}{span(entry['interval']):>18}{probability(entry['p_holm']):>11}"
+                         f"{probability(entry['p_equivalence_holm']):>14}{percent(entry['smallest']):>10}{entry['cohens_h']:>+7.2f}{noise:>18}")
+    clear = [pair for pair in found["ranking"] if pair["p_holm"] < found["level"]]
+    if found["ranking"]:
+        lines += ["", f"Of {len(found['ranking'])} pairs of representations with all layers, {len(clear)} differ (p < {found['level']:g} after "
+                  "Holm's correction):"]
+        for better in dict.fromkeys(pair["better"] for pair in clear):
+            worse = [pair["worse"] for pair in clear if pair["better"] == better]
+            lines += textwrap.wrap(f"{better} is above {', '.join(worse)}", 110, initial_indent="  ", subsequent_indent="    ")
+    return lines
+
+
+def span(interval) -> str:
+    return f"{100 * interval[0]:+.1f} .. {100 * interval[1]:+.1f}"
+
+
+def probability(p: float) -> str:
+    return "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
 AUDIT_TEXTS = {

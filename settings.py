@@ -97,6 +97,7 @@ DATASET_NAMES = (
 )
 
 
+GROUP_COLUMN = "category_name"   # used where a data set has it
 AUDIT_VERSION = 1   # raise it whenever an audit gives other numbers
 
 
@@ -197,6 +198,12 @@ class Settings:
         NINE, f"which to compute; also {', '.join(REPRESENTATION_GROUPS)} for those of a kind", tuple(REPRESENTATIONS), REPRESENTATION_GROUPS
     )
     layer_sets: tuple[str, ...] = setting(("all_layers", "visual_only"), "which to train on", tuple(LAYER_SETS))
+    split: str = setting(
+        "random", "70/10/20 rows: random (the origin's), stratified by class, or grouped: no group of --group-column in two parts",
+        ("random", "stratified", "grouped"),
+    )
+    group_column: str = setting(GROUP_COLUMN, "column of what rows have in common (such as their images), where there is one")
+    margin: float = setting(0.02, "accuracies that differ by less count as equal in the test of equivalence", Range(0, 1, open_low=True))
     audit: tuple[str, ...] = setting((), "score the trained runs on test rows whose weights are changed", tuple(AUDITS))
     sketch_size: int = setting(16, "rows and columns of product_sketch", Range(1, 64))
     pca_components: int = setting(128, "components of pca and kernel_pca, at most", Range(1))

@@ -234,6 +234,8 @@ def train_cell(cell: Cell, x, also: dict, data, labels: dict, settings: Settings
 
 def load(settings: Settings, device: str, clock: Clock):
     """The data set, with the hash of its weights as `data.identity`."""
+    import numpy as np
+
     with clock("load"), Progress(None, f"loading {settings.dataset}"):
         from datasets import disable_progress_bars
 
@@ -241,13 +243,20 @@ def load(settings: Settings, device: str, clock: Clock):
 
         if not sys.stdout.isatty():
             disable_progress_bars()
-        data = load_lora_data(settings.dataset, device, data_split=settings.data_split, revision=settings.revision,
-                              label_column=settings.label_column, split_seed=settings.split_seed)
+        data = load_lora_data(settings.dataset, device, data_split=settings.data_split, revision=settings.revision, split=settings.split,
+                              label_column=settings.label_column, group_column=settings.group_column, split_seed=settings.split_seed)
     card = data.card()
     log.info(f"Data set: {settings.dataset} | {card['rows']} rows, {card['classes']} classes | device: {device}")
     log.info(f"Layers: {len(data.layers)} ({', '.join(f'{n} {kind}' for kind, n in card['layers'].items() if n)}) "
              f"of rank {', '.join(map(str, card['ranks']))} | {card['weights_per_row']:,} weights a row")
-    log.info("Split: " + ", ".join(f"{part} {n}" for part, n in card["split"].items()))
+    log.info(f"Split: {settings.split}, " + ", ".join(f"{part} {n}" for part, n in card["split"].items()))
+    if data.groups is not None and not data.split.overlap:
+        shared = int(np.isin(data.groups[data.split.test], data.groups[data.split.train]).sum())
+        log.info(f"Groups: {len(np.unique(data.groups))} by '{settings.group_column}'; {shared} of {len(data.split.test)} test rows share theirs "
+                 "with a training row" + ("" if not shared or settings.split == "grouped" else ": --split grouped keeps groups together"))
+    absent = sorted(set(range(len(data.classes))) - set(data.labels[data.split.train].tolist()))
+    if absent:
+        log.warning(f"no training row of class {', '.join(str(data.classes[number]) for number in absent)}: its rows cannot be told")
     if data.split.overlap:
         log.warning("ten rows or fewer: train, validation and test are the same rows, so accuracies mean nothing")
     for layer_set in settings.layer_sets:
@@ -381,6 +390,7 @@ def write_results(store: ResultStore, settings: Settings, data, made_with: dict,
 
 def save_results(store: ResultStore, settings: Settings, data, made_with: dict, failures: dict[Cell, str], skipped: dict[Cell, str]) -> str:
     """results.json and results.txt of every current cell in the folder. Returns the text."""
+    from inference import infer, verdict
     from reporting import collect, results_text
 
     states = {cell: store.state(cell, wanted) for cell, wanted in made_with.items()}
@@ -388,6 +398,7 @@ def save_results(store: ResultStore, settings: Settings, data, made_with: dict, 
     left_out = [cell.name for cell, state in states.items() if state.kind == "stale"]
     if left_out:
         log.warning(f"left out of the results, made with other settings: {', '.join(left_out)}")
+    found = infer({cell: store.load_predictions(cell) for cell in records}, data.groups, settings.margin)
     card = data.card()
     header = {
         "dataset": settings.dataset,
@@ -400,6 +411,8 @@ def save_results(store: ResultStore, settings: Settings, data, made_with: dict, 
         "splits_overlap": data.split.overlap,
         "data": {"identity": data.identity, **card},
         "settings": dataclasses.asdict(settings),
+        "inference": found,
+        "verdict": verdict(found, data.split.overlap),
     }
     earlier = {cell: reason for cell, reason in earlier_entries(store, "skipped_cells", "reason").items() if cell not in settings.cells}
     failed = {cell: error for cell, error in earlier_entries(store, "failed_cells", "error").items() if cell not in records}
@@ -468,7 +481,10 @@ def cache_folder(settings: Settings) -> Path | None:
 
 def asked(settings: Settings) -> dict:
     """Settings that act through the data: recorded with a cell, compared only where the data itself is not at hand."""
-    return {name: getattr(settings, name) for name in ("data_split", "revision", "label_column", "split_seed")}
+    found = {name: getattr(settings, name) for name in ("data_split", "revision", "label_column", "split_seed")}
+    if settings.split == "grouped":
+        found["group_column"] = settings.group_column
+    return found | ({"split_kind": settings.split} if settings.split != "random" else {})
 
 
 def descriptions(settings: Settings, data=None) -> dict[Cell, dict]:

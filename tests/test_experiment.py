@@ -121,7 +121,7 @@ def test_a_run_writes_everything_that_is_promised(run, place):
     events = [json.loads(line) for line in (folder(place) / "events.jsonl").read_text().splitlines()]
     assert [event["event"] for event in events] == ["started"] + ["finished"] * 18 + ["ended"]
     text = (folder(place) / "results.txt").read_text()
-    assert text.rstrip() in log and text.count("simple_stats") == 3
+    assert text.rstrip() in log and text.count("simple_stats") == 5
 
 
 def test_predictions_give_the_confusion_counts_and_accuracies(run, place):
@@ -361,6 +361,55 @@ def test_a_plan_counts_products_and_fits(run, place):
     _, plain = run("--dry-run", "--representations", "nine", "product", "kernel_ridge", dataset="./many")
     _, audited = run("--dry-run", "--representations", "nine", "product", "--audit", "gauge", "noise", dataset="./many")
     assert memory(audited) == pytest.approx(2.8 * memory(plain), rel=0.1) and "kernel_ridge" not in plain
+
+
+# --- what the numbers mean
+
+
+def test_groups_on_both_sides_of_a_random_split_are_said_and_a_grouped_one_has_none(run, place):
+    rows = lora_dataset(n=120).to_dict()
+    rows["leaf"] = [f"{rows['category_label'][i]} {i % 4}" for i in range(120)]
+    Dataset.from_dict(rows).save_to_disk("leaves")
+    chosen = ("--representations", "stats", "--group-column", "leaf")
+    status, log = run(*chosen, dataset="./leaves")
+    results = json.loads((folder(place, "leaves") / "results.json").read_text())
+    n = results["inference"]["test_rows"]
+    assert status == 0 and f"Groups: 12 by 'leaf'; {n} of {n} test rows share theirs with a training row: --split grouped keeps" in log
+    assert results["inference"]["test_rows_that_share_a_group_with_training"] == n
+    assert f"{n} of {n} test rows share their group with a training row" in (folder(place, "leaves") / "results.txt").read_text()
+    status, log = run(*chosen, "--split", "grouped", dataset="./leaves")
+    assert status == 2 and "the rows of the split changed" in log
+    assert "stats is stale" in run("--status", *chosen, "--split", "grouped", dataset="./leaves")[1]
+    status, log = run(*chosen, "--split", "grouped", "--output-dir", "grouped", dataset="./leaves")
+    results = json.loads((folder(place, "leaves", output="grouped") / "results.json").read_text())
+    assert status == 0 and "Split: grouped, " in log and "0 of" in log and results["inference"]["test_rows_that_share_a_group_with_training"] == 0
+    assert "1/1 completed" in run("--status", *chosen, "--split", "grouped", "--output-dir", "grouped", dataset="./leaves")[1]
+
+
+def test_the_results_end_with_what_they_mean_for_new_examples(run, place):
+    import inference
+    status, log = run("--representations", "stats", "frequency", "--layer-sets", "all_layers", "visual_only", "text_only")
+    results, text = json.loads((folder(place) / "results.json").read_text()), (folder(place) / "results.txt").read_text()
+    assert status == 0 and [(one["first"], one["second"]) for one in results["inference"]["comparisons"]] == list(inference.COMPARISONS)
+    with np.load(folder(place) / "predictions" / "all_layers_stats.npz") as a, np.load(folder(place) / "predictions" / "text_only_stats.npz") as b:
+        right = [one["test_predictions"] == one["test_labels"] for one in (a, b)]
+    entry = results["inference"]["comparisons"][1]["entries"][0]
+    assert entry["representation"] == "stats" and entry["drop"] == pytest.approx(right[0].mean() - right[1].mean())
+    assert entry["p"] == inference.difference(*right, 0.02)["p"]
+    assert text in log and text.index("VERDICT") > text.index("All Layers minus Text-Only") > text.index("Chance:")
+    assert " ".join(text.split("VERDICT")[1].split()) == results["verdict"]
+    run("--representations", "stats", "frequency", "--margin", "0.5")       # no cell depends on it
+    assert json.loads((folder(place) / "results.json").read_text())["inference"]["margin"] == 0.5
+
+
+def test_a_shuffled_label_is_reported_as_nothing(run, place):
+    """Rows whose labels mean nothing: no representation is above chance, and the verdict says so."""
+    rows = lora_dataset(n=120).to_dict()
+    rows["category_label"] = np.random.default_rng(3).permutation(["cat", "dog", "ape"] * 40).tolist()
+    Dataset.from_dict(rows).save_to_disk("shuffled")
+    status, _ = run("--representations", "stats", "product_norms", dataset="./shuffled")
+    verdict = json.loads((folder(place, "shuffled") / "results.json").read_text())["verdict"]
+    assert status == 0 and verdict.startswith("With all layers no representation is above chance") and "accuracy falls" not in verdict
 
 
 # --- resuming

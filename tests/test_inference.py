@@ -5,28 +5,14 @@ import math
 import numpy as np
 import pytest
 import scipy.stats
+import simulate_inference
+from simulate_inference import experiment
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.weightstats import ttost_paired
 
 import inference
-from inference import chance_level, difference, holm, over_splits, sign_flip_test, spread_of_mean, training_noise, two_level_bootstrap
-
-
-def experiment(rng, n=201, runs=10, drop=0.0, base=0.45, run_sd=0.0, groups=0):
-    """Whether each run was right on each example, for two layer sets: (R, n) twice, and the group of each example.
-
-    Every example has its own chance of being right with each layer set, from Beta distributions of means base and base - drop
-    that are correlated through what makes an example easy; runs shift all examples by a normal amount of std `run_sd`.
-    """
-    group = rng.integers(0, groups, n) if groups else None
-    shared = rng.normal(size=n)
-    right = []
-    for mean in (base, base - drop):
-        z = shared + 0.8 * rng.normal(size=n) + (rng.normal(size=groups)[group] if groups else 0)
-        chance = scipy.stats.beta.ppf(scipy.stats.norm.cdf(z / math.sqrt(1.64 + bool(groups))), 1.5 * mean, 1.5 * (1 - mean))
-        right.append(rng.random((runs, n)) < chance + run_sd * rng.normal(size=(runs, 1)))
-    return *right, group
-
+from inference import chance_level, difference, holm, sign_flip_test, spread_of_mean, training_noise, two_level_bootstrap
+from settings import Cell
 
 # --- against scipy and statsmodels
 
@@ -94,16 +80,6 @@ def test_holm_is_statsmodels():
         assert holm(p.tolist()) == pytest.approx(multipletests(p, method="holm")[1])
 
 
-def test_splits_are_corrected_for_the_rows_they_share():
-    drops = np.array([0.05, 0.02, 0.08, 0.04, 0.01])
-    found = over_splits(drops, 700, 201)
-    error = math.sqrt(np.var(drops, ddof=1) * (1 / 5 + 201 / 700))
-    assert found["standard_error"] == pytest.approx(error) and found["drop"] == pytest.approx(0.04)
-    assert found["p"] == pytest.approx(2 * scipy.stats.t.sf(0.04 / error, 4))
-    assert found["interval"] == pytest.approx(scipy.stats.t.interval(0.95, 4, 0.04, error))
-    assert found["p"] > scipy.stats.ttest_1samp(drops, 0).pvalue
-
-
 def test_training_noise_is_scipys_bca_over_runs_and_says_nothing_of_one():
     drops = np.random.default_rng(0).normal(0.05, 0.02, 10)
     low, high = training_noise(drops)
@@ -119,7 +95,9 @@ def test_chance_is_the_largest_class_of_the_test_rows():
 def test_nothing_is_claimed_where_nothing_differs():
     same = np.random.default_rng(0).random((3, 50)) < 0.5
     found = difference(same, same, 0.02)
-    assert (found["drop"], found["p"], found["interval"], found["d_z"]) == (0, 1, (0, 0), None) and found["cohens_h"] == 0
+    assert (found["drop"], found["p"], found["p_equivalence"], found["d_z"]) == (0, 1, 1, None) and found["cohens_h"] == 0
+    bound = scipy.stats.binomtest(0, 50).proportion_ci(method="exact").high                # what 50 examples alike leave open
+    assert found["interval"] == pytest.approx((-bound, bound)) and found["smallest"] == pytest.approx(bound)
     one = difference(np.ones((3, 1), bool), np.zeros((3, 1), bool), 0.02)
     assert one["p"] == 1 and one["p_equivalence"] == 1 and one["interval"] == (-1, 1) and one["smallest"] == 1
 
@@ -182,9 +160,102 @@ def test_the_sign_flip_test_alone_takes_the_runs_of_a_large_test_set_for_an_effe
     assert alone / 60 > 0.2 and both / 60 < 0.05 + 3 * math.sqrt(0.05 * 0.95 / 60)
 
 
+@pytest.mark.parametrize("groups", [0, 150])
+def test_many_examples_are_bootstrapped_as_few(monkeypatch, groups):
+    first, second, group = experiment(np.random.default_rng(13), n=900, run_sd=0.02, groups=groups)
+    D = first.astype(float) - second
+    drawn = two_level_bootstrap(D, group, 20_000)
+    monkeypatch.setattr(inference, "MANY", 100)
+    assert two_level_bootstrap(D, group, 20_000) == pytest.approx(drawn, abs=0.05 * (drawn[1] - drawn[0]))
+
+
 def test_bootstraps_of_groups_draw_whole_groups():
     rng = np.random.default_rng(12)
     first, second, groups = experiment(rng, n=300, groups=20)
     D = first.astype(float) - second
     narrow, wide = two_level_bootstrap(D), two_level_bootstrap(D, groups)
     assert wide[1] - wide[0] > 1.3 * (narrow[1] - narrow[0])
+
+
+# --- a whole run
+
+
+def predictions(rng, drops: dict[str, float], n=400, runs=5, base=0.6, classes=4):
+    """Saved predictions of a run: every representation with all layers right with chance `base`, with the visual ones with base - drop."""
+    labels = rng.integers(0, classes, n)
+    cells = {}
+    for name, drop in drops.items():
+        first, second, _ = experiment(rng, n=n, runs=runs, drop=drop, base=base)
+        for layer_set, right in (("all_layers", first), ("visual_only", second)):
+            cells[Cell(name, layer_set)] = {"test_rows": np.arange(n), "test_labels": labels, "train_rows": np.arange(n, 3 * n),
+                                            "test_predictions": np.where(right, labels, (labels + 1) % classes)}
+    return cells
+
+
+def test_the_whole_run_says_of_each_representation_what_its_own_data_say():
+    cells = predictions(np.random.default_rng(0), {"stats": 0.3, "spectral": 0.0, "frequency": -0.2})
+    found = inference.infer(cells, None, 0.02)
+    (main,) = found["comparisons"]
+    assert (main["first"], main["second"]) == ("all_layers", "visual_only") and found["groups"] is None and found["test_rows"] == 400
+    for entry in main["entries"]:
+        a, b = (cells[Cell(entry["representation"], layer_set)] for layer_set in ("all_layers", "visual_only"))
+        right = [one["test_predictions"] == one["test_labels"] for one in (a, b)]
+        alone = difference(*right, 0.02)
+        assert {key: entry[key] for key in alone} == alone
+        accuracy = found["accuracies"][f"visual_only_{entry['representation']}"]
+        assert accuracy["accuracy"] == pytest.approx(right[1].mean())
+        assert accuracy["binomial_error"] == pytest.approx(math.sqrt(right[1].mean() * (1 - right[1].mean()) / 400))
+        assert accuracy["interval"][0] < right[1].mean() < accuracy["interval"][1]
+    assert [entry["p_holm"] for entry in main["entries"]] == holm([entry["p"] for entry in main["entries"]])
+    assert found["chance"] == chance_level(cells[Cell("stats", "all_layers")]["test_labels"])
+    assert len(found["ranking"]) == 3 and all(pair["difference"] >= 0 for pair in found["ranking"])
+    text = inference.verdict(found)
+    assert "accuracy falls for 1 of 3 representations (p < 0.05 after Holm's correction): stats (+" in text and "It rises for 1: frequency (-" in text
+    assert "For spectral this run cannot tell: with 400 test rows a drop is found with 80 % probability only from" in text
+
+
+def test_groups_that_training_rows_share_are_counted_and_taken_whole():
+    cells = predictions(np.random.default_rng(1), {"stats": 0.1}, n=60)
+    groups = np.concatenate([np.arange(60) // 6, np.arange(120) // 6 + 5])       # test rows have groups 0 to 9, training rows 5 to 24
+    found = inference.infer(cells, groups, 0.02)
+    assert found["groups"] == 10 and found["test_rows_that_share_a_group_with_training"] == 30
+    (entry,) = found["comparisons"][0]["entries"]
+    a, b = (cells[Cell("stats", layer_set)] for layer_set in ("all_layers", "visual_only"))
+    D = (a["test_predictions"] == a["test_labels"]).astype(float) - (b["test_predictions"] == b["test_labels"])
+    assert entry["standard_error"] == pytest.approx(spread_of_mean(D, groups[:60]).error)
+    assert "30 of 60 test rows share their group with a training row" in inference.verdict(found)
+
+
+def test_the_verdict_is_never_stronger_than_the_numbers():
+    nothing = inference.infer(predictions(np.random.default_rng(2), {"stats": 0.0}, base=0.25), None, 0.02)
+    assert "no representation is above chance" in inference.verdict(nothing)
+    equal = inference.infer(predictions(np.random.default_rng(3), {"stats": 0.0}, n=20_000), None, 0.05)
+    assert "For stats the two are equal to within 5 points" in inference.verdict(equal)
+    assert inference.verdict({}).startswith("No verdict") and inference.infer({}, None, 0.02) == {}
+    assert inference.verdict(nothing, splits_overlap=True) == "No verdict: train, validation and test are the same rows."
+    one_set = {cell: arrays for cell, arrays in predictions(np.random.default_rng(4), {"stats": 0.1}).items() if cell.layer_set == "all_layers"}
+    assert inference.verdict(inference.infer(one_set, None, 0.02)).startswith("No verdict: no representation was run with all layers and")
+
+
+def test_over_many_experiments_no_verdict_claims_a_drop_that_is_not_there(quick):
+    rng, claims = np.random.default_rng(5), 0
+    for _ in range(200):
+        found = inference.infer(predictions(rng, dict.fromkeys(("stats", "spectral", "frequency"), 0.0), n=150, runs=3), None, 0.02)
+        claims += "accuracy falls" in inference.verdict(found)
+    assert claims / 200 <= 0.05 + 3 * math.sqrt(0.05 * 0.95 / 200)
+
+
+def test_a_run_with_one_run_beside_others_is_ranked_too():
+    cells = predictions(np.random.default_rng(6), {"stats": 0.0, "spectral": 0.1})
+    one = cells[Cell("stats", "all_layers")]
+    one["test_predictions"] = one["test_predictions"][:1]
+    found = inference.infer(cells, None, 0.02)
+    assert [entry["representation"] for entry in found["comparisons"][0]["entries"]] == ["spectral"] and len(found["ranking"]) == 1
+
+
+def test_the_table_of_the_readme_is_made_by_its_command(capsys):
+    simulate_inference.main(["--experiments", "40", "--rows", "201", "--drops", "0", "0.1"])
+    *_, none, ten = capsys.readouterr().out.splitlines()
+    cells = [cell.strip(" %") for cell in none.strip("|").split("|")]
+    assert cells[:2] == ["201", "0"] and float(cells[2]) <= 15 and float(cells[3]) >= 85
+    assert float(ten.strip("|").split("|")[2].strip(" %")) > 50

@@ -495,3 +495,59 @@ def test_the_content_hash_sees_weights_and_names_and_nothing_else(tmp_path):
 def test_the_data_set_is_opened_with_the_torch_format():
     data = from_dataset(lora_dataset(), "x", "cpu")
     assert data.dataset.format["type"] == "torch" and data.dataset.format["format_kwargs"] == {"device": "cpu"}
+
+
+# --- splits by class and by group
+
+
+def parts_of(split):
+    return [set(part.tolist()) for part in split[:3]]
+
+
+def test_every_kind_of_split_uses_every_row_once_and_depends_on_its_seed():
+    labels, groups = np.arange(200) % 5, np.arange(200) // 8
+    for kind in ("random", "stratified", "grouped"):
+        first, again, other = (split_rows(200, seed, kind, labels, groups) for seed in (42, 42, 43))
+        train, val, test = parts_of(first)
+        assert train | val | test == set(range(200)) and len(train) + len(val) + len(test) == 200
+        assert abs(len(train) - 140) <= 12 and abs(len(test) - 40) <= 12
+        assert parts_of(again) == [train, val, test] != parts_of(other) and first.overlap is False
+    assert parts_of(split_rows(200, 42)) == parts_of(split_rows(200, 42, "random", labels, groups))
+
+
+def test_a_stratified_split_has_every_class_in_proportion():
+    labels = np.repeat(np.arange(4), [100, 50, 30, 20])
+    train, val, test = split_rows(200, 1, "stratified", labels)[:3]
+    for part, share in ((train, 0.7), (val, 0.1), (test, 0.2)):
+        assert np.abs(np.bincount(labels[part], minlength=4) - share * np.array([100, 50, 30, 20])).max() <= 1.5
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_grouped_split_parts_no_group_and_leaves_every_class_to_train_on(seed):
+    rng = np.random.default_rng(seed)
+    groups = rng.permutation(np.repeat(np.arange(20), 15))                 # two groups a class, as the digits have
+    labels = groups // 2
+    split = split_rows(300, seed, "grouped", labels, groups)
+    kinds = [set(groups[part].tolist()) for part in split[:3]]
+    assert not kinds[0] & kinds[1] and not kinds[0] & kinds[2] and not kinds[1] & kinds[2] and set.union(*kinds) == set(range(20))
+    assert set(labels[split.train].tolist()) == set(range(10))
+
+
+def test_splits_that_cannot_be_are_refused():
+    labels = np.arange(40) % 2
+    with pytest.raises(InputError, match="--split grouped needs a column of groups: give --group-column"):
+        split_rows(40, 42, "grouped", labels)
+    with pytest.raises(InputError, match="--split grouped is not possible here"):
+        split_rows(40, 42, "grouped", labels, np.zeros(40, dtype=int))
+    with pytest.raises(InputError, match="--split stratified is not possible here"):
+        split_rows(40, 42, "stratified", np.array([0] * 39 + [1]))
+
+
+def test_groups_are_numbered_by_value_and_rows_without_one_are_alone():
+    rows = lora_dataset(n=12).to_dict()
+    rows["group"] = ["a", "b", None, "a", None, "b", "c", "a", "c", "c", "c", "c"]
+    data = from_dataset(Dataset.from_dict(rows), "x", group_column="group")
+    assert data.groups.tolist() == [0, 1, 2, 0, 3, 1, 4, 0, 4, 4, 4, 4]
+    assert from_dataset(Dataset.from_dict(rows), "x", group_column="category_name").groups is None      # the default, where it is absent
+    with pytest.raises(InputError, match="has no column 'leaf': give --group-column, one of category_label, group"):
+        from_dataset(Dataset.from_dict(rows), "x", group_column="leaf")

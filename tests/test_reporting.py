@@ -73,7 +73,7 @@ def test_a_record_has_the_origins_keys_and_true_numbers():
 
 def header():
     return {"dataset": "x", "num_runs": 2, "num_classes": 2, "num_all_layers": 8, "num_visual_layers": 4, "num_text_layers": 4, "label_mapping": {},
-            "splits_overlap": False, "data": {"rows": 120, "split": {"train": 40, "val": 40, "test": 40}}}
+            "splits_overlap": False, "data": {"rows": 120, "split": {"train": 40, "val": 40, "test": 40}}, "inference": {}, "verdict": "No verdict."}
 
 
 def test_the_comparison_goes_by_name_where_cells_are_missing():
