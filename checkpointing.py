@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import filelock
 import xxhash
 
-from settings import AUDITS, LAYER_SETS, REPRESENTATIONS, Cell, InputError, cells_of
+from settings import REPRESENTATIONS, Cell, InputError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -277,6 +277,11 @@ class ResultStore:
         self.checkpoints = folder / "checkpoints"
         self.predictions = folder / "predictions"
 
+    def cells(self) -> list[Cell]:
+        """Those that have a checkpoint in the folder, whole or not."""
+        found = [Cell.named(path.stem) for path in sorted(self.checkpoints.glob("*.json")) if not path.name.startswith(".")]
+        return [cell for cell in found if cell is not None]
+
     def path(self, cell: Cell) -> Path:
         return self.checkpoints / f"{cell.name}.json"
 
@@ -313,7 +318,8 @@ class ResultStore:
             return State("damaged", "its predictions are missing")
         except (OSError, ValueError, KeyError, RecursionError) as error:
             return State("damaged", str(error) or type(error).__name__)
-        changed = differences({**record.get("asked", {}), **record["made_with"]}, wanted)
+        # a cell from before there were other splits has a random one
+        changed = differences({"split_kind": "random", **record.get("asked", {}), **record["made_with"]}, wanted)
         return State("stale", "; ".join(changed)) if changed else State("done")
 
     def save(self, cell: Cell, record: dict, predictions: dict[str, np.ndarray], made_with: dict) -> None:
@@ -363,8 +369,3 @@ class ResultStore:
                     target = self.set_aside(cell, f"{state.kind}: {state.why}")
                 lines.append(f"Set aside {state.kind} checkpoint {cell.name} ({state.why}) as {target.relative_to(self.folder)}")
         return lines
-
-
-def all_cells() -> list[Cell]:
-    """Every cell that an output folder could hold."""
-    return cells_of(LAYER_SETS, REPRESENTATIONS, AUDITS)

@@ -8,6 +8,7 @@ examples come in groups (fine-tunes of one set of images), whole groups are the 
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from dataclasses import dataclass
@@ -15,13 +16,14 @@ from dataclasses import dataclass
 import numpy as np
 import scipy.stats
 
-from settings import Cell
+from settings import Cell, group_of
 
 LEVEL = 0.05               # of a test; intervals hold 1 - LEVEL
+FEW = 10                   # units that differ, below which a t test of equality is not trusted
 POWER = 0.8                # of the smallest drop that could be shown
 FLIPS = 9999               # random signs of the sign-flip test
 RESAMPLES = 4000           # of a bootstrap
-MANY = 2000                # examples or groups from which a bootstrap takes their mean as normal
+MANY = 500                 # examples or groups from which a bootstrap takes their mean as normal
 SEED = 0
 
 
@@ -32,37 +34,44 @@ class Spread:
     error: float
     freedom: float
     units: int
+    constant: bool = False     # over all runs and examples
 
     @property
     def half_width(self) -> float:
-        """Of the 95 % interval. Where nothing varies, Clopper and Pearson's bound for what was not among the units: 1 - 0.025^(1 / units)."""
-        if self.error == 0:
-            return 1 - (LEVEL / 2) ** (1 / self.units)
-        return float(scipy.stats.t.ppf(1 - LEVEL / 2, self.freedom)) * self.error if self.error < math.inf else math.inf
+        """Of the 95 % interval; where nothing varies at least Clopper and Pearson's bound for what was not among the units: 1 - 0.025^(1 / units)."""
+        if self.error == math.inf:
+            return math.inf
+        half = float(scipy.stats.t.ppf(1 - LEVEL / 2, self.freedom)) * self.error
+        return max(half, 1 - (LEVEL / 2) ** (1 / self.units)) if self.constant else half
 
 
 def spread_of_mean(D: np.ndarray, groups: np.ndarray | None = None) -> Spread:
     """Of the mean of D (R, n) when both the runs and the examples are samples, independent of each other.
 
-    Two-way random effects without replication: the mean squares of examples and runs less that of the rest, over n R, with
-    Satterthwaite's degrees of freedom; what Dorfman, Berbaum and Metz (1992) and Obuchowski and Rockette (1995) do for readers
-    and cases. Groups (n,) take the examples' place by the sum of their deviations. Of one run, the examples' part alone.
+    Two-way random effects without replication: the variances of the mean over examples and over runs, less that of the rest,
+    with Satterthwaite's degrees of freedom; what Dorfman, Berbaum and Metz (1992) and Obuchowski and Rockette (1995) do for
+    readers and cases. Groups (n,) take the examples' place: their deviations are those from the mean of the others (jackknife),
+    and they count as n^2 over the sum of their squared sizes. To the squares of the examples is added one that differs, as
+    Agresti and Min (2005) do, because a few that differ by chance are no measure of how many could. Of one run, the
+    examples' part alone: nothing is known of other runs.
     """
     R, n = D.shape
     of_example, of_run, mean = D.mean(0), D.mean(1), D.mean()
     names, index = np.unique(np.arange(n) if groups is None else groups, return_inverse=True)
-    G = len(names)
+    G, sizes = len(names), np.bincount(index)
     if G < 2:
         return Spread(math.inf, 1.0, G)
-    sums = np.bincount(index, of_example - mean, minlength=G)
-    examples, examples_df = float((sums**2).sum()) * G / (G - 1) / n**2, G - 1          # variances of the mean
+    deviations = np.bincount(index, of_example - mean, minlength=G) / (1 - sizes / n)
+    examples = float((deviations**2).sum() + (n / G) ** 2) * (G - 1) / G / n**2
+    examples_df, constant = max(n**2 / float((sizes**2).sum()) - 1, 1.0), bool(np.ptp(D) == 0)
     if R == 1:
-        return Spread(math.sqrt(examples), examples_df, G)
+        return Spread(math.sqrt(examples), examples_df, G, constant)
     runs, runs_df = float(of_run.var(ddof=1)) / R, R - 1
-    rest = float(((D - of_example - of_run[:, None] + mean) ** 2).sum()) / ((n - 1) * (R - 1)) / (n * R) if n > 1 else 0.0
+    rest_df = (n - 1) * (R - 1)
+    rest = float(((D - of_example - of_run[:, None] + mean) ** 2).sum()) / rest_df / (n * R)
     total = max(examples + runs - rest, examples, runs)
-    denominator = examples**2 / examples_df + runs**2 / runs_df + rest**2 / ((n - 1) * (R - 1))
-    return Spread(math.sqrt(total), total**2 / denominator if denominator > 0 else examples_df, G)
+    freedom = total**2 / (examples**2 / examples_df + runs**2 / runs_df + rest**2 / rest_df)
+    return Spread(math.sqrt(total), min(freedom, 1.0) if R == 2 else freedom, G, constant)
 
 
 def sign_flip_test(d: np.ndarray, groups: np.ndarray | None = None, flips: int = FLIPS, seed: int = SEED) -> float:
@@ -86,6 +95,12 @@ def sign_flip_test(d: np.ndarray, groups: np.ndarray | None = None, flips: int =
     return (1 + int((np.abs((2 * plus - counts) @ sizes) >= observed).sum())) / (flips + 1)
 
 
+@functools.lru_cache(maxsize=1)
+def drawn_again(units: int, resamples: int, seed: int) -> np.ndarray:
+    """How often each unit is drawn in each of the resamples, (B, G)."""
+    return np.random.default_rng([seed, units]).multinomial(units, np.full(units, 1 / units), resamples)
+
+
 def two_level_bootstrap(D: np.ndarray, groups: np.ndarray | None = None, resamples: int = RESAMPLES, seed: int = SEED) -> tuple[float, float]:
     """The 95 % interval of the mean of D (R, n): runs and examples, or whole groups of them, are drawn again independently of each other.
 
@@ -105,7 +120,7 @@ def two_level_bootstrap(D: np.ndarray, groups: np.ndarray | None = None, resampl
         variance = np.einsum("br,rs,bs->b", of_runs, rest @ rest.T / n**2, of_runs, optimize=True)
         means = of_runs @ D.mean(1) + np.sqrt(variance.clip(0)) * rng.normal(size=resamples)
     else:
-        of_groups = rng.multinomial(G, np.full(G, 1 / G), resamples)                     # (B, G)
+        of_groups = drawn_again(G, resamples, seed)                                      # (B, G)
         means = ((of_runs @ sums) * of_groups).sum(1) / (of_groups @ sizes)
     widen = math.sqrt(R / (R - 1)) if R > 1 else 1.0
     low, high = np.quantile(means, [LEVEL / 2, 1 - LEVEL / 2])
@@ -129,16 +144,19 @@ def difference(first: np.ndarray, second: np.ndarray, margin: float, groups: np.
     `p` is the larger of the sign-flip test's, which takes the runs as they are, and that of a t test with the standard error of
     runs and examples together; the 95 % interval is the wider of that error's and the two-level bootstrap's at each end. So a
     conclusion must hold for new examples and for new runs. `p_equivalence` is the larger of two one-sided t tests against
-    +-`margin`. `smallest` is the difference that would be found significant with a probability of POWER.
+    +-`margin`; where FEW examples or groups differ at all, at least the chance of so few if `margin` of them did. `smallest` is the difference that
+    would be found significant with a probability of POWER.
     """
     D = first.astype(np.float64) - second
     drop, spread, d = float(D.mean()), spread_of_mean(D, groups), D.mean(0)
     flip, t_test = p_values_of_mean(D, spread, groups)
-    if 0 < spread.error < math.inf:
+    equivalence = 1.0                                                    # where there is one unit only, nothing is shown
+    if spread.error < math.inf:
         equivalence = float(max(scipy.stats.t.sf((margin - drop) / spread.error, spread.freedom),
                                 scipy.stats.t.sf((margin + drop) / spread.error, spread.freedom)))
-    else:                                                                # no example differs, or there is one only: nothing is shown
-        equivalence = 1.0
+        differ = int((np.abs(D).max(0) > 0).sum()) if groups is None else len(np.unique(groups[np.abs(D).max(0) > 0]))
+        if differ < FEW:                                                 # as many of `margin` of the units, or fewer, by chance
+            equivalence = max(equivalence, float(scipy.stats.binom.cdf(differ, spread.units, margin)))
     bootstrap = two_level_bootstrap(D, groups)
     half = spread.half_width
     interval = max(-1.0, min(bootstrap[0], drop - half)), min(1.0, max(bootstrap[1], drop + half))
@@ -155,7 +173,7 @@ def difference(first: np.ndarray, second: np.ndarray, margin: float, groups: np.
 
 def p_values_of_mean(D: np.ndarray, spread: Spread, groups: np.ndarray | None) -> tuple[float, float]:
     """Of the mean of D (R, n): the sign-flip test's, and that of the t test with the error of examples and runs. 1 where nothing can be shown."""
-    if not 0 < spread.error < math.inf:
+    if spread.error == math.inf:
         return sign_flip_test(D.mean(0), groups), 1.0
     return sign_flip_test(D.mean(0), groups), float(2 * scipy.stats.t.sf(abs(D.mean()) / spread.error, spread.freedom))
 
@@ -183,7 +201,8 @@ def binomial_error(accuracy: float, n: int) -> float:
 # --- a whole run
 
 
-COMPARISONS = (("all_layers", "visual_only"), ("all_layers", "text_only"), ("visual_only", "text_only"))
+COMPARISONS = (("all_layers", "visual_only"), ("all_layers", "text_only"), ("visual_only", "text_only"),
+               ("all_layers", "random_half"), ("random_half", "visual_only"))
 
 
 def infer(predictions: dict[Cell, dict[str, np.ndarray]], groups: np.ndarray | None, margin: float) -> dict:
@@ -204,10 +223,15 @@ def infer(predictions: dict[Cell, dict[str, np.ndarray]], groups: np.ndarray | N
         "test_rows": len(rows), "margin": margin, "chance": chance_level(labels), "level": LEVEL, "power": POWER,
         "groups": None if groups is None else int(len(np.unique(of_test))),
         "test_rows_that_share_a_group_with_training": None if groups is None else int(np.isin(of_test, groups[arrays["train_rows"]]).sum()),
-        "accuracies": {cell.name: accuracy(of_cell, of_test) for cell, of_cell in right.items()},
-        "comparisons": [],
+        "accuracies": {cell.name: accuracy(of_cell, of_test, chance_level(labels)) for cell, of_cell in right.items()},
+        "comparisons": [], "runs": max(len(of_cell) for of_cell in right.values()),
     }
+    units = found["groups"] if groups is not None else len(rows)
     representations = list(dict.fromkeys(cell.representation for cell in cells))
+    for representation in representations:
+        halves = [of_cell for cell, of_cell in right.items() if cell.representation == representation and group_of(cell.layer_set) == "random_half"]
+        if halves and all(half.shape == halves[0].shape for half in halves):
+            right[Cell(representation, "random_half")] = np.mean(halves, axis=0)          # of the draws, run by run and example by example
     for first, second in COMPARISONS:
         entries = []
         for representation in representations:
@@ -215,6 +239,9 @@ def infer(predictions: dict[Cell, dict[str, np.ndarray]], groups: np.ndarray | N
             if a is not None and b is not None and a.shape == b.shape:
                 entries.append({"representation": representation, **difference(a, b, margin, of_test)})
         adjust(entries)
+        if 2 / 2**min(units, 64) * len(entries) >= LEVEL:                # no flipping of so few signs is rare enough
+            for entry in entries:
+                entry["smallest"] = None
         if entries:
             found["comparisons"].append({"first": first, "second": second, "entries": entries})
     with_all = {name: right[Cell(name, "all_layers")] for name in representations if Cell(name, "all_layers") in right}
@@ -235,54 +262,82 @@ def adjust(entries: list[dict]) -> None:
                 entry[f"{key}_holm"] = adjusted
 
 
-def accuracy(right: np.ndarray, groups: np.ndarray | None) -> dict:
+def accuracy(right: np.ndarray, groups: np.ndarray | None, chance: float) -> dict:
     """Mean accuracy of runs (R, n) with its 95 % interval for new examples and runs, and two errors that are often confused.
+
+    The interval is not shorter than Wilson's of the mean accuracy. `p_above_chance` is that of a one-sided t test.
 
     `binomial_error` is that of the mean accuracy on n independent examples, `seeds_std` the std over the runs; where the
     latter is smaller, an interval over seeds is narrower than what the test set allows.
     """
     spread, mean = spread_of_mean(right.astype(np.float64), groups), float(right.mean())
-    half = spread.half_width
+    low, high = mean - spread.half_width, mean + spread.half_width
+    if groups is None:                                                   # near 0 and 1 a t interval of few errors is too short
+        wilson = scipy.stats.binomtest(round(mean * right.shape[1]), right.shape[1]).proportion_ci(1 - LEVEL, method="wilson")
+        low, high = min(low, wilson.low), max(high, wilson.high)
     error, seeds = binomial_error(mean, right.shape[1]), float(right.mean(1).std())
-    return {"accuracy": mean, "interval": (max(0.0, mean - half), min(1.0, mean + half)), "binomial_error": error, "seeds_std": seeds,
-            "seeds_narrower_than_test_set": seeds < error}
+    above = float(scipy.stats.t.sf((mean - chance) / spread.error, spread.freedom)) if spread.error < math.inf else 1.0
+    return {"accuracy": mean, "interval": (max(0.0, low), min(1.0, high)), "binomial_error": error, "p_above_chance": above,
+            "seeds_std": seeds if len(right) > 1 else None, "seeds_narrower_than_test_set": len(right) > 1 and seeds < error}
 
 
-def verdict(found: dict, splits_overlap: bool = False) -> str:
-    """One paragraph of what `infer` found about the drop without the text layers, with its conditions and no more than it shows."""
-    main = [one for one in found.get("comparisons", []) if (one["first"], one["second"]) == COMPARISONS[0]]
-    if splits_overlap:
-        return "No verdict: train, validation and test are the same rows."
+FEWEST_RUNS = 3            # from which how runs differ is known well enough for a claim about new ones
+
+
+def verdict(found: dict, split: str = "random") -> str:
+    """One paragraph of what `infer` found about the drop without the text layers, with its conditions and no more than it shows.
+
+    `split` is how the rows were divided; {} of `found` means that train, validation and test are the same rows.
+    """
+    if not found:
+        return "No verdict: there is no finished cell, or train, validation and test are the same rows."
+    main = next((one["entries"] for one in found["comparisons"] if (one["first"], one["second"]) == COMPARISONS[0]), [])
     if not main:
         return "No verdict: no representation was run with all layers and with the visual layers alone."
-    entries, n, margin = main[0]["entries"], found["test_rows"], 100 * found["margin"]
+    if found["runs"] < FEWEST_RUNS:
+        return f"No verdict: {found['runs']} runs a cell do not tell how runs differ; --num-runs {FEWEST_RUNS} or more would."
+    cells = [found["accuracies"][f"all_layers_{entry['representation']}"] for entry in main]
+    able = [entry for entry, p in zip(main, holm([cell["p_above_chance"] for cell in cells]), strict=True) if p < LEVEL]
+    unable = [entry["representation"] for entry in main if entry not in able]
+    lost = [entry for entry in able if entry["p_holm"] < LEVEL and entry["drop"] > 0]
+    gained = [entry for entry in able if entry["p_holm"] < LEVEL and entry["drop"] < 0]
+    same = [entry for entry in able if entry["p_equivalence_holm"] < LEVEL and entry not in lost + gained]
+    open_ = [entry for entry in able if entry not in lost + gained + same]
+    sample = f"{found['test_rows']} test rows" if found["groups"] is None else f"{found['groups']} groups of test rows"
     points = lambda entry: (f"{entry['representation']} ({100 * entry['drop']:+.1f} points, 95 % interval "  # noqa: E731
                             f"{100 * entry['interval'][0]:+.1f} to {100 * entry['interval'][1]:+.1f})")
-    lost = [entry for entry in entries if entry["p_holm"] < LEVEL and entry["drop"] > 0]
-    gained = [entry for entry in entries if entry["p_holm"] < LEVEL and entry["drop"] < 0]
-    same = [entry for entry in entries if entry["p_equivalence_holm"] < LEVEL and entry not in lost + gained]
-    open_ = [entry for entry in entries if entry not in lost + gained + same]
-    able = [entry for entry in entries if found["accuracies"][f"all_layers_{entry['representation']}"]["interval"][0] > found["chance"]]
     parts = []
     if not able:
-        parts.append(f"With all layers no representation is above chance ({100 * found['chance']:.1f} %) by more than its 95 % interval: there is "
-                     "nothing here that a drop could be taken from.")
-    unit = "representation" if len(entries) == 1 else "representations"
+        parts.append(f"With all layers no representation is shown to be above chance ({100 * found['chance']:.1f} %): there is nothing here that a "
+                     "drop could be taken from.")
+    elif unable:
+        parts.append(f"With all layers {', '.join(unable)} {'is' if len(unable) == 1 else 'are'} not shown to be above chance "
+                     f"({100 * found['chance']:.1f} %), so nothing can be said of a drop.")
     if lost:
-        parts.append(f"Without the text layers accuracy falls for {len(lost)} of {len(entries)} {unit} (p < {LEVEL:g} after Holm's correction): "
-                     + ", ".join(map(points, lost)) + ".")
+        parts.append(f"Without the text layers accuracy falls for {len(lost)} of {len(main)} representation{'s' * (len(main) > 1)} "
+                     f"(p < {LEVEL:g} after Holm's correction): " + ", ".join(map(points, lost)) + ".")
     if gained:
         parts.append(f"It rises for {len(gained)}: " + ", ".join(map(points, gained)) + ".")
     if same:
-        parts.append(f"For {', '.join(entry['representation'] for entry in same)} the two are equal to within {margin:g} points.")
+        parts.append(f"For {', '.join(entry['representation'] for entry in same)} the two are equal to within {100 * found['margin']:g} points.")
     if open_:
-        smallest = [100 * entry["smallest"] for entry in open_]
-        span = f"{min(smallest):.1f}" + (f" to {max(smallest):.1f}" if max(smallest) - min(smallest) >= 0.1 else "")
-        parts.append(f"For {', '.join(entry['representation'] for entry in open_)} this run cannot tell: with {n} test rows a drop is found with "
-                     f"{100 * POWER:.0f} % probability only from {span} points on (before the correction).")
-    parts.append("These are statements about new examples and new runs of this data set's kind, on one random split; half of the columns go with the "
-                 "text layers, so a fall alone does not say that the text layers know something which the visual ones do not.")
+        smallest = [100 * entry["smallest"] for entry in open_ if entry["smallest"] is not None]
+        span = f"{min(smallest, default=0):.1f}" + (f" to {max(smallest):.1f}" if smallest and max(smallest) - min(smallest) >= 0.1 else "")
+        parts.append(f"For {', '.join(entry['representation'] for entry in open_)} this run cannot tell: with {sample} "
+                     + (f"a drop is found with {100 * POWER:.0f} % probability only from {span} points on (before the correction)." if smallest
+                        else f"no drop of any size could pass a test of {len(main)} at once."))
+    halves = next((one["entries"] for one in found["comparisons"] if (one["first"], one["second"]) == COMPARISONS[4]), [])
+    if halves:
+        worse = [entry for entry in halves if entry["p_holm"] < LEVEL and entry["drop"] > 0]
+        better = [entry for entry in halves if entry["p_holm"] < LEVEL and entry["drop"] < 0]
+        parts.append("Against random halves of the modules, which lose as many, accuracy with the visual layers is "
+                     + (f"lower for {', '.join(map(points, worse))}" if worse else "not shown to be lower for any representation")
+                     + (f", and higher for {', '.join(entry['representation'] for entry in better)}" if better else "") + ".")
+    parts.append(f"These are statements about new examples and new runs of this data set's kind, on one {split} split"
+                 + ("." if halves else "; fewer columns are left without the text layers, so a fall alone does not say that the text layers know "
+                    "something which the visual ones do not (--layer-sets random_half would tell the two apart)."))
     shared = found["test_rows_that_share_a_group_with_training"]
     if shared:
-        parts.append(f"{shared} of {n} test rows share their group with a training row: for new groups accuracies may be lower.")
+        parts.append(f"{shared} of {found['test_rows']} test rows share their group with a training row: for new groups accuracies may be lower and "
+                     "drops others.")
     return " ".join(parts)

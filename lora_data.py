@@ -6,7 +6,9 @@
 from __future__ import annotations
 
 import contextlib
+import fnmatch
 import glob
+import itertools
 import json
 import logging
 import re
@@ -26,7 +28,7 @@ import pyarrow.parquet as pq
 import xxhash
 
 from checkpointing import file_stamps, hash_of
-from settings import ALIASES, ATTENTION_KINDS, DATASET_NAMES, GROUP_COLUMN, LAYER_SETS, InputError
+from settings import ALIASES, ATTENTION_KINDS, DATASET_NAMES, GROUP_COLUMN, LAYER_SETS, RANDOM_HALF_SEED, InputError, group_of
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -61,6 +63,20 @@ def attention_kind(layer: str) -> str:
     """attn1 (visual), attn2 (text) or other, in dotted and underscored names."""
     found = re.search(r"(?:^|[._])(attn[12])(?:[._]|$)", layer)
     return found.group(1) if found else "other"
+
+
+def block_of(layer: str) -> str:
+    """The U-Net block of an attention layer, without what stands before it: down_blocks.0.attentions.1."""
+    name = re.split(r"[._]attn[12](?=[._])", layer)[0]
+    name = re.sub(r"^.*?(?=(?:down_blocks|up_blocks|mid_block)[._])", "", name)
+    return re.sub(r"[._]transformer_blocks[._]\d+$", "", name)
+
+
+def expand_layer_sets(layer_sets: tuple[str, ...], layers: list[str], random_halves: int) -> list[str]:
+    """The names with those of groups in place of the group's: random_half.0 ..., by_block.down_blocks.0.attentions.0.attn1 ..."""
+    blocks = dict.fromkeys(f"by_block.{block_of(layer)}.{attention_kind(layer)}" for layer in layers if attention_kind(layer) != "other")
+    groups = {"random_half": [f"random_half.{draw}" for draw in range(random_halves)], "by_block": list(blocks)}
+    return [name for layer_set in layer_sets for name in groups.get(layer_set, [layer_set])]
 
 
 # --- one column of matrices in Arrow memory
@@ -186,9 +202,10 @@ def split_rows(num_rows: int, seed: int, kind: str = "random", labels: np.ndarra
                 train, rest = next(StratifiedShuffleSplit(1, test_size=0.3, random_state=seed).split(rows, labels))
                 val, test = next(StratifiedShuffleSplit(1, test_size=0.67, random_state=seed).split(rest, labels[rest]))
             else:
-                drawn = list(GroupShuffleSplit(DRAWS, test_size=0.3, random_state=seed).split(rows, labels, groups))
-                whole = (pair for pair in drawn if len(np.unique(labels[pair[0]])) == len(np.unique(labels)))
-                train, rest = next(whole, drawn[0])
+                draws = iter(GroupShuffleSplit(DRAWS, test_size=0.3, random_state=seed).split(rows, labels, groups))
+                first, classes = next(draws), len(np.unique(labels))
+                whole = (pair for pair in itertools.chain([first], draws) if len(np.unique(labels[pair[0]])) == classes)
+                train, rest = next(whole, first)
                 val, test = next(GroupShuffleSplit(1, test_size=0.67, random_state=seed).split(rest, labels[rest], groups[rest]))
         except ValueError as error:
             raise InputError(f"--split {kind} is not possible here: {error}") from None
@@ -211,6 +228,7 @@ class LoraData:
     classes: list[str | int]
     split: Split
     files: list[str] = field(default_factory=list)   # what the rows are mapped from; empty for generated rows
+    named_sets: dict[str, tuple[str, ...]] = field(default_factory=dict)   # layer sets by patterns on layer names
     groups: np.ndarray | None = None   # (N,) what rows have in common, numbered; None without such a column
     identity: str = ""               # content hash of the layers, once known
     stamps: list = field(default_factory=list)       # of the files, from before they were hashed
@@ -225,8 +243,26 @@ class LoraData:
         return [attention_kind(layer) for layer in self.layers]
 
     def layers_of(self, layer_set: str) -> list[int]:
-        """Positions in `layers` of those that a layer set keeps."""
-        return [i for i, kind in enumerate(self.kinds) if kind in LAYER_SETS[layer_set].kinds]
+        """Positions in `layers` of those that a layer set keeps; none of a name that means nothing here."""
+        if layer_set in LAYER_SETS:
+            return [i for i, kind in enumerate(self.kinds) if kind in LAYER_SETS[layer_set].kinds]
+        if group_of(layer_set) == "by_block":
+            return [i for i, layer in enumerate(self.layers) if layer_set == f"by_block.{block_of(layer)}.{self.kinds[i]}"]
+        if group_of(layer_set) == "random_half":
+            kept = self.random_half(layer_set)
+            return [i for i, layer in enumerate(self.layers) if module_and_side(layer)[0] in kept]
+        patterns = self.named_sets.get(layer_set, ())
+        return [i for i, layer in enumerate(self.layers) if any(fnmatch.fnmatchcase(layer, pattern) for pattern in patterns)]
+
+    def random_half(self, layer_set: str) -> set[str]:
+        """Names of modules: of every block as many as it has attn1 modules, drawn from its attn1 and attn2 modules alike."""
+        rng = np.random.default_rng([RANDOM_HALF_SEED, *layer_set.encode()])
+        blocks: dict[str, dict[str, set[str]]] = {}
+        for layer, kind in zip(self.layers, self.kinds, strict=True):
+            if kind != "other":
+                blocks.setdefault(block_of(layer), {"attn1": set(), "attn2": set()})[kind].add(module_and_side(layer)[0])
+        return {str(name) for block in blocks.values()
+                for name in rng.choice(sorted(block["attn1"] | block["attn2"]), len(block["attn1"]), replace=False)}
 
     @cached_property
     def modules(self) -> list[Module]:
@@ -453,7 +489,7 @@ def from_dataset(dataset: Dataset, name: str, device: str = "cpu", *, label_colu
         others = ", ".join(column for column in dataset.column_names if not is_layer(column))
         raise InputError(f"data set '{name}' has no column '{group_column}': give --group-column, one of {others}")
     rows = split_rows(len(dataset), split_seed, split, labels, groups)
-    return LoraData(dataset, device, layers, matrices, labels, classes, rows, files, groups)
+    return LoraData(dataset, device, layers, matrices, labels, classes, rows, files, groups=groups)
 
 
 def encode_groups(dataset: Dataset, column: str) -> np.ndarray:

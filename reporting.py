@@ -9,7 +9,7 @@ import textwrap
 
 import numpy as np
 
-from settings import LAYER_SETS, REPRESENTATIONS, Cell
+from settings import LAYER_SETS, REPRESENTATIONS, Cell, group_of, title_of
 
 SCORED_PARTS = ("val", "test")
 SCORES = ("acc", "f1", "precision", "recall")
@@ -152,7 +152,7 @@ def compare(records: dict[Cell, dict]) -> list[dict]:
 def collect(records: dict[Cell, dict], failures: dict[Cell, str], skipped: dict[Cell, str], header: dict) -> dict:
     """results.json. `header` says what was run on what; `failures` and `skipped` map cells to their error or reason in a line."""
     results = dict(header)
-    for layer_set in LAYER_SETS:
+    for layer_set in dict.fromkeys([*LAYER_SETS, *(cell.layer_set for cell in records)]):
         of_set = [records[Cell(r, layer_set)] for r in REPRESENTATIONS if Cell(r, layer_set) in records]
         if of_set or layer_set in ("all_layers", "visual_only"):
             results[f"{layer_set}_results"] = of_set
@@ -188,8 +188,10 @@ def results_text(results: dict) -> str:
     if results["splits_overlap"]:
         lines.append("WARNING:   ten rows or fewer: train, validation and test are the same rows; no accuracy here means anything")
     header = f"{'representation':<20}{'columns':>8}{'trained':>8}{'train':>12}{'val':>12}{'test':>12}{'test F1':>12}{'epoch':>7}{'s/run':>8}"
-    for layer_set, (title, _) in LAYER_SETS.items():
+    alone = dict.fromkeys([*LAYER_SETS, *(key.removesuffix("_results") for key in results if key.endswith("_results"))])
+    for layer_set in (name for name in alone if group_of(name) != "by_block"):
         rows = results.get(f"{layer_set}_results") or []
+        title = title_of(layer_set) + (f": {layer_set}" if group_of(layer_set) else "")
         failed = [failure for failure in results["failed_cells"] if failure["layer_set"] == layer_set and "audit" not in failure]
         if not rows and not failed:
             continue
@@ -208,6 +210,7 @@ def results_text(results: dict) -> str:
             shown += f"{percent(row['text_only'], row['text_only_std']):>12}" * text
             retained = "-" if row["retention"] is None else f"{percent(row['retention'])}%"
             lines.append(f"{row['representation']:<20}{shown}{percent(row['drop'], row['drop_std']):>12}{retained:>10}")
+    lines += block_lines({name: results[f"{name}_results"] for name in alone if group_of(name) == "by_block"})
     lines += inference_lines(results["inference"]) + audit_lines(results["audits"])
     if results["skipped_cells"]:
         lines += [""] + [f"Skipped: {entry['cell']}, {entry['reason']}" for entry in results["skipped_cells"]]
@@ -215,6 +218,18 @@ def results_text(results: dict) -> str:
         lines += ["", f"{len(results['failed_cells'])} cells FAILED: " + ", ".join(failure["cell"] for failure in results["failed_cells"])]
     lines += ["", "VERDICT", "", *textwrap.wrap(results["verdict"], 110)]
     return "\n".join(lines) + "\n"
+
+
+def block_lines(blocks: dict[str, list[dict]]) -> list[str]:
+    """A line for each block of the U-Net and kind of attention that was trained on alone."""
+    header = f"{'block':<48}{'columns':>8}{'best test':>12}  {'by':<20}{'mean test':>10}"
+    lines = ["", "Single blocks (every representation is in results.json)", header, "-" * len(header)]
+    for name, rows in blocks.items():
+        best = max(rows, key=lambda row: row["test_acc_mean"])
+        mean = np.mean([row["test_acc_mean"] for row in rows])
+        lines.append(f"{name.removeprefix('by_block.'):<48}{best['feature_dim']:>8}{percent(best['test_acc_mean'], best['test_acc_std']):>12}  "
+                     f"{best['representation'].removesuffix(f'_{name}'):<20}{percent(mean):>10}")
+    return lines if blocks else []
 
 
 def inference_lines(found: dict) -> list[str]:
@@ -230,10 +245,12 @@ def inference_lines(found: dict) -> list[str]:
         lines.append(f"In {len(narrow)} of {len(found['accuracies'])} cells the spread over seeds is narrower than the test set's own standard error "
                      f"(up to {percent(max(one['binomial_error'] for one in narrow))}): ± above is not an interval of the accuracy.")
     for comparison in found["comparisons"]:
-        title = f"{LAYER_SETS[comparison['first']].title} minus {LAYER_SETS[comparison['second']].title}"
+        first, second = ("Random Halves" if one == "random_half" else title_of(one) for one in (comparison["first"], comparison["second"]))
+        title = f"{first} minus {second}"
         header = (f"{'representation':<20}{'points':>8}{'95 % interval':>18}{'p (Holm)':>11}{'equal (Holm)':>14}{'smallest':>10}"
                   f"{'h':>7}{'training noise':>18}")
-        lines += ["", f"{title}: for new examples and runs; equal: within {100 * found['margin']:g} points; smallest: found with "
+        scope = "for new examples and runs" if found["runs"] > 2 else "for new examples, of these runs alone"
+        lines += ["", f"{title}: {scope}; equal: within {100 * found['margin']:g} points; smallest: found with "
                   f"{100 * found['power']:.0f} % probability", header, "-" * len(header)]
         for entry in comparison["entries"]:
             noise = "-" if entry["training_noise_interval"] is None else span(entry["training_noise_interval"])

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -82,6 +83,23 @@ LAYER_SETS = {
     "text_only": LayerSet("Text-Only", ("attn2",)),
 }
 
+LAYER_SET_GROUPS = {"random_half": "Random Half", "by_block": "By Block"}   # several sets each, named after the group: random_half.3
+RANDOM_HALF_SEED = 0
+
+
+def group_of(layer_set: str) -> str:
+    """The group that a layer set belongs to, or '' for one that stands alone."""
+    group = layer_set.split(".")[0]
+    return group if group in LAYER_SET_GROUPS and layer_set != group else ""
+
+
+def title_of(layer_set: str) -> str:
+    """As in the progress summary: the sets of a group share it, one that a YAML file names has its name."""
+    if group_of(layer_set):
+        return LAYER_SET_GROUPS[group_of(layer_set)]
+    return LAYER_SETS[layer_set].title if layer_set in LAYER_SETS else layer_set
+
+
 TRAINING_VERSION = 2  # raise it whenever training gives other numbers from the same settings
 
 ALIASES = {
@@ -121,6 +139,17 @@ class Cell(NamedTuple):
         """Stem of the cell's files: `all_layers_stats`, `all_layers_stats.gauge`."""
         return f"{self.layer_set}_{self.representation}" + (f".{self.audit}" if self.audit else "")
 
+    @classmethod
+    def named(cls, name: str) -> Cell | None:
+        """The cell whose files have this stem, or None if it is no cell's."""
+        stem, _, audit = name.rpartition(".")
+        stem, audit = (stem, audit) if audit in AUDITS else (name, "")
+        for representation in sorted(REPRESENTATIONS, key=len, reverse=True):            # simple_stats before stats
+            layer_set = stem.removesuffix(f"_{representation}")
+            if layer_set not in ("", stem):
+                return cls(representation, layer_set, audit)
+        return None
+
     @property
     def trained(self) -> Cell:
         """The cell whose runs an audit scores; of that cell, itself."""
@@ -154,7 +183,8 @@ def setting(default, help, allowed=None, groups=None):
 
     `groups` are names that stand for several choices.
     """
-    return field(default=default, metadata={"help": help, "allowed": allowed, "groups": groups or {}})
+    how = {"default_factory": lambda: dict(default)} if isinstance(default, dict) else {"default": default}
+    return field(**how, metadata={"help": help, "allowed": allowed, "groups": groups or {}})
 
 
 @dataclass(frozen=True)
@@ -197,7 +227,11 @@ class Settings:
     representations: tuple[str, ...] = setting(
         NINE, f"which to compute; also {', '.join(REPRESENTATION_GROUPS)} for those of a kind", tuple(REPRESENTATIONS), REPRESENTATION_GROUPS
     )
-    layer_sets: tuple[str, ...] = setting(("all_layers", "visual_only"), "which to train on", tuple(LAYER_SETS))
+    layer_sets: tuple[str, ...] = setting(
+        ("all_layers", "visual_only"), f"which to train on: {', '.join([*LAYER_SETS, *LAYER_SET_GROUPS])}, or a name of named_layer_sets"
+    )
+    named_layer_sets: dict = setting({}, "in a YAML file: a mapping of names to lists of shell patterns on layer names")
+    random_halves: int = setting(5, "draws of random_half: of every block as many modules as visual_only has, of both kinds", Range(1, 100))
     split: str = setting(
         "random", "70/10/20 rows: random (the origin's), stratified by class, or grouped: no group of --group-column in two parts",
         ("random", "stratified", "grouped"),
@@ -222,13 +256,25 @@ class Settings:
                 raise InputError(f"{flag(name)} names one twice: {' '.join(chosen)}")
             if not chosen and name != "audit":
                 raise InputError(f"{flag(name)} names nothing")
+        for name, patterns in self.named_layer_sets.items():
+            if not re.fullmatch(r"[A-Za-z][A-Za-z0-9-]*(_[A-Za-z0-9-]+)*", name) or name in (*LAYER_SETS, *LAYER_SET_GROUPS):
+                raise InputError(f"named_layer_sets: '{name}' is no name for a layer set: use letters, digits, - and _, and none of "
+                                 + ", ".join([*LAYER_SETS, *LAYER_SET_GROUPS]))
+            if Cell.named(f"{name}_stats") != Cell("stats", name) or Cell.named(f"{name}_pca") != Cell("pca", name):   # x_simple, x_product
+                raise InputError(f"named_layer_sets: the files of '{name}' would be taken for another representation's: choose another name")
+            if not patterns:
+                raise InputError(f"named_layer_sets: '{name}' has no pattern: give a list such as ['*.to_q.*']")
+        for layer_set in self.layer_sets:
+            if layer_set not in (*LAYER_SETS, *LAYER_SET_GROUPS, *self.named_layer_sets):
+                known = ", ".join([*LAYER_SETS, *LAYER_SET_GROUPS, *self.named_layer_sets])
+                raise InputError(f"unknown --layer-sets '{layer_set}': use {known}, or name one in named_layer_sets of a --config file")
         for name in ("dataset", "label_column", "output_dir", "cache_dir"):
             if not getattr(self, name):
                 raise InputError(f"{flag(name)} is empty: give a name")
 
-    @property
-    def cells(self) -> list[Cell]:
-        return cells_of(self.layer_sets, self.representations, self.audit)
+    def cells(self, layer_sets: list[str]) -> list[Cell]:
+        """Of these layer sets, the settings' own with their groups expanded (lora_data.expand_layer_sets)."""
+        return cells_of(layer_sets, self.representations, self.audit)
 
     def width_of(self, representation: str) -> int:
         """Columns a layer or module."""
@@ -288,6 +334,8 @@ def convert(f: dataclasses.Field, value):
             return value
         if f.type == "str" and isinstance(value, (str, int)) and not isinstance(value, bool):
             return str(value)
+        if f.type == "dict" and isinstance(value, dict):
+            return {str(name): (patterns,) if isinstance(patterns, str) else tuple(map(str, patterns)) for name, patterns in value.items()}
         if f.type == "tuple[str, ...]":
             names = (value,) if isinstance(value, str) else tuple(map(str, value))
             groups = f.metadata["groups"]
@@ -295,7 +343,8 @@ def convert(f: dataclasses.Field, value):
             return tuple(dict.fromkeys(several) if groups.keys() & set(names) else several)
     except (TypeError, ValueError, OverflowError):
         pass
-    kind = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}.get(f.type, "a list of names")
+    kinds = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text", "dict": "a mapping of names to lists"}
+    kind = kinds.get(f.type, "a list of names")
     raise InputError(f"{flag(f.name)} {value!r} is not {kind}: {f.metadata['help']}")
 
 

@@ -37,7 +37,6 @@ from checkpointing import (
     Held,
     ResultStore,
     State,
-    all_cells,
     append_event,
     file_stamps,
     hash_of,
@@ -51,7 +50,7 @@ from checkpointing import (
 from settings import (
     AUDIT_VERSION,
     AUDITS,
-    LAYER_SETS,
+    LAYER_SET_GROUPS,
     REPRESENTATIONS,
     TRAINING_VERSION,
     Cell,
@@ -62,6 +61,7 @@ from settings import (
     parts_of,
     read_yaml,
     setting_fields,
+    title_of,
 )
 
 if TYPE_CHECKING:
@@ -102,8 +102,8 @@ def run_experiment(settings: Settings, rerun_stale: bool) -> int:
     device = find_device(settings.device)
     settings = dataclasses.replace(settings, training=resolve_training(settings.training, device))
     data = load(settings, device, clock)
-    made_with = descriptions(settings, data)
     cells, skipped = possible_cells(settings, data)
+    made_with = descriptions(settings, [*cells, *store.cells()], data)
     moved = store.clear(made_with, cells, rerun_stale)
     for line in moved:
         log.info(line)
@@ -143,11 +143,14 @@ class CellError(Exception):
 
 def possible_cells(settings: Settings, data) -> tuple[list[Cell], dict[Cell, str]]:
     """The cells that this data set has something for, and why the others are left out. Raises InputError if none is left."""
+    from lora_data import expand_layer_sets
+
     skipped = {}
     if "gauge" in settings.audit:
         data.modules   # a pair that cannot be multiplied ends the run here, and not after hours  # noqa: B018
-    for layer_set in settings.layer_sets:
-        cells = [(cell, REPRESENTATIONS[cell.representation]) for cell in settings.cells if cell.layer_set == layer_set]
+    layer_sets = expand_layer_sets(settings.layer_sets, data.layers, settings.random_halves)
+    for layer_set in layer_sets:
+        cells = [(cell, REPRESENTATIONS[cell.representation]) for cell in settings.cells([layer_set])]
         alone = data.layers_without_partner(layer_set) if any(known.of == "module" for _, known in cells) else []
         for cell, known in cells:
             if known.of == "module" and alone:
@@ -156,7 +159,7 @@ def possible_cells(settings: Settings, data) -> tuple[list[Cell], dict[Cell, str
                 skipped[cell] = f"for at most {known.most_rows:,} rows, the data set has {data.num_rows:,}"
     for reason in dict.fromkeys(skipped.values()):
         log.info(f"Skipped, {reason}: {', '.join(cell.name for cell, of_cell in skipped.items() if of_cell == reason)}")
-    cells = [cell for cell in settings.cells if cell not in skipped]
+    cells = [cell for cell in settings.cells(layer_sets) if cell not in skipped]
     if not cells:
         raise InputError(f"nothing can be computed: {next(iter(skipped.values()))}; choose other --representations or --layer-sets")
     return cells, skipped
@@ -239,7 +242,7 @@ def load(settings: Settings, device: str, clock: Clock):
     with clock("load"), Progress(None, f"loading {settings.dataset}"):
         from datasets import disable_progress_bars
 
-        from lora_data import load_lora_data
+        from lora_data import expand_layer_sets, load_lora_data
 
         if not sys.stdout.isatty():
             disable_progress_bars()
@@ -259,7 +262,8 @@ def load(settings: Settings, device: str, clock: Clock):
         log.warning(f"no training row of class {', '.join(str(data.classes[number]) for number in absent)}: its rows cannot be told")
     if data.split.overlap:
         log.warning("ten rows or fewer: train, validation and test are the same rows, so accuracies mean nothing")
-    for layer_set in settings.layer_sets:
+    data.named_sets = settings.named_layer_sets
+    for layer_set in expand_layer_sets(settings.layer_sets, data.layers, settings.random_halves):
         if not data.layers_of(layer_set):
             raise InputError(f"data set '{settings.dataset}' has no layer for --layer-sets {layer_set}: leave it out")
     with clock("read"), Progress(len(data.layers), "layers hashed") as progress:
@@ -398,11 +402,12 @@ def save_results(store: ResultStore, settings: Settings, data, made_with: dict, 
     left_out = [cell.name for cell, state in states.items() if state.kind == "stale"]
     if left_out:
         log.warning(f"left out of the results, made with other settings: {', '.join(left_out)}")
-    found = infer({cell: store.load_predictions(cell) for cell in records}, data.groups, settings.margin)
+    found = {} if data.split.overlap else infer({cell: store.load_predictions(cell) for cell in records}, data.groups, settings.margin)
     card = data.card()
     header = {
         "dataset": settings.dataset,
         "num_runs": settings.training.num_runs,
+        "layer_names": data.layers,
         "num_classes": len(data.classes),
         "num_all_layers": len(data.layers),
         "num_visual_layers": card["layers"]["attn1"],
@@ -412,9 +417,9 @@ def save_results(store: ResultStore, settings: Settings, data, made_with: dict, 
         "data": {"identity": data.identity, **card},
         "settings": dataclasses.asdict(settings),
         "inference": found,
-        "verdict": verdict(found, data.split.overlap),
+        "verdict": verdict(found, settings.split),
     }
-    earlier = {cell: reason for cell, reason in earlier_entries(store, "skipped_cells", "reason").items() if cell not in settings.cells}
+    earlier = {cell: reason for cell, reason in earlier_entries(store, "skipped_cells", "reason").items() if cell not in made_with}
     failed = {cell: error for cell, error in earlier_entries(store, "failed_cells", "error").items() if cell not in records}
     results = collect(records, failed | failures, earlier | skipped, header)
     text = results_text(results)
@@ -482,18 +487,16 @@ def cache_folder(settings: Settings) -> Path | None:
 def asked(settings: Settings) -> dict:
     """Settings that act through the data: recorded with a cell, compared only where the data itself is not at hand."""
     found = {name: getattr(settings, name) for name in ("data_split", "revision", "label_column", "split_seed")}
-    if settings.split == "grouped":
-        found["group_column"] = settings.group_column
-    return found | ({"split_kind": settings.split} if settings.split != "random" else {})
+    return found | {"split_kind": settings.split} | ({"group_column": settings.group_column} if settings.split == "grouped" else {})
 
 
-def descriptions(settings: Settings, data=None) -> dict[Cell, dict]:
-    """What a cell's numbers depend on, for every cell; without `data`, what the settings alone tell."""
+def descriptions(settings: Settings, cells: list[Cell], data=None) -> dict[Cell, dict]:
+    """What each cell's numbers depend on; without `data`, what the settings alone tell."""
     training = dataclasses.asdict(settings.training)
     if training["trainer"] == "auto":    # becomes definite with the device
         del training["trainer"]
     shared = {"training_version": TRAINING_VERSION, **training}
-    layers: dict[str, dict] = {layer_set: {} for layer_set in LAYER_SETS}
+    layers: dict[str, dict] = {cell.layer_set: {} for cell in cells}
     if data is None:
         shared |= asked(settings)
     else:
@@ -502,12 +505,12 @@ def descriptions(settings: Settings, data=None) -> dict[Cell, dict]:
             "labels": hash_of([data.labels.tolist(), data.classes]),
             "split": hash_of([part.tolist() for part in data.split[:3]]),
         }
-        layers = {layer_set: {"layers": hash_of([data.layers[i] for i in data.layers_of(layer_set)])} for layer_set in LAYER_SETS}
+        layers = {layer_set: {"layers": hash_of([data.layers[i] for i in data.layers_of(layer_set)])} for layer_set in layers}
     return {
         cell: {"representation": cell.representation, "representation_version": [REPRESENTATIONS[p].version for p in versions_of(cell)],
                **settings.options_of(cell.representation), **({"audit": cell.audit, "audit_version": AUDIT_VERSION} if cell.audit else {}),
                **layers[cell.layer_set], **shared}
-        for cell in all_cells()
+        for cell in cells
     }
 
 
@@ -518,7 +521,7 @@ def versions_of(cell: Cell) -> list[str]:
 
 def print_progress_summary(cells: list[Cell], missing: list[Cell]) -> None:
     log.info("PROGRESS SUMMARY")
-    titles = {cell: AUDITS[cell.audit].title if cell.audit else f"{LAYER_SETS[cell.layer_set].title} Config" for cell in cells}
+    titles = {cell: AUDITS[cell.audit].title if cell.audit else f"{title_of(cell.layer_set)} Config" for cell in cells}
     for title in dict.fromkeys(titles[cell] for cell in sorted(cells, key=lambda cell: bool(cell.audit))):
         total = sum(of_cell == title for of_cell in titles.values())
         left = sum(titles[cell] == title for cell in missing)
@@ -534,11 +537,20 @@ def print_progress_summary(cells: list[Cell], missing: list[Cell]) -> None:
         log.info(f"No finished cell of these settings yet. Will run {len(missing)}...")
 
 
-def cell_states(settings: Settings) -> dict[Cell, State]:
-    """Of the cells that the settings ask for, from the files of the output folder alone."""
-    store, wanted = ResultStore(output_folder(settings)), descriptions(settings)
-    skipped = earlier_entries(store, "skipped_cells", "reason")
-    return {cell: store.state(cell, wanted[cell]) for cell in settings.cells if cell not in skipped}
+def cell_states(settings: Settings, layers: list[str] | None = None) -> dict[Cell, State]:
+    """Of the cells that the settings ask for, from the files of the output folder alone; and `layers`, where their names are known."""
+    store = ResultStore(output_folder(settings))
+    layer_sets = list(settings.layer_sets)
+    if set(layer_sets) & set(LAYER_SET_GROUPS):
+        from lora_data import expand_layer_sets
+
+        layers = read_json(store.folder / "results.json").get("layer_names", []) if layers is None else layers
+        layer_sets = expand_layer_sets(settings.layer_sets, layers, settings.random_halves)
+    if "by_block" in settings.layer_sets and not any(name.startswith("by_block.") for name in layer_sets):
+        log.info("The blocks of --layer-sets by_block are not known before the first run: they are not counted")
+    cells = settings.cells(layer_sets)
+    wanted, skipped = descriptions(settings, cells), earlier_entries(store, "skipped_cells", "reason")
+    return {cell: store.state(cell, wanted[cell]) for cell in cells if cell not in skipped}
 
 
 def print_status(settings: Settings) -> int:
@@ -560,7 +572,7 @@ def print_plan(settings: Settings) -> int:
     from lora_data import survey
 
     found = survey(settings.dataset, settings.data_split)
-    states = cell_states(settings)
+    states = cell_states(settings, None if found is None else [layer for layer, _, _ in found.shapes])
     if found is not None:
         states = {cell: state for cell, state in states.items() if found.rows <= REPRESENTATIONS[cell.representation].most_rows}
     to_run = [cell for cell, state in states.items() if state.kind != "done"]
@@ -607,6 +619,8 @@ def parse_command_line(argv: list[str] | None) -> tuple[Settings, argparse.Names
     """Settings by precedence: defaults, then --config, then the flags that were typed. Raises InputError."""
     parser = Parser(description=__doc__.split("\n\n")[0], epilog=__doc__[__doc__.index("Exit status"):], allow_abbrev=False)
     for name, f in setting_fields().items():
+        if f.type == "dict":   # for --config alone
+            continue
         default = " ".join(f.default) if isinstance(f.default, tuple) else f.default
         allowed = f.metadata["allowed"]
         choices = f": {', '.join(allowed)}" if isinstance(allowed, tuple) else ""

@@ -121,7 +121,7 @@ def test_a_run_writes_everything_that_is_promised(run, place):
     events = [json.loads(line) for line in (folder(place) / "events.jsonl").read_text().splitlines()]
     assert [event["event"] for event in events] == ["started"] + ["finished"] * 18 + ["ended"]
     text = (folder(place) / "results.txt").read_text()
-    assert text.rstrip() in log and text.count("simple_stats") == 5
+    assert text.rstrip() in log and text.count("simple_stats") >= 4   # two layer sets, the drop, its inference
 
 
 def test_predictions_give_the_confusion_counts_and_accuracies(run, place):
@@ -363,6 +363,57 @@ def test_a_plan_counts_products_and_fits(run, place):
     assert memory(audited) == pytest.approx(2.8 * memory(plain), rel=0.1) and "kernel_ridge" not in plain
 
 
+# --- layer sets
+
+
+SETS = {"layer_sets": ["all_layers", "visual_only", "random_half", "by_block", "queries", "ups"], "random_halves": 2,
+        "named_layer_sets": {"queries": ["*.to_q.*"], "ups": ["*.up.weight"]}, "representations": ["stats", "product_norms"]}
+
+
+def test_halves_blocks_and_named_sets_are_slices_of_one_pass(run, place, monkeypatch):
+    (place / "sets.json").write_text(json.dumps(SETS))                        # YAML, too
+    status, log = run("--status", "--config", "sets.json")
+    assert status == 0 and "by_block are not known before the first run" in log and "Random Half Config:   0/4" in log
+    status, log = run("--dry-run", "--config", "sets.json")
+    assert status == 0 and "By Block Config:      0/8" in log and "by_block.down_blocks.1.attentions.0.attn2_stats" in log
+    reads, real = [], LoraData.read_layer
+    monkeypatch.setattr(LoraData, "read_layer", lambda self, layer, *rest: (reads.append(layer), real(self, layer, *rest))[1])
+    status, log = run("--config", "sets.json", "--num-runs", "3")
+    assert status == 0, log
+    assert len(reads) == len(set(reads)) == 16 and "queries Config:       0/2 completed" in log and "Total Progress:       0/19 (0.0%)" in log
+    names = visible(folder(place) / "checkpoints")
+    assert len(names) == 19 and "random_half.1_stats.json" in names and "ups_stats.json" in names and "ups_product_norms.json" not in names
+    assert "by_block.down_blocks.0.attentions.0.attn1_product_norms.json" in names
+    results, text = json.loads((folder(place) / "results.json").read_text()), (folder(place) / "results.txt").read_text()
+    assert results["random_half.1_results"][0]["feature_dim"] == 8 * 7 and results["queries_results"][0]["num_layers"] == 8
+    assert results["by_block.down_blocks.1.attentions.0.attn2_results"][1]["feature_dim"] == 2 * 7
+    pairs = [(one["first"], one["second"]) for one in results["inference"]["comparisons"]]
+    assert pairs == [("all_layers", "visual_only"), ("all_layers", "random_half"), ("random_half", "visual_only")]
+    drops = {pair: one["entries"][0]["drop"] for pair, one in zip(pairs, results["inference"]["comparisons"], strict=True)}
+    assert drops[pairs[0]] == pytest.approx(drops[pairs[1]] + drops[pairs[2]])           # fewer columns, and which columns
+    assert "Random Halves minus Visual-Only" in text and "Single blocks" in text and "Against random halves of the modules" in results["verdict"]
+    before = snapshot(folder(place) / "checkpoints")
+    assert "All experiments already completed!" in run("--config", "sets.json", "--num-runs", "3")[1]
+    assert "By Block Config:      8/8 completed, 0 remaining" in run("--status", "--config", "sets.json", "--num-runs", "3")[1]
+    status, log = run("--representations", "stats", "product_norms", "--num-runs", "3")  # the plain run leaves and shows them
+    assert status == 0 and snapshot(folder(place) / "checkpoints") == before
+    assert "random_half.1_results" in json.loads((folder(place) / "results.json").read_text())
+
+
+def test_a_named_set_that_was_changed_is_stale_and_one_without_a_layer_is_refused(run, place):
+    for number, pattern in enumerate(("*.to_q.*", "*.to_v.*", "*.to_nothing.*")):
+        chosen = {"layer_sets": ["mine"], "named_layer_sets": {"mine": [pattern]}, "representations": ["stats"]}
+        (place / f"{number}.json").write_text(json.dumps(chosen))
+    assert run("--config", "0.json")[0] == 0
+    status, log = run("--config", "1.json")
+    assert status == 2 and "the layers changed" in log
+    status, log = run("--config", "2.json", "--output-dir", "other")
+    assert status == 2 and "has no layer for --layer-sets mine" in log
+    status, log = run("--representations", "stats", "--layer-sets", "all_layers")        # does not know the set
+    assert status == 0 and "left out of the results, made with other settings: mine_stats" in log
+    assert "mine_stats.json" in visible(folder(place) / "checkpoints")
+
+
 # --- what the numbers mean
 
 
@@ -383,14 +434,16 @@ def test_groups_on_both_sides_of_a_random_split_are_said_and_a_grouped_one_has_n
     status, log = run(*chosen, "--split", "grouped", "--output-dir", "grouped", dataset="./leaves")
     results = json.loads((folder(place, "leaves", output="grouped") / "results.json").read_text())
     assert status == 0 and "Split: grouped, " in log and "0 of" in log and results["inference"]["test_rows_that_share_a_group_with_training"] == 0
-    assert "1/1 completed" in run("--status", *chosen, "--split", "grouped", "--output-dir", "grouped", dataset="./leaves")[1]
+    assert "2/2 (100.0%)" in run("--status", *chosen, "--split", "grouped", "--output-dir", "grouped", dataset="./leaves")[1]
+    status, log = run("--status", *chosen, "--output-dir", "grouped", dataset="./leaves")
+    assert "0/2 (0.0%)" in log and "split_kind was grouped, is now random" in log
 
 
 def test_the_results_end_with_what_they_mean_for_new_examples(run, place):
     import inference
-    status, log = run("--representations", "stats", "frequency", "--layer-sets", "all_layers", "visual_only", "text_only")
+    status, log = run("--representations", "stats", "frequency", "--layer-sets", "all_layers", "visual_only", "text_only", "--num-runs", "3")
     results, text = json.loads((folder(place) / "results.json").read_text()), (folder(place) / "results.txt").read_text()
-    assert status == 0 and [(one["first"], one["second"]) for one in results["inference"]["comparisons"]] == list(inference.COMPARISONS)
+    assert status == 0 and [(one["first"], one["second"]) for one in results["inference"]["comparisons"]] == list(inference.COMPARISONS[:3])
     with np.load(folder(place) / "predictions" / "all_layers_stats.npz") as a, np.load(folder(place) / "predictions" / "text_only_stats.npz") as b:
         right = [one["test_predictions"] == one["test_labels"] for one in (a, b)]
     entry = results["inference"]["comparisons"][1]["entries"][0]
@@ -398,7 +451,7 @@ def test_the_results_end_with_what_they_mean_for_new_examples(run, place):
     assert entry["p"] == inference.difference(*right, 0.02)["p"]
     assert text in log and text.index("VERDICT") > text.index("All Layers minus Text-Only") > text.index("Chance:")
     assert " ".join(text.split("VERDICT")[1].split()) == results["verdict"]
-    run("--representations", "stats", "frequency", "--margin", "0.5")       # no cell depends on it
+    run("--representations", "stats", "frequency", "--margin", "0.5", "--num-runs", "3")       # no cell depends on it
     assert json.loads((folder(place) / "results.json").read_text())["inference"]["margin"] == 0.5
 
 
@@ -407,9 +460,9 @@ def test_a_shuffled_label_is_reported_as_nothing(run, place):
     rows = lora_dataset(n=120).to_dict()
     rows["category_label"] = np.random.default_rng(3).permutation(["cat", "dog", "ape"] * 40).tolist()
     Dataset.from_dict(rows).save_to_disk("shuffled")
-    status, _ = run("--representations", "stats", "product_norms", dataset="./shuffled")
+    status, _ = run("--representations", "stats", "product_norms", "--num-runs", "3", dataset="./shuffled")
     verdict = json.loads((folder(place, "shuffled") / "results.json").read_text())["verdict"]
-    assert status == 0 and verdict.startswith("With all layers no representation is above chance") and "accuracy falls" not in verdict
+    assert status == 0 and verdict.startswith("With all layers no representation is shown to be above chance") and "accuracy falls" not in verdict
 
 
 # --- resuming

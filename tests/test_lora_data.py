@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import threading
+from collections import Counter
 
 import numpy as np
 import pyarrow as pa
@@ -16,7 +17,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import lora_data
-from lora_data import ReadAhead, attention_kind, from_dataset, is_layer, load_lora_data, module_and_side, split_rows, survey
+from lora_data import (
+    Matrices,
+    ReadAhead,
+    attention_kind,
+    block_of,
+    expand_layer_sets,
+    from_dataset,
+    is_layer,
+    load_lora_data,
+    module_and_side,
+    sd15_shapes,
+    split_rows,
+    survey,
+)
 from settings import InputError
 
 
@@ -551,3 +565,54 @@ def test_groups_are_numbered_by_value_and_rows_without_one_are_alone():
     assert from_dataset(Dataset.from_dict(rows), "x", group_column="category_name").groups is None      # the default, where it is absent
     with pytest.raises(InputError, match="has no column 'leaf': give --group-column, one of category_label, group"):
         from_dataset(Dataset.from_dict(rows), "x", group_column="leaf")
+
+
+# --- layer sets
+
+
+def of_published_topology():
+    data = from_dataset(lora_dataset(), "x")
+    data.layers = [layer for layer, _, _ in sd15_shapes(1)]
+    data.matrices = {layer: Matrices(layer, rows, cols, "float", True) for layer, rows, cols in sd15_shapes(1)}
+    return data
+
+
+def test_random_halves_have_the_modules_of_visual_only_by_block_from_both_kinds():
+    data = of_published_topology()
+    visual, seen = Counter(block_of(data.layers[i]) for i in data.layers_of("visual_only")), set()
+    for draw in range(5):
+        chosen = data.layers_of(f"random_half.{draw}")
+        layers = [data.layers[i] for i in chosen]
+        assert Counter(map(block_of, layers)) == visual and len(chosen) == 64
+        assert not data.layers_without_partner(f"random_half.{draw}")                    # whole modules
+        kinds = Counter(map(attention_kind, layers))
+        assert kinds["attn1"] > 8 and kinds["attn2"] > 8
+        assert chosen == data.layers_of(f"random_half.{draw}")
+        seen.add(tuple(chosen))
+    assert len(seen) == 5
+
+
+def test_by_block_is_one_set_for_each_block_and_kind():
+    data = of_published_topology()
+    sets = expand_layer_sets(("all_layers", "by_block", "random_half"), data.layers, 2)
+    blocks = [name for name in sets if name.startswith("by_block.")]
+    assert sets[0] == "all_layers" and sets[-2:] == ["random_half.0", "random_half.1"] and len(blocks) == 32
+    assert blocks[0] == "by_block.down_blocks.0.attentions.0.attn1"
+    found = [i for name in blocks for i in data.layers_of(name)]
+    assert sorted(found) == list(range(128)) and {len(data.layers_of(name)) for name in blocks} == {4}
+
+
+@pytest.mark.parametrize("layer, block", [
+    ("unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_q.lora.up.weight", "mid_block.attentions.0"),
+    ("lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_q.lora_down.weight", "down_blocks_1_attentions_0"),
+    ("lora_unet_input_blocks_4_1_transformer_blocks_3_attn1_to_q.lora_down.weight", "lora_unet_input_blocks_4_1"),
+])
+def test_the_block_of_a_layer_in_each_style_of_names(layer, block):
+    assert block_of(layer) == block
+
+
+def test_named_sets_are_patterns_on_layer_names():
+    data = of_published_topology()
+    data.named_sets = {"queries": ("*.to_q.*",), "ups": ("*.up.weight",), "ends": ("unet.mid_block.*", "*up_blocks.3*")}
+    assert [len(data.layers_of(name)) for name in ("queries", "ups", "ends", "unknown")] == [64, 64, 8 + 24, 0]
+    assert len(data.layers_without_partner("ups")) == 64 and not data.layers_without_partner("queries")

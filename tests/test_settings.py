@@ -7,7 +7,20 @@ import pytest
 from conftest import ROOT
 
 import visual_ablation_experiment as experiment
-from settings import NINE, REPRESENTATION_GROUPS, REPRESENTATIONS, InputError, Settings, TrainingSettings, build_settings, read_yaml, setting_fields
+from settings import (
+    NINE,
+    REPRESENTATION_GROUPS,
+    REPRESENTATIONS,
+    Cell,
+    InputError,
+    Settings,
+    TrainingSettings,
+    build_settings,
+    cells_of,
+    read_yaml,
+    setting_fields,
+    title_of,
+)
 
 
 def test_the_defaults_are_the_published_ones():
@@ -18,7 +31,8 @@ def test_the_defaults_are_the_published_ones():
     }
     assert Settings().dataset == "digits"   # the origin has no default: this one needs no network
     assert Settings().output_dir == "visual-ablation-results" and Settings().cache_dir == ".feature_cache" and Settings().cache_features
-    assert len(Settings().cells) == 18 and Settings().cells[-1].name == "visual_only_ensemble"
+    cells = Settings().cells(Settings().layer_sets)
+    assert len(cells) == 18 and cells[-1].name == "visual_only_ensemble"
 
 
 @pytest.mark.parametrize("name, value, reason", [
@@ -111,7 +125,8 @@ def test_every_setting_is_a_flag_with_help(capsys):
     assert ended.value.code == 0
     text = capsys.readouterr().out
     for name, f in setting_fields().items():
-        assert "--" + name.replace("_", "-") in text and f.metadata["help"].split()[0] in text
+        if name != "named_layer_sets":                                     # a mapping: for YAML
+            assert "--" + name.replace("_", "-") in text and f.metadata["help"].split()[0] in text
     for flag in ("--config", "--quick", "--rerun-stale", "--dry-run", "--status"):
         assert flag in text
 
@@ -137,9 +152,9 @@ def test_groups_of_representations_stand_for_their_names():
 
 def test_audits_are_cells_beside_those_they_audit():
     settings = build_settings({"representations": ["stats"], "audit": ["noise"]})
-    assert [cell.name for cell in settings.cells] == [
-        "all_layers_stats", "all_layers_stats.noise", "visual_only_stats", "visual_only_stats.noise"]
-    assert settings.cells[1].trained == settings.cells[0] and Settings().audit == ()
+    cells = settings.cells(settings.layer_sets)
+    assert [cell.name for cell in cells] == ["all_layers_stats", "all_layers_stats.noise", "visual_only_stats", "visual_only_stats.noise"]
+    assert cells[1].trained == cells[0] and Settings().audit == ()
     with pytest.raises(InputError, match="unknown --audit 'rain': use gauge, noise"):
         build_settings({"audit": ["rain"]})
 
@@ -149,3 +164,28 @@ def test_options_belong_to_the_representations_that_they_change():
     assert settings.width_of("product_sketch") == 25 and settings.width_of("stats") == 7
     assert {name: settings.options_of(name) for name in REPRESENTATIONS if settings.options_of(name)} == {
         "product_sketch": {"sketch_size": 5}, "pca": {"pca_components": 7}, "kernel_pca": {"pca_components": 7}}
+
+
+def test_every_cell_is_found_again_by_the_name_of_its_files():
+    sets = ["all_layers", "random_half.3", "by_block.down_blocks.0.attentions.1.attn1", "queries", "to_q-only"]
+    for cell in cells_of(sets, REPRESENTATIONS, ("gauge", "noise")):
+        assert Cell.named(cell.name) == cell
+    for name in ("stats", "_stats", "notes", "all_layers_", "all_layers_unknown"):
+        assert Cell.named(name) is None, name
+
+
+@pytest.mark.parametrize("named, reason", [
+    ({"by_block": ["*"]}, "'by_block' is no name for a layer set"), ({"a b": ["*"]}, "'a b' is no name"), ({"mine": []}, "'mine' has no pattern"),
+    ({"my_simple": ["*"]}, "would be taken for another representation's"), ({"my_kernel": ["*"]}, "would be taken for another"),
+    (["*"], "is not a mapping"),
+])
+def test_layer_sets_are_named_so_that_their_files_can_be_told_apart(named, reason):
+    with pytest.raises(InputError, match=reason):
+        build_settings({"named_layer_sets": named}, "a.yaml")
+
+
+def test_a_layer_set_must_be_known():
+    settings = build_settings({"layer_sets": ["all_layers", "random_half", "mine"], "named_layer_sets": {"mine": "*.to_q.*"}})
+    assert settings.named_layer_sets == {"mine": ("*.to_q.*",)} and title_of("random_half.3") == "Random Half" and title_of("mine") == "mine"
+    with pytest.raises(InputError, match="unknown --layer-sets 'yours': use all_layers, visual_only, text_only, random_half, by_block, or name one"):
+        build_settings({"layer_sets": ["yours"]})
