@@ -100,6 +100,7 @@ def title_of(layer_set: str) -> str:
     return LAYER_SETS[layer_set].title if layer_set in LAYER_SETS else layer_set
 
 
+INFERENCE_VERSION = 1   # raise it whenever a test, an interval or the verdict says something else of the same predictions
 TRAINING_VERSION = 2  # raise it whenever training gives other numbers from the same settings
 
 ALIASES = {

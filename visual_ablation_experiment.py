@@ -50,6 +50,7 @@ from checkpointing import (
 from settings import (
     AUDIT_VERSION,
     AUDITS,
+    INFERENCE_VERSION,
     LAYER_SET_GROUPS,
     REPRESENTATIONS,
     TRAINING_VERSION,
@@ -394,7 +395,6 @@ def write_results(store: ResultStore, settings: Settings, data, made_with: dict,
 
 def save_results(store: ResultStore, settings: Settings, data, made_with: dict, failures: dict[Cell, str], skipped: dict[Cell, str]) -> str:
     """results.json and results.txt of every current cell in the folder. Returns the text."""
-    from inference import infer, verdict
     from reporting import collect, results_text
 
     states = {cell: store.state(cell, wanted) for cell, wanted in made_with.items()}
@@ -402,7 +402,6 @@ def save_results(store: ResultStore, settings: Settings, data, made_with: dict, 
     left_out = [cell.name for cell, state in states.items() if state.kind == "stale"]
     if left_out:
         log.warning(f"left out of the results, made with other settings: {', '.join(left_out)}")
-    found = {} if data.split.overlap else infer({cell: store.load_predictions(cell) for cell in records}, data.groups, settings.margin)
     card = data.card()
     header = {
         "dataset": settings.dataset,
@@ -416,8 +415,7 @@ def save_results(store: ResultStore, settings: Settings, data, made_with: dict, 
         "splits_overlap": data.split.overlap,
         "data": {"identity": data.identity, **card},
         "settings": dataclasses.asdict(settings),
-        "inference": found,
-        "verdict": verdict(found, settings.split),
+        **inferred(store, records, settings, data),
     }
     earlier = {cell: reason for cell, reason in earlier_entries(store, "skipped_cells", "reason").items() if cell not in made_with}
     failed = {cell: error for cell, error in earlier_entries(store, "failed_cells", "error").items() if cell not in records}
@@ -426,6 +424,23 @@ def save_results(store: ResultStore, settings: Settings, data, made_with: dict, 
     write_json(store.folder / "results.json", results, indent=2)
     write_bytes(store.folder / "results.txt", text.encode())
     return text
+
+
+def inferred(store: ResultStore, records: dict[Cell, dict], settings: Settings, data) -> dict:
+    """`inference` and `verdict`: those of results.json if they were made from the same predictions, else anew."""
+    groups = None if data.groups is None else hash_of(data.groups)
+    predictions = {cell.name: record["predictions_hash"] for cell, record in records.items()}
+    made_from = hash_of([INFERENCE_VERSION, settings.margin, settings.split, data.split.overlap, groups, predictions])
+    keys = ("inference", "verdict", "inference_made_from")
+    old = read_json(store.folder / "results.json")
+    kept = {key: old.get(key) for key in keys}
+    if kept["inference_made_from"] == made_from and old.get("inference_check") == hash_of(kept):
+        return kept | {"inference_check": old["inference_check"]}
+    from inference import infer, verdict  # scipy.stats takes a second to import
+
+    found = {} if data.split.overlap else infer({cell: store.load_predictions(cell) for cell in records}, data.groups, settings.margin)
+    made = dict(zip(keys, (found, verdict(found, settings.split), made_from), strict=True))
+    return made | {"inference_check": hash_of(made)}
 
 
 def earlier_entries(store: ResultStore, key: str, text: str) -> dict[Cell, str]:

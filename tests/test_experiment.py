@@ -455,6 +455,24 @@ def test_the_results_end_with_what_they_mean_for_new_examples(run, place):
     assert json.loads((folder(place) / "results.json").read_text())["inference"]["margin"] == 0.5
 
 
+def test_what_was_inferred_is_kept_only_for_the_same_predictions_and_settings(run, place, monkeypatch):
+    import inference
+    chosen, path = ("--representations", "stats", "--num-runs", "3"), folder(place) / "results.json"
+    run(*chosen)
+    first, calls, real = json.loads(path.read_text()), [], inference.infer
+    monkeypatch.setattr(inference, "infer", lambda *arguments: (calls.append(1), real(*arguments))[1])
+    run(*chosen)
+    assert not calls and {key: json.loads(path.read_text())[key] for key in ("inference", "verdict")} == {
+        key: first[key] for key in ("inference", "verdict")}
+    path.write_text(path.read_text().replace('"verdict": "', '"verdict": "All is well. '))      # touched by somebody
+    run(*chosen)
+    assert len(calls) == 1 and json.loads(path.read_text())["verdict"] == first["verdict"]
+    for flags in (["--margin", "0.1"], ["--layer-sets", "all_layers", "visual_only", "text_only"], ["--representations", "stats", "frequency"]):
+        calls.clear()
+        run(*chosen, *flags)
+        assert len(calls) == 1, flags
+
+
 def test_a_shuffled_label_is_reported_as_nothing(run, place):
     """Rows whose labels mean nothing: no representation is above chance, and the verdict says so."""
     rows = lora_dataset(n=120).to_dict()

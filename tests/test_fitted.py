@@ -185,11 +185,11 @@ import numpy as np, torch, fitted
 from lora_data import Matrices, Split
 
 class Generated:
-    device, num_rows, layers = "cpu", 20_000, "abcdefghijkl"
+    device, num_rows, layers = "cpu", 20_000, "abcdefgh"
     matrices = {{name: Matrices(name, 1, 1000, "float", True) for name in layers}}
     split = Split(np.arange(14_000), None, None, False)
     noise = torch.randn(1024, 1, 1000)
-    def layers_of(self, layer_set): return range(12)
+    def layers_of(self, layer_set): return range(8)
     def read_on_host(self, layer, start, stop, buffer=None): return self.noise[:stop - start] * ord(layer)
 
 fit = fitted.Fit(Generated(), "all_layers", 4)
@@ -202,7 +202,7 @@ print((peak() - before) / 80e6)
 
 
 def test_pca_holds_one_layer_at_a_time():
-    """Twelve layers of 80 MB; one, its copy where it is centred, and a few numbers a row."""
+    """Eight layers of 80 MB; one, its copy where it is centred, and a few numbers a row."""
     done = subprocess.run([sys.executable, "-c", PEAK.format(root=str(ROOT))], capture_output=True, text=True)
     assert done.returncode == 0 and float(done.stdout) < 3, done
 

@@ -201,7 +201,7 @@ def test_the_t_test_over_seeds_would_claim_far_too_often():
 def test_the_sign_flip_test_alone_takes_the_runs_of_a_large_test_set_for_an_effect(quick):
     rng, alone, both = np.random.default_rng(11), 0, 0
     for _ in range(60):
-        first, second, _ = experiment(rng, n=4000, run_sd=0.03)
+        first, second, _ = experiment(rng, n=2000, run_sd=0.04)
         found = difference(first, second, 0.02)
         alone, both = alone + (found["p_sign_flip"] < 0.05), both + (found["p"] < 0.05)
     assert alone / 60 > 0.2 and both / 60 < 0.05 + 3 * math.sqrt(0.05 * 0.95 / 60)
