@@ -144,8 +144,8 @@ def difference(first: np.ndarray, second: np.ndarray, margin: float, groups: np.
     `p` is the larger of the sign-flip test's, which takes the runs as they are, and that of a t test with the standard error of
     runs and examples together; the 95 % interval is the wider of that error's and the two-level bootstrap's at each end. So a
     conclusion must hold for new examples and for new runs. `p_equivalence` is the larger of two one-sided t tests against
-    +-`margin`; where FEW examples or groups differ at all, at least the chance of so few if `margin` of them did. `smallest` is the difference that
-    would be found significant with a probability of POWER.
+    +-`margin`; where fewer than FEW examples or groups differ at all, at least the chance of so few if `margin` of them did.
+    `smallest` is the difference that would be found significant with a probability of POWER.
     """
     D = first.astype(np.float64) - second
     drop, spread, d = float(D.mean()), spread_of_mean(D, groups), D.mean(0)

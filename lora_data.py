@@ -28,7 +28,7 @@ import pyarrow.parquet as pq
 import xxhash
 
 from checkpointing import file_stamps, hash_of
-from settings import ALIASES, ATTENTION_KINDS, DATASET_NAMES, GROUP_COLUMN, LAYER_SETS, RANDOM_HALF_SEED, InputError, group_of
+from settings import ALIASES, ATTENTION_KINDS, DATASET_NAMES, GROUP_COLUMN, LAYER_SETS, InputError, group_of
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -40,6 +40,7 @@ BLOCK_ROWS = 1024     # rows of a block; blocks start at its multiples, whatever
 READ_AHEAD = 4        # layers at most that are read ahead for a GPU, by as many threads
 PIECE = 2**17         # values copied or checked at a time: what that writes stays in a core's cache
 DRAWS = 1000          # of a grouped split, among which one may have every class in training
+RANDOM_HALF_SEED = 0  # of the layer sets random_half.0, .1, ...
 SMALLEST_SPLIT = 11   # with fewer rows, train = val = test
 
 # The end of a column's name: diffusers' lora.down.weight, PEFT's lora_A.weight and lora_A.<adapter>.weight, kohya's lora_down.weight.

@@ -86,13 +86,18 @@ def cell_record(cell: Cell, trained, labels: dict[str, np.ndarray], num_classes:
     return record
 
 
+def stacked(trained, part: str) -> np.ndarray:
+    """Predictions (R, n) of a part of the rows."""
+    return np.stack([run.predictions[part] for run in trained.runs]).astype(np.int32)
+
+
 def prediction_arrays(trained, labels: dict[str, np.ndarray], split) -> dict[str, np.ndarray]:
     """For predictions/<cell>.npz: of each part the row numbers (n,), class numbers (n,) and predictions (R, n)."""
     arrays = {}
     for part, of_part in labels.items():
         arrays[f"{part}_rows"] = getattr(split, part)
         arrays[f"{part}_labels"] = of_part.astype(np.int32)
-        arrays[f"{part}_predictions"] = np.stack([run.predictions[part] for run in trained.runs]).astype(np.int32)
+        arrays[f"{part}_predictions"] = stacked(trained, part)
     arrays["seeds"] = np.array([run.seed for run in trained.runs])
     return arrays
 
@@ -117,11 +122,9 @@ def audit_record(cell: Cell, trained, test_labels: np.ndarray, changes: dict[str
     return {"audit": cell.audit, "layer_set": cell.layer_set, "variants": variants}
 
 
-def audit_arrays(cell: Cell, trained, test_labels: np.ndarray, split, variants) -> dict[str, np.ndarray]:
-    """For predictions/<cell>.npz: row numbers and class numbers (n,) of the test rows, and predictions (R, n) of each variant."""
-    stack = lambda part: np.stack([run.predictions[part] for run in trained.runs]).astype(np.int32)  # noqa: E731
-    return {"test_rows": split.test, "test_labels": test_labels.astype(np.int32), "test_predictions": stack("test"),
-            **{f"{variant}_predictions": stack(f"{cell.audit} {variant}") for variant in variants}}
+def variant_arrays(cell: Cell, trained, variants) -> dict[str, np.ndarray]:
+    """What an audit adds to predictions/<cell>.npz: predictions (R, n) of each variant of the test rows."""
+    return {f"{variant}_predictions": stacked(trained, f"{cell.audit} {variant}") for variant in variants}
 
 
 # --- the whole folder

@@ -26,7 +26,7 @@ KERNEL_ROWS = 20_000   # at most: a kernel holds a number for every row and trai
 
 class Representation(NamedTuple):
     of: str               # what it is made from: each "layer", or each "module", which is a down and its up
-    width: int            # columns a layer or module
+    width: int            # columns a layer or module; 0 of those that are fitted
     version: int          # raise it whenever a number changes: caches and checkpoints of the old version become stale
     options: tuple[str, ...] = ()   # the settings that change its numbers
     fitted: bool = False  # to the training rows: made when its cell runs, of as many columns as it finds, and not cached
@@ -84,7 +84,6 @@ LAYER_SETS = {
 }
 
 LAYER_SET_GROUPS = {"random_half": "Random Half", "by_block": "By Block"}   # several sets each, named after the group: random_half.3
-RANDOM_HALF_SEED = 0
 
 
 def group_of(layer_set: str) -> str:

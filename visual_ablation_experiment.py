@@ -174,7 +174,7 @@ def groups_of(cells: list[Cell]) -> list[list[Cell]]:
 def run_cells(cells: list[Cell], number: str, features: Features, data, settings: Settings, device: str, store: ResultStore,
               made_with: dict[Cell, dict], clock: Clock) -> None:
     """Train, score and save a cell, its audits, or both: they share the trained runs."""
-    from reporting import audit_arrays, audit_record, cell_record, prediction_arrays
+    from reporting import audit_record, cell_record, prediction_arrays, variant_arrays
     from training import PARTS
 
     cells = [cell for cell in cells if store.state(cell, made_with[cell]).kind != "done"]   # by another process, while this one waited
@@ -194,17 +194,16 @@ def run_cells(cells: list[Cell], number: str, features: Features, data, settings
         trained = train_cell(cell, x, also, data, labels, settings, device)
     provenance = {"asked": asked(settings), "made_on": {"time": utc_now(), "machine": machine(device), "versions": versions()}}
     for one in cells:
+        record = cell_record(one, trained, labels, len(data.classes), len(data.layers_of(one.layer_set)), x.shape[1])
+        arrays = prediction_arrays(trained, labels, data.split)
         if one.audit:
             with clock("features"):
                 changes = features.audits[one.audit].changes(x, changed[one.audit], data.split.train)
-            record = cell_record(one, trained, labels, len(data.classes), len(data.layers_of(one.layer_set)), x.shape[1])
             record |= audit_record(one, trained, labels["test"], changes)
-            arrays = audit_arrays(one, trained, labels["test"], data.split, changes)
+            arrays |= variant_arrays(one, trained, changes)
             found = ", ".join(f"{variant}={entry['test_acc_mean']:.4f}±{entry['test_acc_std']:.4f}" for variant, entry in record["variants"].items())
             log.info(f"Audit {one.audit}: Test={record['test_acc_mean']:.4f}±{record['test_acc_std']:.4f}, {found}")
         else:
-            record = cell_record(one, trained, labels, len(data.classes), len(data.layers_of(one.layer_set)), x.shape[1])
-            arrays = prediction_arrays(trained, labels, data.split)
             found = ", ".join(f"{part.title()}={record[f'{part}_acc_mean']:.4f}±{record[f'{part}_acc_std']:.4f}" for part in PARTS)
             log.info(f"Results: {found}, best epoch {record['best_epoch_mean']:.0f}, {trained.trained_dim} columns trained")
         store.save(one, record | provenance, arrays, made_with[one])
