@@ -179,6 +179,12 @@ def test_a_saved_cell_is_done_and_comes_back(tmp_path):
         assert arrays["test_predictions"].tolist() == list(range(6))
 
 
+def test_a_cell_from_before_there_were_other_splits_has_a_random_one(tmp_path):
+    store = saved(tmp_path)
+    assert store.state(CELL, MADE_WITH | {"split_kind": "random"}).kind == "done"
+    assert store.state(CELL, MADE_WITH | {"split_kind": "grouped"}).why == "split_kind was random, is now grouped"
+
+
 def test_every_flipped_bit_of_a_checkpoint_is_noticed(tmp_path):
     store = saved(tmp_path)
     path = store.path(CELL)

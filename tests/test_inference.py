@@ -307,3 +307,18 @@ def test_the_table_of_the_readme_is_made_by_its_command(capsys):
     cells = [cell.strip(" %") for cell in none.strip("|").split("|")]
     assert cells[:2] == ["201", "0"] and float(cells[2]) <= 15 and float(cells[3]) >= 85
     assert float(ten.strip("|").split("|")[2].strip(" %")) > 50
+
+
+def test_two_runs_leave_one_degree_of_freedom():
+    first, second, _ = experiment(np.random.default_rng(19), n=1000, runs=2)
+    D = first.astype(float) - second
+    assert spread_of_mean(D).freedom <= 1 < spread_of_mean(np.vstack([D, D])).freedom
+
+
+@pytest.mark.parametrize("many", [10, 10_000])
+def test_a_bootstrap_of_runs_alone_is_as_wide_as_their_standard_error(monkeypatch, many):
+    """Every example alike: what is drawn again are the runs, and what drawing from R of them takes away is given back."""
+    monkeypatch.setattr(inference, "MANY", many)
+    runs = np.random.default_rng(20).normal(0, 0.03, 5)
+    low, high = two_level_bootstrap(np.tile(runs[:, None], (1, 200)), resamples=40_000)
+    assert (high - low) / 2 == pytest.approx(1.96 * scipy.stats.sem(runs), rel=0.06)
