@@ -256,7 +256,8 @@ class State(NamedTuple):
     why: str = ""
 
 
-WORDS = {"data": "the weights of the data set", "labels": "the labels", "split": "the rows of the split", "layers": "the layers"}
+WORDS = {"data": "the weights of the data set", "labels": "the labels", "split": "the rows of the split", "layers": "the layers",
+         "metadata": "the metadata columns"}
 
 
 def differences(made_with: dict, wanted: dict) -> list[str]:

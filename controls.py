@@ -1,4 +1,4 @@
-"""What the results must withstand: audits that change the weights of rows and ask what the features and the trained runs make of it.
+"""What the results must withstand: audits that change the weights of rows, other classifiers in the MLP's place, shuffled labels.
 
 An audit is a set of changed rows: which row of the data set each comes from, in which variant, and how its weights are
 changed as they are read. What is drawn depends on the layer and on the block's first row alone, not on threads or devices.
@@ -6,19 +6,32 @@ changed as they are read. What is drawn depends on the layer and on the block's 
 
 from __future__ import annotations
 
+import itertools
+import logging
+import time
+import warnings
 from collections.abc import Callable
 from functools import cached_property
 
 import numpy as np
 import torch
+from sklearn.ensemble import HistGradientBoostingClassifier
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
 from lora_data import BLOCK_ROWS, LoraData
-from training import COLUMN_BLOCK
+from training import COLUMN_BLOCK, PARTS, OnRun, Run, TrainedRuns, standardise
+
+log = logging.getLogger("visual_ablation")
 
 GAUGE_STRETCH = 2.0                        # a direction is scaled by at most this, or by at least its inverse
 NOISE_LEVELS = (0.01, 0.05, 0.10, 0.20)    # std of the noise over the std of the row's layer
 SEED = 0
+PROBE_PENALTIES = tuple(10.0**power for power in range(-4, 2))   # scikit-learn's C: the inverse of a penalty on the squared weights
+PROBE_ITERATIONS = 2000
+BOOSTING_ITERATIONS, BOOSTING_PATIENCE = 100, 10
+BOOSTING_LEAVES, BOOSTING_BINS = 8, 32     # few of both: a data set has some hundred rows and up to ten thousand columns, and time goes with both
 
 
 class Audit:
@@ -119,3 +132,62 @@ class NoiseAudit(Audit):
 
 
 AUDITS: dict[str, Callable[[LoraData, np.ndarray], Audit]] = {"gauge": GaugeAudit, "noise": NoiseAudit}
+
+
+# --- other classifiers: one run each, on the same columns and rows as the MLP
+
+
+def train_linear(x: Tensor, labels: np.ndarray, split, on_run: OnRun) -> TrainedRuns:
+    """Multinomial logistic regression (scikit-learn, L-BFGS) of `labels` (N,) on the standardised columns of `x` (N, D).
+
+    The penalty is the one of PROBE_PENALTIES with the best validation accuracy, the strongest of several.
+    """
+    began = time.perf_counter()
+    columns, rows = standardised(x, split)
+    model = LogisticRegression(max_iter=PROBE_ITERATIONS, warm_start=True)
+    best, found = -1.0, {}
+    for penalty in PROBE_PENALTIES:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)          # said in the log's own words
+            model.set_params(C=penalty).fit(columns[rows["train"]], labels[rows["train"]])
+        if max(model.n_iter_) >= PROBE_ITERATIONS:
+            log.warning(f"the linear probe did not converge in {PROBE_ITERATIONS} iterations at C = {penalty:g}")
+        accuracy = np.mean(model.predict(columns[rows["val"]]) == labels[rows["val"]])
+        if accuracy > best:
+            best, found = accuracy, {part: model.predict(columns[of_part]) for part, of_part in rows.items()}
+    return one_run(found, began, columns, on_run)
+
+
+def train_boosting(x: Tensor, labels: np.ndarray, split, on_run: OnRun) -> TrainedRuns:
+    """Gradient-boosted trees (scikit-learn's histogram kind) of `labels` (N,) on the columns of `x` (N, D) that vary.
+
+    Trees are added until the validation loss has not fallen for BOOSTING_PATIENCE iterations; predictions are those of the
+    iteration with the best validation accuracy, the earliest of several.
+    """
+    began = time.perf_counter()
+    columns, rows = standardised(x, split)
+    model = HistGradientBoostingClassifier(
+        max_iter=BOOSTING_ITERATIONS, early_stopping=True, n_iter_no_change=BOOSTING_PATIENCE, random_state=SEED,
+        max_leaf_nodes=BOOSTING_LEAVES, max_bins=BOOSTING_BINS,
+    )
+    known = np.isin(labels[rows["val"]], labels[rows["train"]])          # a class without a training row has no loss
+    val = rows["val"][known]
+    model.fit(columns[rows["train"]], labels[rows["train"]], X_val=columns[val], y_val=labels[val])
+    accuracies = [np.mean(predicted == labels[rows["val"]]) for predicted in model.staged_predict(columns[rows["val"]])]
+    best = int(np.argmax(accuracies))
+    found = {part: next(itertools.islice(model.staged_predict(columns[of_part]), best, None)) for part, of_part in rows.items()}
+    return one_run(found, began, columns, on_run)
+
+
+def standardised(x: Tensor, split) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Columns as the MLP gets them, (N, D'), and the rows of each part."""
+    return standardise(x, torch.from_numpy(split.train)).numpy(), {part: getattr(split, part) for part in PARTS}
+
+
+def one_run(predictions: dict[str, np.ndarray], began: float, columns: np.ndarray, on_run: OnRun) -> TrainedRuns:
+    run = Run(SEED, predictions=predictions, seconds=time.perf_counter() - began)
+    on_run(run, 1)
+    return TrainedRuns([run], columns.shape[1])
+
+
+CLASSIFIERS: dict[str, Callable[..., TrainedRuns]] = {"linear": train_linear, "boosting": train_boosting}

@@ -192,31 +192,33 @@ class Features:
     audits: dict[str, Audit] = field(default_factory=dict)
     fits: dict[tuple, Fit] = field(default_factory=dict)                 # the last one with a kernel, which serves two cells
 
-    def of(self, cell: Cell, audits: list[Audit]) -> tuple[Tensor, dict[str, Tensor]]:
-        """The cell's columns of all rows, (N, D), and of each audit's, (E, D)."""
+    def of(self, cell: Cell, audits: list[Audit], data: LoraData | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+        """The cell's columns of all rows, (N, D), and of each audit's, (E, D); `data` with the cell's split and labels, if not the first ones."""
         if REPRESENTATIONS[cell.representation].fitted:
             from fitted import FEATURES
 
             sizes = [self.data.num_rows] + [len(audit.rows) for audit in audits]
-            x, *changed = FEATURES[cell.representation](self.fit(cell, audits)).split(sizes)
+            x, *changed = FEATURES[cell.representation](self.fit(cell, audits, data or self.data)).split(sizes)
         else:
             x, *changed = (slice_layers(feature_matrix(found, cell, self.data), cell, self.data)
                            for found in [self.computed] + [self.changed[audit.name] for audit in audits])
         return x, {audit.name: part for audit, part in zip(audits, changed, strict=True)}
 
-    def fit(self, cell: Cell, audits: list[Audit]) -> Fit:
+    def fit(self, cell: Cell, audits: list[Audit], data: LoraData) -> Fit:
         from fitted import Fit
 
-        key = (cell.layer_set, *(audit.name for audit in audits))
-        found = self.fits.get(key) or Fit(self.data, cell.layer_set, self.components, tuple(audits))
+        key = (cell.layer_set, cell.split, cell.labels, *(audit.name for audit in audits))
+        found = self.fits.get(key) or Fit(data, cell.layer_set, self.components, tuple(audits))
         self.fits = {key: found} if cell.representation.startswith("kernel") else {}
         return found
 
 
 def feature_matrix(features: dict[str, Tensor], cell: Cell, data: LoraData) -> Tensor:
-    """(N, P, k) of the cell's representation; an ensemble's parts are joined within each layer."""
+    """(N, P, k) of the cell's representation; an ensemble's parts are joined within each layer, norms are the first of simple_stats."""
     count = len(data.layers if REPRESENTATIONS[cell.representation].of == "layer" else data.modules)
     parts = [features[name].unflatten(1, (count, -1)) for name in parts_of(cell.representation)]
+    if cell.representation == "norms":
+        return parts[0][:, :, :1]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
 

@@ -221,12 +221,24 @@ def kernel_pca(fit: Fit) -> Tensor:
     return torch.from_numpy(np.concatenate([found.transform(kernel[section])[:, kept] for section in fit.sections if kernel[section].size])).float()
 
 
+def metadata(fit: Fit) -> Tensor:
+    """The numeric columns that are no weights, less the training rows' mean, then for each whether the row has it: (N + E, 2 K) float32.
+
+    A value that is not there counts as the mean, so that it says nothing itself.
+    """
+    x = np.stack(list(fit.data.metadata.values()), axis=1)[fit.sources]  # (N + E, K)
+    known, train = np.isfinite(x), fit.data.split.train
+    mean = np.where(known, x, 0)[train].sum(0) / known[train].sum(0).clip(1)
+    return torch.from_numpy(np.concatenate([np.where(known, x - mean, 0), known], axis=1)).float()
+
+
 FEATURES: dict[str, Callable[[Fit], Tensor]] = {
     "pca": pca,
     "centroid_cosine": centroid_cosine,
     "kernel_pca": kernel_pca,
     "kernel_ridge": lambda fit: fit.kernel,
     "flat_vec": flat_vec,
+    "metadata": metadata,
 }
 
 

@@ -11,12 +11,12 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import scipy.stats
 
-from settings import Cell, group_of
+from settings import CLASSIFIERS, Cell, group_of
 
 LEVEL = 0.05               # of a test; intervals hold 1 - LEVEL
 FEW = 10                   # units that differ, below which a t test of equality is not trusted
@@ -24,6 +24,8 @@ POWER = 0.8                # of the smallest drop that could be shown
 FLIPS = 9999               # random signs of the sign-flip test
 RESAMPLES = 4000           # of a bootstrap
 MANY = 500                 # examples or groups from which a bootstrap takes their mean as normal
+SHUFFLES = 1999            # permutations of the test labels in the check of shuffled ones
+SUSPECT = 0.01             # of runs without a fault are called suspect by it
 SEED = 0
 
 
@@ -72,6 +74,23 @@ def spread_of_mean(D: np.ndarray, groups: np.ndarray | None = None) -> Spread:
     total = max(examples + runs - rest, examples, runs)
     freedom = total**2 / (examples**2 / examples_df + runs**2 / runs_df + rest**2 / rest_df)
     return Spread(math.sqrt(total), min(freedom, 1.0) if R == 2 else freedom, G, constant)
+
+
+def spread_over_splits(D: list[np.ndarray], rows: list[np.ndarray], ratio: float, groups: np.ndarray | None = None) -> Spread:
+    """Of the mean over K splits of the means of D[k] (R, n), on the test rows rows[k] (n,); `ratio` is that of test to training rows.
+
+    The variance over splits times 1/K + ratio, with K - 1 degrees of freedom: splits of one data set share most of their rows,
+    so that their mean varies more than 1/K of it (Nadeau and Bengio 2003). One of U examples or groups that differs is
+    added, as in `spread_of_mean`. Where rows of the data set come in `groups` (N,), random splits do not show how groups
+    differ, and the spread of the first split's is taken if it is wider.
+    """
+    means = np.array([d.mean() for d in D])
+    everywhere = np.unique(np.concatenate(rows))
+    units = len(everywhere) if groups is None else len(np.unique(groups[everywhere]))
+    error = math.sqrt(float(means.var(ddof=1)) * (1 / len(means) + ratio) + 1 / units**2)
+    found = Spread(error, len(means) - 1, units, bool(all(np.ptp(d) == 0 for d in D) and np.ptp(means) == 0))
+    of_first = None if groups is None else spread_of_mean(D[0], groups[rows[0]])
+    return found if of_first is None or of_first.half_width < found.half_width else of_first
 
 
 def sign_flip_test(d: np.ndarray, groups: np.ndarray | None = None, flips: int = FLIPS, seed: int = SEED) -> float:
@@ -148,24 +167,48 @@ def difference(first: np.ndarray, second: np.ndarray, margin: float, groups: np.
     `smallest` is the difference that would be found significant with a probability of POWER.
     """
     D = first.astype(np.float64) - second
-    drop, spread, d = float(D.mean()), spread_of_mean(D, groups), D.mean(0)
+    spread = spread_of_mean(D, groups)
     flip, t_test = p_values_of_mean(D, spread, groups)
+    differ = int((np.abs(D).max(0) > 0).sum()) if groups is None else len(np.unique(groups[np.abs(D).max(0) > 0]))
+    bootstrap = two_level_bootstrap(D, groups)
+    found = conclusion([first], [second], spread, differ, margin)
+    low, high = found["interval"]
+    return found | {"interval": (max(-1.0, min(bootstrap[0], low)), min(1.0, max(bootstrap[1], high))), "p": max(flip, t_test), "p_sign_flip": flip,
+                    "p_examples_and_runs": t_test, "bootstrap_interval": bootstrap}
+
+
+def difference_over_splits(first: list[np.ndarray], second: list[np.ndarray], margin: float, rows: list[np.ndarray], ratio: float,
+                           groups: np.ndarray | None = None) -> dict:
+    """The same from K splits: (R, n) of each, on the test rows `rows`. `ratio` and `groups` are those of `spread_over_splits`.
+
+    `p` and the interval are the corrected t test's, `drop` is the mean of `drops`, one a split.
+    """
+    D = [a.astype(np.float64) - b for a, b in zip(first, second, strict=True)]
+    spread = spread_over_splits(D, rows, ratio, groups)
+    moved = np.unique(np.concatenate([of_split[np.abs(d).max(0) > 0] for d, of_split in zip(D, rows, strict=True)]))
+    differ = len(moved) if groups is None else len(np.unique(groups[moved]))
+    found = conclusion(first, second, spread, differ, margin)
+    return found | {"p": p_of_mean(found["drop"], spread), "drops": [float(d.mean()) for d in D]}
+
+
+def conclusion(first: list[np.ndarray], second: list[np.ndarray], spread: Spread, differ: int, margin: float) -> dict:
+    """What follows from the spread of a drop, whatever it was taken from. `differ` examples or groups differ at all."""
+    D = [a.astype(np.float64) - b for a, b in zip(first, second, strict=True)]
+    a, b, drop = (float(np.mean([part.mean() for part in parts])) for parts in (first, second, D))
     equivalence = 1.0                                                    # where there is one unit only, nothing is shown
     if spread.error < math.inf:
         equivalence = float(max(scipy.stats.t.sf((margin - drop) / spread.error, spread.freedom),
                                 scipy.stats.t.sf((margin + drop) / spread.error, spread.freedom)))
-        differ = int((np.abs(D).max(0) > 0).sum()) if groups is None else len(np.unique(groups[np.abs(D).max(0) > 0]))
         if differ < FEW:                                                 # as many of `margin` of the units, or fewer, by chance
             equivalence = max(equivalence, float(scipy.stats.binom.cdf(differ, spread.units, margin)))
-    bootstrap = two_level_bootstrap(D, groups)
+    of_example = np.concatenate([d.mean(0) for d in D])
+    scatter = float(of_example.std(ddof=1)) if len(of_example) > 1 else 0.0
     half = spread.half_width
-    interval = max(-1.0, min(bootstrap[0], drop - half)), min(1.0, max(bootstrap[1], drop + half))
-    a, b, scatter = float(first.mean()), float(second.mean()), float(d.std(ddof=1)) if len(d) > 1 else 0.0
     power = float(scipy.stats.t.ppf(POWER, spread.freedom)) * spread.error if spread.error < math.inf else 1.0
     return {
-        "drop": drop, "interval": interval, "p": max(flip, t_test), "p_sign_flip": flip, "p_examples_and_runs": t_test,
-        "standard_error": spread.error if math.isfinite(spread.error) else None, "bootstrap_interval": bootstrap, "p_equivalence": equivalence,
-        "margin": margin, "training_noise_interval": training_noise(D.mean(1)),
+        "drop": drop, "interval": (max(-1.0, drop - half), min(1.0, drop + half)),
+        "standard_error": spread.error if math.isfinite(spread.error) else None, "p_equivalence": equivalence, "margin": margin,
+        "training_noise_interval": training_noise(np.mean([d.mean(1) for d in D], axis=0)),
         "cohens_h": 2 * (math.asin(math.sqrt(a)) - math.asin(math.sqrt(b))), "d_z": drop / scatter if scatter > 0 else None,
         "smallest": min(1.0, half + power),
     }
@@ -173,9 +216,12 @@ def difference(first: np.ndarray, second: np.ndarray, margin: float, groups: np.
 
 def p_values_of_mean(D: np.ndarray, spread: Spread, groups: np.ndarray | None) -> tuple[float, float]:
     """Of the mean of D (R, n): the sign-flip test's, and that of the t test with the error of examples and runs. 1 where nothing can be shown."""
-    if spread.error == math.inf:
-        return sign_flip_test(D.mean(0), groups), 1.0
-    return sign_flip_test(D.mean(0), groups), float(2 * scipy.stats.t.sf(abs(D.mean()) / spread.error, spread.freedom))
+    return sign_flip_test(D.mean(0), groups), p_of_mean(float(D.mean()), spread)
+
+
+def p_of_mean(mean: float, spread: Spread) -> float:
+    """Two-sided, of the t test that it is 0."""
+    return float(2 * scipy.stats.t.sf(abs(mean) / spread.error, spread.freedom)) if spread.error < math.inf else 1.0
 
 
 def holm(p_values: list[float]) -> list[float]:
@@ -205,53 +251,213 @@ COMPARISONS = (("all_layers", "visual_only"), ("all_layers", "text_only"), ("vis
                ("all_layers", "random_half"), ("random_half", "visual_only"))
 
 
-def infer(predictions: dict[Cell, dict[str, np.ndarray]], groups: np.ndarray | None, margin: float) -> dict:
-    """What the saved predictions of a run's cells say. `groups` (N,) are the groups of the data set's rows, if it has any.
+@dataclass(frozen=True)
+class Sample:
+    """What one cell's runs made of the test rows of every split of a kind: by the split's name, each of `right` (R, n) on `rows` (n,)."""
 
-    `accuracies` of each cell with its interval for new examples and runs; `comparisons` of two layer sets, representation by
-    representation, `p_holm` adjusted over these; `ranking` of every two representations with all layers, adjusted over the
-    pairs; the chance level, and how many test rows share their group with a training row.
+    right: dict[str, np.ndarray]
+    rows: dict[str, np.ndarray]
+    ratio: float                          # of test to training rows
+    chance: float
+    groups: np.ndarray | None             # (N,)
+
+    def both(self, other: Sample) -> list[str]:
+        """Splits that both have, run for run."""
+        return [split for split, right in self.right.items() if split in other.right and right.shape == other.right[split].shape]
+
+    def groups_on(self, split: str) -> np.ndarray | None:
+        """Of its test rows."""
+        return None if self.groups is None else self.groups[self.rows[split]]
+
+    def minus(self, other: Sample, margin: float) -> dict | None:
+        """What is to be said about the difference; None if they have nothing in common."""
+        splits = self.both(other)
+        if not splits:
+            return None
+        first, second = ([sample.right[split] for split in splits] for sample in (self, other))
+        rows = [self.rows[split] for split in splits]
+        if len(splits) == 1:
+            return difference(first[0], second[0], margin, self.groups_on(splits[0]))
+        return difference_over_splits(first, second, margin, rows, self.ratio, self.groups)
+
+    def spread(self, D: dict[str, np.ndarray]) -> Spread:
+        """Of the mean of D[split] (R, n) over splits, runs and examples."""
+        if len(D) == 1:
+            (split, only), = D.items()
+            return spread_of_mean(only, self.groups_on(split))
+        return spread_over_splits(list(D.values()), [self.rows[split] for split in D], self.ratio, self.groups)
+
+    @property
+    def accuracy(self) -> dict:
+        """Mean accuracy with its 95 % interval for new examples and runs, not shorter than Wilson's, and two errors that are often confused.
+
+        `p_above_chance` is that of a one-sided t test. `binomial_error` is that of the mean accuracy on n independent examples,
+        `seeds_std` the std over the runs; where the latter is smaller, an interval over seeds is narrower than what the test set
+        allows.
+        """
+        right = {split: of_split.astype(np.float64) for split, of_split in self.right.items()}
+        spread, mean = self.spread(right), float(np.mean([of_split.mean() for of_split in right.values()]))
+        R, n = next(iter(right.values())).shape
+        low, high = mean - spread.half_width, mean + spread.half_width
+        if self.groups is None:                                          # near 0 and 1 a t interval of few errors is too short
+            wilson = scipy.stats.binomtest(round(mean * spread.units), spread.units).proportion_ci(1 - LEVEL, method="wilson")
+            low, high = min(low, wilson.low), max(high, wilson.high)
+        error, seeds = binomial_error(mean, n), float(np.mean([of_split.mean(1).std() for of_split in right.values()]))
+        above = float(scipy.stats.t.sf((mean - self.chance) / spread.error, spread.freedom)) if spread.error < math.inf else 1.0
+        return {"accuracy": mean, "interval": (max(0.0, low), min(1.0, high)), "binomial_error": error, "p_above_chance": above,
+                "standard_error": spread.error if math.isfinite(spread.error) else None, "splits": len(right),
+                "seeds_std": seeds if R > 1 else None, "seeds_narrower_than_test_set": R > 1 and seeds < error}
+
+
+def samples_of(predictions: dict[Cell, dict[str, np.ndarray]], groups: np.ndarray | None) -> dict[str, dict[Cell, Sample]]:
+    """By kind of split ("" for the first), of every cell without its split. The draws of random_half are joined run by run and example by example."""
+    found: dict[str, dict[Cell, dict[str, dict]]] = {}
+    for cell, arrays in predictions.items():
+        found.setdefault(cell.split.rstrip("0123456789"), {}).setdefault(cell._replace(split=""), {})[cell.split] = arrays
+    samples: dict[str, dict[Cell, Sample]] = {}
+    for kind, cells in found.items():
+        of_kind = samples.setdefault(kind, {})
+        for cell, splits in cells.items():
+            right = {split: arrays["test_predictions"] == arrays["test_labels"] for split, arrays in splits.items()}
+            rows = {split: arrays["test_rows"] for split, arrays in splits.items()}
+            of_kind[cell] = Sample(right, rows, float(np.mean([len(arrays["test_rows"]) / len(arrays["train_rows"]) for arrays in splits.values()])),
+                                   float(np.mean([chance_level(arrays["test_labels"]) for arrays in splits.values()])), groups)
+        halves: dict[Cell, list[Sample]] = {}
+        for cell, sample in of_kind.items():
+            if group_of(cell.layer_set) == "random_half":
+                halves.setdefault(cell._replace(layer_set="random_half"), []).append(sample)
+        for cell, draws in halves.items():
+            splits = [split for split in draws[0].right if all(split in draws[0].both(draw) for draw in draws)]
+            if splits:
+                of_kind[cell] = replace(draws[0], right={split: np.mean([draw.right[split] for draw in draws], axis=0) for split in splits})
+    return samples
+
+
+def infer(predictions: dict[Cell, dict[str, np.ndarray]], groups: np.ndarray | None, margin: float, kind: str = "random") -> dict:
+    """What the saved predictions of a run's cells say. `groups` (N,) are the groups of the data set's rows, if any; `kind` is the first split's.
+
+    `accuracies` of each cell with its interval for new examples and runs, over all splits of its kind; `comparisons` of two
+    layer sets, representation by representation, `p_holm` adjusted over these; `classifiers`, the first comparison by each of
+    those beside the MLP; `ranking` of every two representations with all layers, adjusted over the pairs; `inflation`, what a
+    random or stratified split has above a grouped one; `controls`; the chance level, and how many test rows share their group
+    with a training row.
     """
-    cells = {cell: arrays for cell, arrays in predictions.items() if not cell.audit}
-    if not cells:
+    predictions = {cell: arrays for cell, arrays in predictions.items() if not cell.audit}
+    shuffled = {cell: predictions.pop(cell) for cell in list(predictions) if cell.labels}
+    samples = joined(samples_of(predictions, groups), kind)
+    table = {cell: sample for cell, sample in samples.get(kind, {}).items() if cell.plain}
+    if not table:
         return {}
-    arrays = next(iter(cells.values()))
+    arrays = next(predictions[cell] for cell in predictions if cell.plain)
     labels, rows = arrays["test_labels"], arrays["test_rows"]
     of_test = groups[rows] if groups is not None else None
-    right = {cell: found["test_predictions"] == found["test_labels"] for cell, found in cells.items()}
+    representations = list(dict.fromkeys(cell.representation for cell in table))
     found = {
-        "test_rows": len(rows), "margin": margin, "chance": chance_level(labels), "level": LEVEL, "power": POWER,
+        "test_rows": len(rows), "margin": margin, "chance": chance_level(labels), "level": LEVEL, "power": POWER, "split": kind,
+        "splits": max(len(sample.right) for sample in table.values()),
+        "runs": max(len(of_split) for sample in table.values() for of_split in sample.right.values()),
         "groups": None if groups is None else int(len(np.unique(of_test))),
         "test_rows_that_share_a_group_with_training": None if groups is None else int(np.isin(of_test, groups[arrays["train_rows"]]).sum()),
-        "accuracies": {cell.name: accuracy(of_cell, of_test, chance_level(labels)) for cell, of_cell in right.items()},
-        "comparisons": [], "runs": max(len(of_cell) for of_cell in right.values()),
+        "accuracies": {cell.name: sample.accuracy for cell, sample in samples[kind].items() if cell.layer_set != "random_half"},
     }
-    units = found["groups"] if groups is not None else len(rows)
-    representations = list(dict.fromkeys(cell.representation for cell in cells))
-    for representation in representations:
-        halves = [of_cell for cell, of_cell in right.items() if cell.representation == representation and group_of(cell.layer_set) == "random_half"]
-        if halves and all(half.shape == halves[0].shape for half in halves):
-            right[Cell(representation, "random_half")] = np.mean(halves, axis=0)          # of the draws, run by run and example by example
-    for first, second in COMPARISONS:
-        entries = []
-        for representation in representations:
-            a, b = (right.get(Cell(representation, layer_set)) for layer_set in (first, second))
-            if a is not None and b is not None and a.shape == b.shape:
-                entries.append({"representation": representation, **difference(a, b, margin, of_test)})
-        adjust(entries)
-        if 2 / 2**min(units, 64) * len(entries) >= LEVEL:                # no flipping of so few signs is rare enough
-            for entry in entries:
-                entry["smallest"] = None
-        if entries:
-            found["comparisons"].append({"first": first, "second": second, "entries": entries})
-    with_all = {name: right[Cell(name, "all_layers")] for name in representations if Cell(name, "all_layers") in right}
-    found["ranking"] = []
-    for first, second in itertools.combinations(sorted(with_all, key=lambda name: -with_all[name].mean()), 2):
-        D = with_all[first].astype(np.float64) - with_all[second]        # kernel_ridge's one run beside each of the other's
-        found["ranking"].append({"better": first, "worse": second, "difference": float(D.mean()),
-                                 "p": max(p_values_of_mean(D, spread_of_mean(D, of_test), of_test))})
-    adjust(found["ranking"])
+    everywhere = np.unique(np.concatenate([of_split for sample in table.values() for of_split in sample.rows.values()]))
+    units = len(everywhere) if groups is None else len(np.unique(groups[everywhere]))
+    found["comparisons"] = [compared(samples[kind], representations, first, second, margin, units) for first, second in COMPARISONS]
+    found["comparisons"] = [comparison for comparison in found["comparisons"] if comparison["entries"]]
+    found["classifiers"] = [{"classifier": classifier, **compared(samples[kind], representations, *COMPARISONS[0], margin, units, classifier)}
+                            for classifier in CLASSIFIERS if any(cell.classifier == classifier for cell in samples[kind])]
+    found["ranking"] = ranked({name: table[Cell(name, "all_layers")] for name in representations if Cell(name, "all_layers") in table})
+    found["inflation"] = [entry for first in samples if first != "grouped" for entry in inflation(samples, first)] if "grouped" in samples else []
+    found["controls"] = [{"cell": cell.name, "representation": cell.representation, "layer_set": cell.layer_set, **found["accuracies"][cell.name]}
+                         for cell in samples[kind] if cell.control]
+    found["shuffled"] = shuffled_labels(shuffled) if shuffled else None
     return found
+
+
+def joined(samples: dict[str, dict[Cell, Sample]], kind: str) -> dict[str, dict[Cell, Sample]]:
+    """The first split of a kind, whose name is '', with its further ones."""
+    found = {other: of_kind for other, of_kind in samples.items() if other not in ("", kind)}
+    first, further = samples.get("", {}), samples.get(kind, {})
+    found[kind] = {cell: sample if cell not in further else
+                   replace(sample, right=sample.right | further[cell].right, rows=sample.rows | further[cell].rows) for cell, sample in first.items()}
+    return found
+
+
+def compared(samples: dict[Cell, Sample], representations: list[str], first: str, second: str, margin: float, units: int,
+             classifier: str = "") -> dict:
+    """Two layer sets, representation by representation; `units` examples or groups are all that there are."""
+    entries = []
+    for representation in representations:
+        a, b = (samples.get(Cell(representation, layer_set, classifier=classifier)) for layer_set in (first, second))
+        entry = a.minus(b, margin) if a and b else None
+        if entry is not None:
+            entries.append({"representation": representation, **entry})
+    adjust(entries)
+    if 2 / 2**min(units, 64) * len(entries) >= LEVEL:                    # no flipping of so few signs is rare enough
+        for entry in entries:
+            entry["smallest"] = entry["smallest"] if "drops" in entry else None
+    return {"first": first, "second": second, "entries": entries}
+
+
+def ranked(samples: dict[str, Sample]) -> list[dict]:
+    """Every two representations, the better first."""
+    pairs = []
+    for better, worse in itertools.combinations(sorted(samples, key=lambda name: -samples[name].accuracy["accuracy"]), 2):
+        a, b = samples[better], samples[worse]
+        # kernel_ridge's one run beside each of the other's
+        D = {split: a.right[split].astype(np.float64) - b.right[split] for split in a.right if split in b.right}
+        if not D:
+            continue
+        mean = float(np.mean([d.mean() for d in D.values()]))
+        p = p_of_mean(mean, a.spread(D))
+        if len(D) == 1:
+            (split, d), = D.items()
+            p = max(p, sign_flip_test(d.mean(0), a.groups_on(split)))
+        pairs.append({"better": better, "worse": worse, "difference": mean, "p": p})
+    adjust(pairs)
+    return pairs
+
+
+def inflation(samples: dict[str, dict[Cell, Sample]], first: str) -> list[dict]:
+    """Accuracy on splits of the kind `first` less that on grouped ones, cell by cell, with Welch's 95 % interval: they have other test rows."""
+    entries = []
+    for cell, sample in samples[first].items():
+        other = samples["grouped"].get(cell)
+        if other is None or cell.layer_set == "random_half":
+            continue
+        parts = [one.spread({split: right.astype(np.float64) for split, right in one.right.items()}) for one in (sample, other)]
+        mean = sample.accuracy["accuracy"] - other.accuracy["accuracy"]
+        error = math.hypot(*(part.error for part in parts))
+        half = math.inf
+        if error < math.inf:
+            freedom = error**4 / sum(part.error**4 / part.freedom for part in parts) if error > 0 else 1.0
+            half = max(float(scipy.stats.t.ppf(1 - LEVEL / 2, freedom)) * error, *(part.half_width for part in parts))
+        entries.append({"cell": cell.name, "split": first, "accuracy": sample.accuracy["accuracy"], "grouped": other.accuracy["accuracy"],
+                        "inflation": mean, "interval": (max(-1.0, mean - half), min(1.0, mean + half))})
+    return entries
+
+
+def shuffled_labels(predictions: dict[Cell, dict[str, np.ndarray]]) -> dict:
+    """Whether the test labels of cells that were trained on shuffled labels can be told from the same labels in any other order.
+
+    They must not: in the shuffled data a test row's label is any other's as well. `p` is that of the largest accuracy of all
+    cells, each in standard deviations above its own mean, among SHUFFLES permutations of the test labels (the max-T test of
+    Westfall and Young 1993, which keeps the family-wise error exactly); so many of the runs without a fault are called
+    `suspect` as SUSPECT says. `cells` has the same for each cell.
+    """
+    arrays = list(predictions.values())
+    labels = arrays[0]["test_labels"]
+    counts = np.stack([(of_cell["test_predictions"][:, :, None] == np.arange(labels.max() + 1)).mean(0) for of_cell in arrays])   # (cells, n, C)
+    rng, rows = np.random.default_rng(SEED), np.arange(len(labels))
+    orders = [labels, *(rng.permutation(labels) for _ in range(SHUFFLES))]
+    accuracies = np.stack([counts[:, rows, order].mean(1) for order in orders])                                                  # (1 + B, cells)
+    spread = accuracies.std(0)
+    z = (accuracies - accuracies.mean(0)) / np.where(spread > 1e-12, spread, 1.0)
+    largest = z.max(1)
+    cells = {cell.name: {"accuracy": float(accuracies[0, i]), "expected": float(accuracies[:, i].mean()),
+                         "p_adjusted": float((largest >= z[0, i] - 1e-9).mean())} for i, cell in enumerate(predictions)}
+    p = min(cell["p_adjusted"] for cell in cells.values())
+    return {"p": p, "level": SUSPECT, "suspect": p < SUSPECT, "cells": cells}
 
 
 def adjust(entries: list[dict]) -> None:
@@ -262,40 +468,53 @@ def adjust(entries: list[dict]) -> None:
                 entry[f"{key}_holm"] = adjusted
 
 
-def accuracy(right: np.ndarray, groups: np.ndarray | None, chance: float) -> dict:
-    """Mean accuracy of runs (R, n) with its 95 % interval for new examples and runs, and two errors that are often confused.
-
-    The interval is not shorter than Wilson's of the mean accuracy. `p_above_chance` is that of a one-sided t test.
-
-    `binomial_error` is that of the mean accuracy on n independent examples, `seeds_std` the std over the runs; where the
-    latter is smaller, an interval over seeds is narrower than what the test set allows.
-    """
-    spread, mean = spread_of_mean(right.astype(np.float64), groups), float(right.mean())
-    low, high = mean - spread.half_width, mean + spread.half_width
-    if groups is None:                                                   # near 0 and 1 a t interval of few errors is too short
-        wilson = scipy.stats.binomtest(round(mean * right.shape[1]), right.shape[1]).proportion_ci(1 - LEVEL, method="wilson")
-        low, high = min(low, wilson.low), max(high, wilson.high)
-    error, seeds = binomial_error(mean, right.shape[1]), float(right.mean(1).std())
-    above = float(scipy.stats.t.sf((mean - chance) / spread.error, spread.freedom)) if spread.error < math.inf else 1.0
-    return {"accuracy": mean, "interval": (max(0.0, low), min(1.0, high)), "binomial_error": error, "p_above_chance": above,
-            "seeds_std": seeds if len(right) > 1 else None, "seeds_narrower_than_test_set": len(right) > 1 and seeds < error}
-
-
+MANY_SPLITS = 5            # from which the corrected test over splits is worth more than its price
 FEWEST_RUNS = 3            # from which how runs differ is known well enough for a claim about new ones
 
 
-def verdict(found: dict, split: str = "random") -> str:
+def verdict(found: dict) -> str:
     """One paragraph of what `infer` found about the drop without the text layers, with its conditions and no more than it shows.
 
-    `split` is how the rows were divided; {} of `found` means that train, validation and test are the same rows.
+    {} of `found` means that train, validation and test are the same rows.
     """
     if not found:
         return "No verdict: there is no finished cell, or train, validation and test are the same rows."
+    return " ".join([*suspicion(found), drop_verdict(found), *nuisances(found)])
+
+
+def suspicion(found: dict) -> list[str]:
+    """What shuffled labels say of the run, if they were tried."""
+    check = found["shuffled"]
+    if check is None:
+        return []
+    if not check["suspect"]:
+        return [f"With shuffled labels no cell is above chance (p = {check['p']:.3f} for all {len(check['cells'])} together)."]
+    cells = [f"{name} ({100 * cell['accuracy']:.1f} % where {100 * cell['expected']:.1f} % are due)"
+             for name, cell in check["cells"].items() if cell["p_adjusted"] < check["level"]]
+    return [f"SUSPECT: trained on shuffled labels, {', '.join(cells)} {'is' if len(cells) == 1 else 'are'} above chance "
+            f"(p = {check['p']:.4f} for all {len(check['cells'])} cells together, less than {check['level']:g}): something other than the weights "
+            "tells the label, and until it is found no number here means what it seems to."]
+
+
+def nuisances(found: dict) -> list[str]:
+    """What the metadata alone tell, if they were tried."""
+    entry = next((entry for entry in found["controls"] if entry["representation"] == "metadata"), None)
+    if entry is None:
+        return []
+    share = f"{100 * entry['accuracy']:.1f} % (95 % interval {100 * entry['interval'][0]:.1f} to {100 * entry['interval'][1]:.1f}, chance "
+    share += f"{100 * found['chance']:.1f} %)"
+    if entry["p_above_chance"] < LEVEL:
+        return [f"The metadata columns alone, without any weight, give {share}: what the weights tell may in part be how the LoRAs were made."]
+    return [f"The metadata columns alone are not shown to tell the class: {share}."]
+
+
+def drop_verdict(found: dict) -> str:
     main = next((one["entries"] for one in found["comparisons"] if (one["first"], one["second"]) == COMPARISONS[0]), [])
     if not main:
         return "No verdict: no representation was run with all layers and with the visual layers alone."
     if found["runs"] < FEWEST_RUNS:
         return f"No verdict: {found['runs']} runs a cell do not tell how runs differ; --num-runs {FEWEST_RUNS} or more would."
+    splits, kind = found["splits"], found["split"]
     cells = [found["accuracies"][f"all_layers_{entry['representation']}"] for entry in main]
     able = [entry for entry, p in zip(main, holm([cell["p_above_chance"] for cell in cells]), strict=True) if p < LEVEL]
     unable = [entry["representation"] for entry in main if entry not in able]
@@ -304,6 +523,7 @@ def verdict(found: dict, split: str = "random") -> str:
     same = [entry for entry in able if entry["p_equivalence_holm"] < LEVEL and entry not in lost + gained]
     open_ = [entry for entry in able if entry not in lost + gained + same]
     sample = f"{found['test_rows']} test rows" if found["groups"] is None else f"{found['groups']} groups of test rows"
+    sample += f" in each of {splits} splits" if splits > 1 else ""
     points = lambda entry: (f"{entry['representation']} ({100 * entry['drop']:+.1f} points, 95 % interval "  # noqa: E731
                             f"{100 * entry['interval'][0]:+.1f} to {100 * entry['interval'][1]:+.1f})")
     parts = []
@@ -326,6 +546,9 @@ def verdict(found: dict, split: str = "random") -> str:
         parts.append(f"For {', '.join(entry['representation'] for entry in open_)} this run cannot tell: with {sample} "
                      + (f"a drop is found with {100 * POWER:.0f} % probability only from {span} points on (before the correction)." if smallest
                         else f"no drop of any size could pass a test of {len(main)} at once."))
+    if 1 < splits < MANY_SPLITS:
+        parts.append(f"With {splits} splits the corrected test has little power (degrees of freedom: {splits - 1}): --num-splits {MANY_SPLITS} or "
+                     "more, or one, would show more.")
     halves = next((one["entries"] for one in found["comparisons"] if (one["first"], one["second"]) == COMPARISONS[4]), [])
     if halves:
         worse = [entry for entry in halves if entry["p_holm"] < LEVEL and entry["drop"] > 0]
@@ -333,11 +556,17 @@ def verdict(found: dict, split: str = "random") -> str:
         parts.append("Against random halves of the modules, which lose as many, accuracy with the visual layers is "
                      + (f"lower for {', '.join(map(points, worse))}" if worse else "not shown to be lower for any representation")
                      + (f", and higher for {', '.join(entry['representation'] for entry in better)}" if better else "") + ".")
-    parts.append(f"These are statements about new examples and new runs of this data set's kind, on one {split} split"
+    on = f"one {kind} split" if splits == 1 else f"{splits} {kind} splits"
+    parts.append(f"These are statements about new examples and new runs of this data set's kind, on {on}"
                  + ("." if halves else "; fewer columns are left without the text layers, so a fall alone does not say that the text layers know "
                     "something which the visual ones do not (--layer-sets random_half would tell the two apart)."))
-    shared = found["test_rows_that_share_a_group_with_training"]
-    if shared:
+    shared, inflated = found["test_rows_that_share_a_group_with_training"], [one for one in found["inflation"] if one["split"] == kind]
+    if inflated:
+        clear = [one for one in inflated if one["interval"][0] > 0]
+        mean = float(np.mean([one["inflation"] for one in inflated]))
+        parts.append(f"On grouped splits, where no test row shares its group with a training row, accuracies are {100 * abs(mean):.1f} points "
+                     f"{'lower' if mean >= 0 else 'higher'} in the mean of {len(inflated)} cells, and shown to be lower in {len(clear)}.")
+    elif shared:
         parts.append(f"{shared} of {found['test_rows']} test rows share their group with a training row: for new groups accuracies may be lower and "
                      "drops others.")
     return " ".join(parts)

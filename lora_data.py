@@ -16,7 +16,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -28,7 +28,7 @@ import pyarrow.parquet as pq
 import xxhash
 
 from checkpointing import file_stamps, hash_of
-from settings import ALIASES, ATTENTION_KINDS, DATASET_NAMES, GROUP_COLUMN, LAYER_SETS, InputError, group_of
+from settings import ALIASES, ATTENTION_KINDS, CONTROL_SETS, DATASET_NAMES, GROUP_COLUMN, LAYER_SETS, METADATA_COLUMNS, SHUFFLED, InputError, group_of
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -41,6 +41,7 @@ READ_AHEAD = 4        # layers at most that are read ahead for a GPU, by as many
 PIECE = 2**17         # values copied or checked at a time: what that writes stays in a core's cache
 DRAWS = 1000          # of a grouped split, among which one may have every class in training
 RANDOM_HALF_SEED = 0  # of the layer sets random_half.0, .1, ...
+SHUFFLE_SEED = 0      # of the labels that are given to other rows
 SMALLEST_SPLIT = 11   # with fewer rows, train = val = test
 
 # The end of a column's name: diffusers' lora.down.weight, PEFT's lora_A.weight and lora_A.<adapter>.weight, kohya's lora_down.weight.
@@ -231,6 +232,8 @@ class LoraData:
     files: list[str] = field(default_factory=list)   # what the rows are mapped from; empty for generated rows
     named_sets: dict[str, tuple[str, ...]] = field(default_factory=dict)   # layer sets by patterns on layer names
     groups: np.ndarray | None = None   # (N,) what rows have in common, numbered; None without such a column
+    metadata: dict[str, np.ndarray] = field(default_factory=dict)   # numeric columns that are no weights, (N,) float64, NaN where a row has none
+    others: dict[tuple, LoraData] = field(default_factory=dict)     # `seen_as`
     identity: str = ""               # content hash of the layers, once known
     stamps: list = field(default_factory=list)       # of the files, from before they were hashed
     spare: list[np.ndarray] = field(default_factory=list)   # buffers that nobody uses
@@ -252,8 +255,21 @@ class LoraData:
         if group_of(layer_set) == "random_half":
             kept = self.random_half(layer_set)
             return [i for i, layer in enumerate(self.layers) if module_and_side(layer)[0] in kept]
+        if layer_set in CONTROL_SETS:
+            return [i for i, layer in enumerate(self.layers) if layer_set == f"{module_and_side(layer)[1]}_only"]
         patterns = self.named_sets.get(layer_set, ())
         return [i for i, layer in enumerate(self.layers) if any(fnmatch.fnmatchcase(layer, pattern) for pattern in patterns)]
+
+    def seen_as(self, split: tuple[str, int] | None, labels: str = "") -> LoraData:
+        """The same rows divided by the split of that kind and seed, or as they are; with `labels` shuffled, each row has another's.
+
+        Raises InputError if that split is not possible.
+        """
+        if (split, labels) not in self.others:
+            shuffled = np.random.default_rng(SHUFFLE_SEED).permutation(self.labels) if labels == SHUFFLED else self.labels
+            rows = self.split if split is None else split_rows(self.num_rows, split[1], split[0], self.labels, self.groups)
+            self.others[split, labels] = replace(self, split=rows, labels=shuffled, others={})
+        return self.others[split, labels]
 
     def random_half(self, layer_set: str) -> set[str]:
         """Names of modules: of every block as many as it has attn1 modules, drawn from its attn1 and attn2 modules alike."""
@@ -453,18 +469,20 @@ class ReadAhead:
 
 
 def load_lora_data(name: str, device: str = "cpu", *, data_split: str = "", revision: str = "",
-                   label_column: str = "category_label", group_column: str = "", split: str = "random", split_seed: int = 42) -> LoraData:
+                   label_column: str = "category_label", group_column: str = "", metadata_columns: tuple[str, ...] = (),
+                   split: str = "random", split_seed: int = 42) -> LoraData:
     """Open a data set by any of its kinds of name (see settings.DATASET_NAMES) and check its columns and labels.
 
     No weight is read but the first row's shapes. Raises InputError for a name that is none of these, and for a data set
     without rows, layers or at least two classes.
     """
     dataset = open_dataset(name, data_split, revision)
-    return from_dataset(dataset, name, device, label_column=label_column, group_column=group_column, split=split, split_seed=split_seed)
+    return from_dataset(dataset, name, device, label_column=label_column, group_column=group_column, metadata_columns=metadata_columns,
+                        split=split, split_seed=split_seed)
 
 
 def from_dataset(dataset: Dataset, name: str, device: str = "cpu", *, label_column: str = "category_label", group_column: str = "",
-                 split: str = "random", split_seed: int = 42) -> LoraData:
+                 metadata_columns: tuple[str, ...] = (), split: str = "random", split_seed: int = 42) -> LoraData:
     """The same for a `datasets.Dataset` that is already open."""
     if len(dataset) == 0:
         raise InputError(f"data set '{name}' has no rows")
@@ -490,7 +508,8 @@ def from_dataset(dataset: Dataset, name: str, device: str = "cpu", *, label_colu
         others = ", ".join(column for column in dataset.column_names if not is_layer(column))
         raise InputError(f"data set '{name}' has no column '{group_column}': give --group-column, one of {others}")
     rows = split_rows(len(dataset), split_seed, split, labels, groups)
-    return LoraData(dataset, device, layers, matrices, labels, classes, rows, files, groups=groups)
+    return LoraData(dataset, device, layers, matrices, labels, classes, rows, files, groups=groups,
+                    metadata=read_metadata(dataset, name, label_column, metadata_columns))
 
 
 def encode_groups(dataset: Dataset, column: str) -> np.ndarray:
@@ -499,6 +518,26 @@ def encode_groups(dataset: Dataset, column: str) -> np.ndarray:
     found: dict = {}
     return np.array([found.setdefault(json.dumps(value, default=str) if value is not None else ("row", row), len(found))
                      for row, value in enumerate(values)])
+
+
+def read_metadata(dataset: Dataset, name: str, label_column: str, named: tuple[str, ...]) -> dict[str, np.ndarray]:
+    """The columns METADATA_COLUMNS, where they are there and numeric, and those `named`; (N,) float64 each, NaN for a null.
+
+    Raises InputError for one of the latter that is not there, not numeric, or the label.
+    """
+    columns = [column for column in dataset.column_names if not is_layer(column) and column != label_column]
+    numeric = [column for column in columns if is_number(dataset.data.column(column).type)]
+    for column in named:
+        if column not in numeric:
+            what = "is not numeric" if column in columns else "is the label" if column == label_column else "is not there"
+            raise InputError(f"--metadata-columns {column} {what} in data set '{name}': use {', '.join(numeric) or 'none'}")
+    found = {column: dataset.data.column(column).cast(pa.float64(), safe=False).to_numpy()
+             for column in dict.fromkeys([*METADATA_COLUMNS, *named]) if column in numeric}
+    return {column: np.where(np.isfinite(values), values, np.nan) for column, values in found.items()}
+
+
+def is_number(kind: pa.DataType) -> bool:
+    return pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)
 
 
 def matrices_of(dataset: Dataset, layer: str) -> Matrices:

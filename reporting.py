@@ -9,7 +9,7 @@ import textwrap
 
 import numpy as np
 
-from settings import LAYER_SETS, REPRESENTATIONS, Cell, group_of, title_of
+from settings import CHOICES, CLASSIFIERS, LAYER_SETS, Cell, group_of, title_of
 
 SCORED_PARTS = ("val", "test")
 SCORES = ("acc", "f1", "precision", "recall")
@@ -137,7 +137,7 @@ def compare(records: dict[Cell, dict]) -> list[dict]:
     the uncertainty of the test set. `text_only` is None where it was not run.
     """
     table = []
-    for representation in REPRESENTATIONS:
+    for representation in CHOICES:
         found = {layer_set: records.get(Cell(representation, layer_set)) for layer_set in LAYER_SETS}
         if not (found["all_layers"] and found["visual_only"]):
             continue
@@ -155,11 +155,12 @@ def compare(records: dict[Cell, dict]) -> list[dict]:
 def collect(records: dict[Cell, dict], failures: dict[Cell, str], skipped: dict[Cell, str], header: dict) -> dict:
     """results.json. `header` says what was run on what; `failures` and `skipped` map cells to their error or reason in a line."""
     results = dict(header)
-    for layer_set in dict.fromkeys([*LAYER_SETS, *(cell.layer_set for cell in records)]):
-        of_set = [records[Cell(r, layer_set)] for r in REPRESENTATIONS if Cell(r, layer_set) in records]
+    for layer_set in dict.fromkeys([*LAYER_SETS, *(cell.layer_set for cell in records if cell.plain)]):
+        of_set = [records[Cell(r, layer_set)] for r in CHOICES if Cell(r, layer_set) in records]
         if of_set or layer_set in ("all_layers", "visual_only"):
             results[f"{layer_set}_results"] = of_set
     results["comparison"] = compare(records)
+    results["further_cells"] = [{**named(cell), **record} for cell, record in records.items() if not cell.plain and not cell.audit]
     results["audits"] = [{**named(cell), **{key: record[key] for key in AUDIT_KEYS}} for cell, record in records.items() if cell.audit]
     results["failed_cells"] = [{**named(cell), "error": error} for cell, error in failures.items()]
     results["skipped_cells"] = [{**named(cell), "reason": reason} for cell, reason in skipped.items()]
@@ -167,8 +168,8 @@ def collect(records: dict[Cell, dict], failures: dict[Cell, str], skipped: dict[
 
 
 def named(cell: Cell) -> dict[str, str]:
-    found = {"cell": cell.name, "representation": cell.representation, "layer_set": cell.layer_set}
-    return found | ({"audit": cell.audit} if cell.audit else {})
+    """Its name and every way in which it is not plain."""
+    return {"cell": cell.name} | {field: value for field, value in cell._asdict().items() if value}
 
 
 def percent(mean: float | None, std: float | None = None) -> str:
@@ -195,7 +196,7 @@ def results_text(results: dict) -> str:
     for layer_set in (name for name in alone if group_of(name) != "by_block"):
         rows = results.get(f"{layer_set}_results") or []
         title = title_of(layer_set) + (f": {layer_set}" if group_of(layer_set) else "")
-        failed = [failure for failure in results["failed_cells"] if failure["layer_set"] == layer_set and "audit" not in failure]
+        failed = [failure for failure in results["failed_cells"] if Cell.named(failure["cell"]).plain and failure["layer_set"] == layer_set]
         if not rows and not failed:
             continue
         lines += ["", title, header, "-" * len(header)]
@@ -239,6 +240,11 @@ def inference_lines(found: dict) -> list[str]:
     """What the accuracies and their differences mean for new examples and runs."""
     if not found:
         return []
+    return general_lines(found) + classifier_lines(found) + inflation_lines(found["inflation"]) + control_lines(found)
+
+
+def general_lines(found: dict) -> list[str]:
+    """The chance level, two layer sets beside each other, and the ranking."""
     lines = ["", f"Chance: {percent(found['chance'])} (the most frequent class of {found['test_rows']} test rows)"]
     if found["groups"] is not None:
         lines.append(f"Groups: {found['groups']} among the test rows; {found['test_rows_that_share_a_group_with_training']} of "
@@ -250,15 +256,10 @@ def inference_lines(found: dict) -> list[str]:
     for comparison in found["comparisons"]:
         first, second = ("Random Halves" if one == "random_half" else title_of(one) for one in (comparison["first"], comparison["second"]))
         title = f"{first} minus {second}"
-        header = (f"{'representation':<20}{'points':>8}{'95 % interval':>18}{'p (Holm)':>11}{'equal (Holm)':>14}{'smallest':>10}"
-                  f"{'h':>7}{'training noise':>18}")
         scope = "for new examples and runs" if found["runs"] > 2 else "for new examples, of these runs alone"
+        scope += f", corrected for {found['splits']} overlapping splits" if found["splits"] > 1 else ""
         lines += ["", f"{title}: {scope}; equal: within {100 * found['margin']:g} points; smallest: found with "
-                  f"{100 * found['power']:.0f} % probability", header, "-" * len(header)]
-        for entry in comparison["entries"]:
-            noise = "-" if entry["training_noise_interval"] is None else span(entry["training_noise_interval"])
-            lines.append(f"{entry['representation']:<20}{100 * entry['drop']:>+8.1f}{span(entry['interval']):>18}{probability(entry['p_holm']):>11}"
-                         f"{probability(entry['p_equivalence_holm']):>14}{percent(entry['smallest']):>10}{entry['cohens_h']:>+7.2f}{noise:>18}")
+                  f"{100 * found['power']:.0f} % probability", *comparison_lines(comparison["entries"])]
     clear = [pair for pair in found["ranking"] if pair["p_holm"] < found["level"]]
     if found["ranking"]:
         lines += ["", f"Of {len(found['ranking'])} pairs of representations with all layers, {len(clear)} differ (p < {found['level']:g} after "
@@ -267,6 +268,70 @@ def inference_lines(found: dict) -> list[str]:
             worse = [pair["worse"] for pair in clear if pair["better"] == better]
             lines += textwrap.wrap(f"{better} is above {', '.join(worse)}", 110, initial_indent="  ", subsequent_indent="    ")
     return lines
+
+
+def comparison_lines(entries: list[dict]) -> list[str]:
+    header = (f"{'representation':<20}{'points':>8}{'95 % interval':>18}{'p (Holm)':>11}{'equal (Holm)':>14}{'smallest':>10}"
+              f"{'h':>7}{'training noise':>18}")
+    lines = [header, "-" * len(header)]
+    for entry in entries:
+        noise = "-" if entry["training_noise_interval"] is None else span(entry["training_noise_interval"])
+        lines.append(f"{entry['representation']:<20}{100 * entry['drop']:>+8.1f}{span(entry['interval']):>18}{probability(entry['p_holm']):>11}"
+                     f"{probability(entry['p_equivalence_holm']):>14}{percent(entry['smallest']):>10}{entry['cohens_h']:>+7.2f}{noise:>18}")
+    return lines
+
+
+def classifier_lines(found: dict) -> list[str]:
+    """What other classifiers make of the same columns and rows."""
+    if not found["classifiers"]:
+        return []
+    accuracies = {Cell.named(name): entry for name, entry in found["accuracies"].items()}
+    shown = [one["classifier"] for one in found["classifiers"]]
+    header = f"{'representation':<20}{'layer set':<24}{'MLP':>22}" + "".join(f"{CLASSIFIERS[name]:>22}" for name in shown)
+    lines = ["", "Test accuracy by other classifiers, with 95 % intervals", header, "-" * len(header)]
+    for cell in accuracies:
+        others = [accuracies.get(cell._replace(classifier=name)) for name in shown]
+        if cell.plain and any(others):
+            shown_here = "".join(f"{with_interval(one):>22}" for one in (accuracies[cell], *others))
+            lines.append(f"{cell.representation:<20}{cell.layer_set:<24}{shown_here}")
+    for one in found["classifiers"]:
+        if one["entries"]:
+            title = f"{CLASSIFIERS[one['classifier']]}: {title_of(one['first'])} minus {title_of(one['second'])}"
+            lines += ["", f"{title}, one run a cell: for new examples", *comparison_lines(one["entries"])]
+    return lines
+
+
+def inflation_lines(entries: list[dict]) -> list[str]:
+    """What a split that divides groups has above one that does not."""
+    header = f"{'cell':<48}{'split':>12}{'accuracy':>10}{'grouped':>10}{'inflation':>11}{'95 % interval':>18}"
+    lines = ["", "Inflation: test accuracy where groups are divided, less that on grouped splits (points)", header, "-" * len(header)]
+    for entry in entries:
+        lines.append(f"{entry['cell']:<48}{entry['split']:>12}{percent(entry['accuracy']):>10}{percent(entry['grouped']):>10}"
+                     f"{100 * entry['inflation']:>+11.1f}{span(entry['interval']):>18}")
+    return lines if entries else []
+
+
+def control_lines(found: dict) -> list[str]:
+    """The null battery."""
+    lines = []
+    if found["shuffled"]:
+        check = found["shuffled"]
+        header = f"{'cell':<48}{'test':>8}{'due':>8}{'p (max-T)':>12}"
+        state = "SUSPECT, above chance" if check["suspect"] else "at chance"
+        lines += ["", f"Shuffled labels: {state} (p = {check['p']:.4f} for all cells together, suspect below {check['level']:g})"]
+        lines += [header, "-" * len(header)]
+        lines += [f"{name:<48}{percent(cell['accuracy']):>8}{percent(cell['expected']):>8}{cell['p_adjusted']:>12.4f}"
+                  for name, cell in check["cells"].items()]
+    if found["controls"]:
+        header = f"{'cell':<48}{'accuracy':>22}{'p above chance':>16}"
+        title = f"Controls: what a part, or what is no weight, tells of the class (chance {percent(found['chance'])})"
+        lines += ["", title, header, "-" * len(header)]
+        lines += [f"{entry['cell']:<48}{with_interval(entry):>22}{probability(entry['p_above_chance']):>16}" for entry in found["controls"]]
+    return lines
+
+
+def with_interval(entry: dict | None) -> str:
+    return "-" if entry is None else f"{percent(entry['accuracy'])} [{percent(entry['interval'][0])}, {percent(entry['interval'][1])}]"
 
 
 def span(interval) -> str:

@@ -25,12 +25,13 @@ KERNEL_ROWS = 20_000   # at most: a kernel holds a number for every row and trai
 
 
 class Representation(NamedTuple):
-    of: str               # what it is made from: each "layer", or each "module", which is a down and its up
+    of: str               # what it is made from: each "layer", each "module", which is a down and its up, or the "row"
     width: int            # columns a layer or module; 0 of those that are fitted
     version: int          # raise it whenever a number changes: caches and checkpoints of the old version become stale
     options: tuple[str, ...] = ()   # the settings that change its numbers
     fitted: bool = False  # to the training rows: made when its cell runs, of as many columns as it finds, and not cached
     most_rows: float = math.inf     # of a data set
+    control: bool = False           # of --controls alone, not a representation to choose
 
 
 REPRESENTATIONS = {
@@ -54,13 +55,16 @@ REPRESENTATIONS = {
     "kernel_pca": Representation("module", 0, 1, options=("pca_components",), fitted=True, most_rows=KERNEL_ROWS),
     "kernel_ridge": Representation("module", 0, 1, fitted=True, most_rows=KERNEL_ROWS),
     "flat_vec": Representation("layer", 0, 1, fitted=True),
+    "norms": Representation("layer", 1, 1, control=True),
+    "metadata": Representation("row", 0, 1, fitted=True, control=True),
 }
 ENSEMBLE_PARTS = ("spectral", "matrix_norms", "distribution", "frequency", "info_theoretic")
+CHOICES = {name: known for name, known in REPRESENTATIONS.items() if not known.control}
 REPRESENTATION_GROUPS = {
-    "nine": tuple(name for name, known in REPRESENTATIONS.items() if known.of == "layer" and not known.fitted),
-    "product": tuple(name for name, known in REPRESENTATIONS.items() if known.of == "module" and not known.fitted),
-    "fitted": tuple(name for name, known in REPRESENTATIONS.items() if known.fitted),
-    "all": tuple(REPRESENTATIONS),
+    "nine": tuple(name for name, known in CHOICES.items() if known.of == "layer" and not known.fitted),
+    "product": tuple(name for name, known in CHOICES.items() if known.of == "module" and not known.fitted),
+    "fitted": tuple(name for name, known in CHOICES.items() if known.fitted),
+    "all": tuple(CHOICES),
 }
 NINE = REPRESENTATION_GROUPS["nine"]
 
@@ -68,8 +72,8 @@ ATTENTION_KINDS = ("attn1", "attn2", "other")  # self-attention, cross-attention
 
 
 def parts_of(representation: str) -> tuple[str, ...]:
-    """What is computed and cached for it: itself, or the parts that an ensemble is joined from."""
-    return ENSEMBLE_PARTS if representation == "ensemble" else (representation,)
+    """What is computed and cached for it: itself, or what it is joined or taken from."""
+    return {"ensemble": ENSEMBLE_PARTS, "norms": ("simple_stats",)}.get(representation, (representation,))
 
 
 class LayerSet(NamedTuple):
@@ -83,6 +87,7 @@ LAYER_SETS = {
     "text_only": LayerSet("Text-Only", ("attn2",)),
 }
 
+CONTROL_SETS = {"down_only": "Down-Only", "up_only": "Up-Only", "no_layers": "No Layers"}   # of --controls alone
 LAYER_SET_GROUPS = {"random_half": "Random Half", "by_block": "By Block"}   # several sets each, named after the group: random_half.3
 
 
@@ -96,10 +101,10 @@ def title_of(layer_set: str) -> str:
     """As in the progress summary: the sets of a group share it, one that a YAML file names has its name."""
     if group_of(layer_set):
         return LAYER_SET_GROUPS[group_of(layer_set)]
-    return LAYER_SETS[layer_set].title if layer_set in LAYER_SETS else layer_set
+    return LAYER_SETS[layer_set].title if layer_set in LAYER_SETS else CONTROL_SETS.get(layer_set, layer_set)
 
 
-INFERENCE_VERSION = 1   # raise it whenever a test, an interval or the verdict says something else of the same predictions
+INFERENCE_VERSION = 2   # raise it whenever a test, an interval or the verdict says something else of the same predictions
 TRAINING_VERSION = 2  # raise it whenever training gives other numbers from the same settings
 
 ALIASES = {
@@ -117,6 +122,7 @@ DATASET_NAMES = (
 
 GROUP_COLUMN = "category_name"   # used where a data set has it
 AUDIT_VERSION = 1   # raise it whenever an audit gives other numbers
+CLASSIFIER_VERSION = 1   # the same, of the classifiers beside the MLP
 
 
 class AuditKind(NamedTuple):
@@ -125,35 +131,65 @@ class AuditKind(NamedTuple):
 
 
 AUDITS = {"gauge": AuditKind("Gauge Audit", 1.0), "noise": AuditKind("Noise Audit", 0.8)}
+SPLITS = ("random", "stratified", "grouped")
+CLASSIFIERS = {"linear": "Linear Probe", "boosting": "Gradient Boosting"}   # beside the MLP
+SHUFFLED = "shuffled"
+CONTROLS = (SHUFFLED, "metadata", "norms", "down", "up")
+METADATA_COLUMNS = ("num_images", "max_train_steps", "step_loss")   # where a data set has them
+SUFFIXES = {"split": rf"(?:{'|'.join(SPLITS)})\d+", "classifier": "|".join(CLASSIFIERS), "labels": SHUFFLED, "audit": "|".join(AUDITS)}
 
 
 class Cell(NamedTuple):
-    """One number of the paper's table: a representation of a layer set; or an audit of it, on test rows that were changed."""
+    """One number of the paper's table: a representation of a layer set. Or the same in another way, which is what its last fields say."""
 
     representation: str
     layer_set: str
-    audit: str = ""
+    audit: str = ""        # scored on test rows that were changed
+    split: str = ""        # a further one: random1, grouped0
+    classifier: str = ""   # in place of the MLP
+    labels: str = ""       # shuffled
 
     @property
     def name(self) -> str:
-        """Stem of the cell's files: `all_layers_stats`, `all_layers_stats.gauge`."""
-        return f"{self.layer_set}_{self.representation}" + (f".{self.audit}" if self.audit else "")
+        """Stem of the cell's files: `all_layers_stats`, `all_layers_stats.gauge`, `all_layers_stats.random1.linear`."""
+        return ".".join([f"{self.layer_set}_{self.representation}", *filter(None, (getattr(self, field) for field in SUFFIXES))])
 
     @classmethod
     def named(cls, name: str) -> Cell | None:
         """The cell whose files have this stem, or None if it is no cell's."""
-        stem, _, audit = name.rpartition(".")
-        stem, audit = (stem, audit) if audit in AUDITS else (name, "")
+        found = re.fullmatch("(.+?)" + "".join(rf"(?:\.(?P<{field}>{known}))?" for field, known in SUFFIXES.items()), name)
+        if found is None:
+            return None
+        stem, ways = found.group(1), {field: way or "" for field, way in found.groupdict().items()}
         for representation in sorted(REPRESENTATIONS, key=len, reverse=True):            # simple_stats before stats
             layer_set = stem.removesuffix(f"_{representation}")
             if layer_set not in ("", stem):
-                return cls(representation, layer_set, audit)
+                return cls(representation, layer_set, **ways)
         return None
 
     @property
     def trained(self) -> Cell:
         """The cell whose runs an audit scores; of that cell, itself."""
         return self._replace(audit="")
+
+    @property
+    def control(self) -> bool:
+        """Of the null battery."""
+        return bool(self.labels) or REPRESENTATIONS[self.representation].control or self.layer_set in CONTROL_SETS
+
+    @property
+    def plain(self) -> bool:
+        """One of the table itself: by the MLP, of the first split."""
+        return not (self.control or self.audit or self.split or self.classifier)
+
+    @property
+    def title(self) -> str:
+        """As in the progress summary: of all cells of its kind."""
+        if self.audit:
+            return AUDITS[self.audit].title
+        if self.control:
+            return "Controls"
+        return CLASSIFIERS[self.classifier] if self.classifier else "Further Splits" if self.split else f"{title_of(self.layer_set)} Config"
 
 
 def cells_of(layer_sets, representations, audits=()) -> list[Cell]:
@@ -225,20 +261,27 @@ class Settings:
     revision: str = setting("", "branch, tag or commit of a data set on the Hub")
     label_column: str = setting("category_label", "column that holds the class: strings, integers or ClassLabel")
     representations: tuple[str, ...] = setting(
-        NINE, f"which to compute; also {', '.join(REPRESENTATION_GROUPS)} for those of a kind", tuple(REPRESENTATIONS), REPRESENTATION_GROUPS
+        NINE, f"which to compute; also {', '.join(REPRESENTATION_GROUPS)} for those of a kind", tuple(CHOICES), REPRESENTATION_GROUPS
     )
     layer_sets: tuple[str, ...] = setting(
         ("all_layers", "visual_only"), f"which to train on: {', '.join([*LAYER_SETS, *LAYER_SET_GROUPS])}, or a name of named_layer_sets"
     )
     named_layer_sets: dict = setting({}, "in a YAML file: a mapping of names to lists of shell patterns on layer names")
     random_halves: int = setting(5, "draws of random_half: of every block as many modules as visual_only has, of both kinds", Range(1, 100))
-    split: str = setting(
-        "random", "70/10/20 rows: random (the origin's), stratified by class, or grouped: no group of --group-column in two parts",
-        ("random", "stratified", "grouped"),
+    split: tuple[str, ...] = setting(
+        ("random",), "70/10/20 rows: random (the origin's), stratified by class, or grouped: no group of --group-column in two parts; the first "
+        "is the one of the tables, others are set beside it", SPLITS,
     )
+    num_splits: int = setting(1, "splits of each kind, with seeds split_seed .. split_seed + num_splits - 1; each has the same runs", Range(1, 1000))
     group_column: str = setting(GROUP_COLUMN, "column of what rows have in common (such as their images), where there is one")
     margin: float = setting(0.02, "accuracies that differ by less count as equal in the test of equivalence", Range(0, 1, open_low=True))
     audit: tuple[str, ...] = setting((), "score the trained runs on test rows whose weights are changed", tuple(AUDITS))
+    controls: tuple[str, ...] = setting(
+        (), "what must not, or should not, read the class as the weights do; also all: labels shuffled, metadata columns alone, norms of the "
+        "layers alone, down or up matrices alone", CONTROLS, {"all": CONTROLS},
+    )
+    metadata_columns: tuple[str, ...] = setting((), f"numeric columns for the metadata control, besides {', '.join(METADATA_COLUMNS)}")
+    classifiers: tuple[str, ...] = setting((), "beside the MLP: multinomial logistic regression, gradient boosting", tuple(CLASSIFIERS))
     sketch_size: int = setting(16, "rows and columns of product_sketch", Range(1, 64))
     pca_components: int = setting(128, "components of pca and kernel_pca, at most", Range(1))
     split_seed: int = setting(42, "seed of the 70/10/20 split", Range(0, 2**32, open_high=True))
@@ -250,17 +293,17 @@ class Settings:
 
     def __post_init__(self):
         check_fields(self)
-        for name in ("representations", "layer_sets", "audit"):
+        for name in (f.name for f in dataclasses.fields(self) if f.type.startswith("tuple")):
             chosen = getattr(self, name)
             if len(set(chosen)) < len(chosen):
                 raise InputError(f"{flag(name)} names one twice: {' '.join(chosen)}")
-            if not chosen and name != "audit":
+            if not chosen and name in ("representations", "layer_sets", "split"):
                 raise InputError(f"{flag(name)} names nothing")
         for name, patterns in self.named_layer_sets.items():
-            if not re.fullmatch(r"[A-Za-z][A-Za-z0-9-]*(_[A-Za-z0-9-]+)*", name) or name in (*LAYER_SETS, *LAYER_SET_GROUPS):
+            if not re.fullmatch(r"[A-Za-z][A-Za-z0-9-]*(_[A-Za-z0-9-]+)*", name) or name in (*LAYER_SETS, *LAYER_SET_GROUPS, *CONTROL_SETS):
                 raise InputError(f"named_layer_sets: '{name}' is no name for a layer set: use letters, digits, - and _, and none of "
-                                 + ", ".join([*LAYER_SETS, *LAYER_SET_GROUPS]))
-            if Cell.named(f"{name}_stats") != Cell("stats", name) or Cell.named(f"{name}_pca") != Cell("pca", name):   # x_simple, x_product
+                                 + ", ".join([*LAYER_SETS, *LAYER_SET_GROUPS, *CONTROL_SETS]))
+            if any(Cell.named(f"{name}_{known}") != Cell(known, name) for known in REPRESENTATIONS):   # x_simple, x_product
                 raise InputError(f"named_layer_sets: the files of '{name}' would be taken for another representation's: choose another name")
             if not patterns:
                 raise InputError(f"named_layer_sets: '{name}' has no pattern: give a list such as ['*.to_q.*']")
@@ -274,7 +317,34 @@ class Settings:
 
     def cells(self, layer_sets: list[str]) -> list[Cell]:
         """Of these layer sets, the settings' own with their groups expanded (lora_data.expand_layer_sets)."""
-        return cells_of(layer_sets, self.representations, self.audit)
+        table = cells_of(layer_sets, self.representations)
+        further = [cell._replace(split=split) for split in self.splits if split for cell in table]
+        others = [cell._replace(classifier=classifier) for classifier in self.classifiers for cell in table + further
+                  if cell.representation != "kernel_ridge"]              # is a classifier itself
+        return cells_of(layer_sets, self.representations, self.audit) + further + others + self.control_cells(layer_sets)
+
+    def control_cells(self, layer_sets: list[str]) -> list[Cell]:
+        """The null battery, of the layer sets that stand alone."""
+        alone = [layer_set for layer_set in layer_sets if not group_of(layer_set)]
+        layers = [name for name in self.representations if REPRESENTATIONS[name].of == "layer"]
+        cells = {
+            SHUFFLED: [cell._replace(labels=SHUFFLED) for cell in cells_of(alone, self.representations)],
+            "metadata": [Cell("metadata", "no_layers")],
+            "norms": cells_of(alone, ["norms"]),
+            "down": cells_of(["down_only"], layers),
+            "up": cells_of(["up_only"], layers),
+        }
+        return [cell for control in CONTROLS if control in self.controls for cell in cells[control]]
+
+    @property
+    def splits(self) -> list[str]:
+        """Names of the splits, as in a cell; the first one's is ''."""
+        return ["" if (kind, number) == (self.split[0], 0) else f"{kind}{number}" for kind in self.split for number in range(self.num_splits)]
+
+    def split_of(self, name: str) -> tuple[str, int]:
+        """Kind and seed of the split of that name, whether these settings ask for it or not."""
+        kind = name.rstrip("0123456789")
+        return (kind, self.split_seed + int(name[len(kind):])) if name else (self.split[0], self.split_seed)
 
     def width_of(self, representation: str) -> int:
         """Columns a layer or module."""

@@ -17,6 +17,7 @@ import argparse
 import contextlib
 import dataclasses
 import errno
+import functools
 import itertools
 import json
 import logging
@@ -50,8 +51,11 @@ from checkpointing import (
 from settings import (
     AUDIT_VERSION,
     AUDITS,
+    CLASSIFIER_VERSION,
+    CONTROL_SETS,
     INFERENCE_VERSION,
     LAYER_SET_GROUPS,
+    METADATA_COLUMNS,
     REPRESENTATIONS,
     TRAINING_VERSION,
     Cell,
@@ -62,7 +66,6 @@ from settings import (
     parts_of,
     read_yaml,
     setting_fields,
-    title_of,
 )
 
 if TYPE_CHECKING:
@@ -149,18 +152,22 @@ def possible_cells(settings: Settings, data) -> tuple[list[Cell], dict[Cell, str
     skipped = {}
     if "gauge" in settings.audit:
         data.modules   # a pair that cannot be multiplied ends the run here, and not after hours  # noqa: B018
-    layer_sets = expand_layer_sets(settings.layer_sets, data.layers, settings.random_halves)
-    for layer_set in layer_sets:
-        cells = [(cell, REPRESENTATIONS[cell.representation]) for cell in settings.cells([layer_set])]
-        alone = data.layers_without_partner(layer_set) if any(known.of == "module" for _, known in cells) else []
-        for cell, known in cells:
-            if known.of == "module" and alone:
-                skipped[cell] = f"{len(alone)} layers of {layer_set} are there without the other half of their module, such as '{alone[0]}'"
-            elif data.num_rows > known.most_rows:
-                skipped[cell] = f"for at most {known.most_rows:,} rows, the data set has {data.num_rows:,}"
+    wanted = settings.cells(expand_layer_sets(settings.layer_sets, data.layers, settings.random_halves))
+    of_modules = dict.fromkeys(cell.layer_set for cell in wanted if REPRESENTATIONS[cell.representation].of == "module")
+    without_partner = {layer_set: data.layers_without_partner(layer_set) for layer_set in of_modules}
+    for cell in wanted:
+        known, alone = REPRESENTATIONS[cell.representation], without_partner.get(cell.layer_set)
+        if known.of == "module" and alone:
+            skipped[cell] = f"{len(alone)} layers of {cell.layer_set} are there without the other half of their module, such as '{alone[0]}'"
+        elif data.num_rows > known.most_rows:
+            skipped[cell] = f"for at most {known.most_rows:,} rows, the data set has {data.num_rows:,}"
+        elif known.of == "row" and not data.metadata:
+            skipped[cell] = f"the data set has no numeric column {', '.join(METADATA_COLUMNS)}; --metadata-columns names others"
+        elif cell.layer_set in CONTROL_SETS and known.of != "row" and not data.layers_of(cell.layer_set):
+            skipped[cell] = f"the data set has no layer of {cell.layer_set}"
     for reason in dict.fromkeys(skipped.values()):
         log.info(f"Skipped, {reason}: {', '.join(cell.name for cell, of_cell in skipped.items() if of_cell == reason)}")
-    cells = [cell for cell in settings.cells(layer_sets) if cell not in skipped]
+    cells = [cell for cell in wanted if cell not in skipped]
     if not cells:
         raise InputError(f"nothing can be computed: {next(iter(skipped.values()))}; choose other --representations or --layer-sets")
     return cells, skipped
@@ -181,24 +188,25 @@ def run_cells(cells: list[Cell], number: str, features: Features, data, settings
     if not cells:
         return
     cell, audits = cells[0].trained, [features.audits[one.audit] for one in cells if one.audit]
+    view = view_of(data, cell, settings)
     with clock("features"), Progress(None, f"computing {cell.representation}"):
-        x, changed = features.of(cell, audits)
+        x, changed = features.of(cell, audits, view)
         refuse_non_finite_features(x, cell, data)
     if REPRESENTATIONS[cell.representation].fitted:   # it has read the weights just now
         refuse_changed_files(data)
     log.info(f"\n{number} {' + '.join(one.name for one in cells)}: {x.shape[1]} columns")
-    also = {f"{audit.name} {variant}": changed[audit.name][audit.positions(variant, data.split.test)]
+    also = {f"{audit.name} {variant}": changed[audit.name][audit.positions(variant, view.split.test)]
             for audit in audits for variant in audit.variants}
-    labels = {part: data.labels[getattr(data.split, part)] for part in PARTS}
+    labels = {part: view.labels[getattr(view.split, part)] for part in PARTS}
     with clock("training"):
-        trained = train_cell(cell, x, also, data, labels, settings, device)
-    provenance = {"asked": asked(settings), "made_on": {"time": utc_now(), "machine": machine(device), "versions": versions()}}
+        trained = train_cell(cell, x, also, view, labels, settings, device)
+    provenance = {"asked": asked(settings, cell), "made_on": {"time": utc_now(), "machine": machine(device), "versions": versions()}}
     for one in cells:
         record = cell_record(one, trained, labels, len(data.classes), len(data.layers_of(one.layer_set)), x.shape[1])
-        arrays = prediction_arrays(trained, labels, data.split)
+        arrays = prediction_arrays(trained, labels, view.split)
         if one.audit:
             with clock("features"):
-                changes = features.audits[one.audit].changes(x, changed[one.audit], data.split.train)
+                changes = features.audits[one.audit].changes(x, changed[one.audit], view.split.train)
             record |= audit_record(one, trained, labels["test"], changes)
             arrays |= variant_arrays(one, trained, changes)
             found = ", ".join(f"{variant}={entry['test_acc_mean']:.4f}±{entry['test_acc_std']:.4f}" for variant, entry in record["variants"].items())
@@ -215,7 +223,7 @@ def train_cell(cell: Cell, x, also: dict, data, labels: dict, settings: Settings
     from reporting import run_scores
     from training import train_runs
 
-    runs = 1 if cell.representation == "kernel_ridge" else settings.training.num_runs
+    runs = 1 if cell.representation == "kernel_ridge" or cell.classifier else settings.training.num_runs
 
     def on_run(run, number: int) -> None:
         found, _ = run_scores(labels, run, len(data.classes))
@@ -232,6 +240,10 @@ def train_cell(cell: Cell, x, also: dict, data, labels: dict, settings: Settings
             from fitted import train_kernel_ridge
 
             return train_kernel_ridge(x, data.labels, data.split, len(data.classes), on_run, also)
+        if cell.classifier:
+            from controls import CLASSIFIERS
+
+            return CLASSIFIERS[cell.classifier](x, data.labels, data.split, on_run)
         return train_runs(x, data.labels, data.split, len(data.classes), settings.training, device, on_run, on_epoch, also)
 
 
@@ -246,17 +258,21 @@ def load(settings: Settings, device: str, clock: Clock):
 
         if not sys.stdout.isatty():
             disable_progress_bars()
-        data = load_lora_data(settings.dataset, device, data_split=settings.data_split, revision=settings.revision, split=settings.split,
-                              label_column=settings.label_column, group_column=settings.group_column, split_seed=settings.split_seed)
+        data = load_lora_data(settings.dataset, device, data_split=settings.data_split, revision=settings.revision, split=settings.split[0],
+                              label_column=settings.label_column, group_column=settings.group_column,
+                              metadata_columns=settings.metadata_columns, split_seed=settings.split_seed)
+        for split in settings.splits[1:]:   # one that is not possible ends the run here
+            data.seen_as(settings.split_of(split))
     card = data.card()
     log.info(f"Data set: {settings.dataset} | {card['rows']} rows, {card['classes']} classes | device: {device}")
     log.info(f"Layers: {len(data.layers)} ({', '.join(f'{n} {kind}' for kind, n in card['layers'].items() if n)}) "
              f"of rank {', '.join(map(str, card['ranks']))} | {card['weights_per_row']:,} weights a row")
-    log.info(f"Split: {settings.split}, " + ", ".join(f"{part} {n}" for part, n in card["split"].items()))
+    log.info(f"Split: {settings.split[0]}, " + ", ".join(f"{part} {n}" for part, n in card["split"].items())
+             + (f"; and beside it {', '.join(settings.splits[1:])}" if len(settings.splits) > 1 else ""))
     if data.groups is not None and not data.split.overlap:
         shared = int(np.isin(data.groups[data.split.test], data.groups[data.split.train]).sum())
         log.info(f"Groups: {len(np.unique(data.groups))} by '{settings.group_column}'; {shared} of {len(data.split.test)} test rows share theirs "
-                 "with a training row" + ("" if not shared or settings.split == "grouped" else ": --split grouped keeps groups together"))
+                 "with a training row" + ("" if not shared or "grouped" in settings.split else ": --split grouped keeps groups together"))
     absent = sorted(set(range(len(data.classes))) - set(data.labels[data.split.train].tolist()))
     if absent:
         log.warning(f"no training row of class {', '.join(str(data.classes[number]) for number in absent)}: its rows cannot be told")
@@ -275,6 +291,11 @@ def load(settings: Settings, device: str, clock: Clock):
         size = 4 * card["weights_per_row"] * card["rows"] / 1e9
         log.info(f"Content hash of {size:.2f} GB of weights: {data.identity} ({time.perf_counter() - start:.1f}s)")
     return data
+
+
+def view_of(data, cell: Cell, settings: Settings):
+    """The data set as a cell sees it: with its split and its labels."""
+    return data.seen_as(settings.split_of(cell.split) if cell.split else None, cell.labels)
 
 
 def load_or_extract(data, cells: list[Cell], settings: Settings, clock: Clock) -> tuple[Features, dict[Cell, str]]:
@@ -429,7 +450,7 @@ def inferred(store: ResultStore, records: dict[Cell, dict], settings: Settings, 
     """`inference` and `verdict`: those of results.json if they were made from the same predictions, else anew."""
     groups = None if data.groups is None else hash_of(data.groups)
     predictions = {cell.name: record["predictions_hash"] for cell, record in records.items()}
-    made_from = hash_of([INFERENCE_VERSION, settings.margin, settings.split, data.split.overlap, groups, predictions])
+    made_from = hash_of([INFERENCE_VERSION, settings.margin, settings.split[0], data.split.overlap, groups, predictions])
     keys = ("inference", "verdict", "inference_made_from")
     old = read_json(store.folder / "results.json")
     kept = {key: old.get(key) for key in keys}
@@ -437,15 +458,16 @@ def inferred(store: ResultStore, records: dict[Cell, dict], settings: Settings, 
         return kept | {"inference_check": old["inference_check"]}
     from inference import infer, verdict  # scipy.stats takes a second to import
 
-    found = {} if data.split.overlap else infer({cell: store.load_predictions(cell) for cell in records}, data.groups, settings.margin)
-    made = dict(zip(keys, (found, verdict(found, settings.split), made_from), strict=True))
+    of_cells = {cell: store.load_predictions(cell) for cell in records}
+    found = {} if data.split.overlap else infer(of_cells, data.groups, settings.margin, settings.split[0])
+    made = dict(zip(keys, (found, verdict(found), made_from), strict=True))
     return made | {"inference_check": hash_of(made)}
 
 
 def earlier_entries(store: ResultStore, key: str, text: str) -> dict[Cell, str]:
     """What an earlier command reported under a key of results.json: cells, and the text that came with each."""
-    reported = read_json(store.folder / "results.json").get(key, [])
-    return {Cell(entry["representation"], entry["layer_set"], entry.get("audit", "")): entry[text] for entry in reported}
+    reported = {Cell.named(entry["cell"]): entry[text] for entry in read_json(store.folder / "results.json").get(key, [])}
+    return {cell: found for cell, found in reported.items() if cell is not None}
 
 
 def read_json(path: Path) -> dict:
@@ -498,10 +520,13 @@ def cache_folder(settings: Settings) -> Path | None:
     return Path(settings.cache_dir).expanduser() if settings.cache_features else None
 
 
-def asked(settings: Settings) -> dict:
+def asked(settings: Settings, cell: Cell) -> dict:
     """Settings that act through the data: recorded with a cell, compared only where the data itself is not at hand."""
-    found = {name: getattr(settings, name) for name in ("data_split", "revision", "label_column", "split_seed")}
-    return found | {"split_kind": settings.split} | ({"group_column": settings.group_column} if settings.split == "grouped" else {})
+    kind, seed = settings.split_of(cell.split)
+    found = {name: getattr(settings, name) for name in ("data_split", "revision", "label_column")} | {"split_seed": seed, "split_kind": kind}
+    if cell.representation == "metadata":
+        found |= {"metadata_columns": list(settings.metadata_columns)}
+    return found | ({"group_column": settings.group_column} if kind == "grouped" else {})
 
 
 def descriptions(settings: Settings, cells: list[Cell], data=None) -> dict[Cell, dict]:
@@ -510,22 +535,33 @@ def descriptions(settings: Settings, cells: list[Cell], data=None) -> dict[Cell,
     if training["trainer"] == "auto":    # becomes definite with the device
         del training["trainer"]
     shared = {"training_version": TRAINING_VERSION, **training}
-    layers: dict[str, dict] = {cell.layer_set: {} for cell in cells}
-    if data is None:
-        shared |= asked(settings)
-    else:
-        shared |= {
-            "data": data.identity,
-            "labels": hash_of([data.labels.tolist(), data.classes]),
-            "split": hash_of([part.tolist() for part in data.split[:3]]),
-        }
-        layers = {layer_set: {"layers": hash_of([data.layers[i] for i in data.layers_of(layer_set)])} for layer_set in layers}
-    return {
-        cell: {"representation": cell.representation, "representation_version": [REPRESENTATIONS[p].version for p in versions_of(cell)],
-               **settings.options_of(cell.representation), **({"audit": cell.audit, "audit_version": AUDIT_VERSION} if cell.audit else {}),
-               **layers[cell.layer_set], **shared}
-        for cell in cells
-    }
+
+    @functools.cache
+    def layers(layer_set: str) -> dict:
+        return {"layers": hash_of([data.layers[i] for i in data.layers_of(layer_set)])}
+
+    @functools.cache
+    def rows(split: str, labels: str) -> dict:
+        try:
+            view = view_of(data, Cell("", "", split=split, labels=labels), settings)
+        except InputError as error:          # of a cell that another command left in the folder
+            return {"split": f"not possible any more: {error}"}
+        return {"labels": hash_of([view.labels.tolist(), view.classes]), "split": hash_of([part.tolist() for part in view.split[:3]])}
+
+    def of(cell: Cell) -> dict:
+        found = {"representation": cell.representation, "representation_version": [REPRESENTATIONS[part].version for part in versions_of(cell)],
+                 **settings.options_of(cell.representation), **shared}
+        if cell.audit:
+            found |= {"audit": cell.audit, "audit_version": AUDIT_VERSION}
+        if cell.classifier:
+            found |= {"classifier": cell.classifier, "classifier_version": CLASSIFIER_VERSION}
+        if data is None:
+            return found | asked(settings, cell)
+        if cell.representation == "metadata":
+            found |= {"metadata": hash_of([[name, hash_of(values)] for name, values in data.metadata.items()])}
+        return found | {"data": data.identity} | layers(cell.layer_set) | rows(cell.split, cell.labels)
+
+    return {cell: of(cell) for cell in cells}
 
 
 def versions_of(cell: Cell) -> list[str]:
@@ -535,10 +571,9 @@ def versions_of(cell: Cell) -> list[str]:
 
 def print_progress_summary(cells: list[Cell], missing: list[Cell]) -> None:
     log.info("PROGRESS SUMMARY")
-    titles = {cell: AUDITS[cell.audit].title if cell.audit else f"{title_of(cell.layer_set)} Config" for cell in cells}
-    for title in dict.fromkeys(titles[cell] for cell in sorted(cells, key=lambda cell: bool(cell.audit))):
-        total = sum(of_cell == title for of_cell in titles.values())
-        left = sum(titles[cell] == title for cell in missing)
+    for title in dict.fromkeys(cell.title for cell in sorted(cells, key=lambda cell: not cell.plain)):
+        total = sum(cell.title == title for cell in cells)
+        left = sum(cell.title == title for cell in missing)
         log.info(f"{title + ':':<22}{total - left}/{total} completed, {left} remaining")
     total = len(cells)
     done = total - len(missing)
@@ -602,7 +637,8 @@ def print_plan(settings: Settings) -> int:
     def size_of(name: str) -> int:
         """Bytes of a representation of all rows; of centroid_cosine if there are ten classes."""
         modules = len(found.shapes) // 2
-        fitted = {"flat_vec": weights, "pca": 4 * found.rows * settings.pca_components, "centroid_cosine": 4 * found.rows * 2 * modules * 10}
+        fitted = {"flat_vec": weights, "pca": 4 * found.rows * settings.pca_components, "centroid_cosine": 4 * found.rows * 2 * modules * 10,
+                  "metadata": 0}
         if REPRESENTATIONS[name].fitted:
             return fitted.get(name, 8 * found.rows**2)                   # or a kernel
         return 4 * found.rows * settings.width_of(name) * (modules if REPRESENTATIONS[name].of == "module" else len(found.shapes))
@@ -632,18 +668,20 @@ def gigabytes(size: float) -> str:
 def parse_command_line(argv: list[str] | None) -> tuple[Settings, argparse.Namespace]:
     """Settings by precedence: defaults, then --config, then the flags that were typed. Raises InputError."""
     parser = Parser(description=__doc__.split("\n\n")[0], epilog=__doc__[__doc__.index("Exit status"):], allow_abbrev=False)
-    for name, f in setting_fields().items():
+    known = setting_fields()
+    for name, f in known.items():
         if f.type == "dict":   # for --config alone
             continue
         default = " ".join(f.default) if isinstance(f.default, tuple) else f.default
         allowed = f.metadata["allowed"]
         choices = f": {', '.join(allowed)}" if isinstance(allowed, tuple) else ""
         help = f"{f.metadata['help']}{choices}" + (f" (default: {default})" if default != "" and default != allowed else "")
-        help = help.replace("%", "%%")
+        optional = f.default == () and isinstance(allowed, tuple)   # without names: all of them
+        help = help.replace("%", "%%") + " (without names: all)" * optional
         if f.type == "bool":
             parser.add_argument(flag(name), action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=help)
         else:
-            several = {"nargs": "+"} if f.type.startswith("tuple") else {}
+            several = {"nargs": "*" if optional else "+"} if f.type.startswith("tuple") else {}
             metavar = "NAME" if several else {"int": "N", "float": "X"}.get(f.type, "TEXT")
             parser.add_argument(flag(name), default=argparse.SUPPRESS, metavar=metavar, help=help, **several)
     parser.add_argument("--quick", action="store_true", help="3 runs instead of 10; not together with --num-runs")
@@ -651,7 +689,7 @@ def parse_command_line(argv: list[str] | None) -> tuple[Settings, argparse.Names
     parser.add_argument("--rerun-stale", action="store_true", help="set finished cells made with other settings aside and run them again")
     parser.add_argument("--dry-run", action="store_true", help="say what would run and why, and the memory and disk it needs; run nothing")
     parser.add_argument("--status", action="store_true", help="say what is finished, from the output folder's files alone; run nothing")
-    typed = vars(parser.parse_args(argv))
+    typed = {name: known[name].metadata["allowed"] if value == [] else value for name, value in vars(parser.parse_args(argv)).items()}
     action = argparse.Namespace(**{name: typed.pop(name) for name in ("quick", "config", "rerun_stale", "dry_run", "status")})
     if action.quick:
         if "num_runs" in typed:

@@ -73,7 +73,7 @@ def make_shard(start: int, stop: int, seed: int, shapes, layout: str, kinds: tup
     return pa.Table.from_arrays([*columns, pa.array(labels)], schema=schema)
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("output", type=Path, help="folder to write; an existing one is refused without --overwrite")
     parser.add_argument("--rows", type=int, default=1000)
@@ -85,7 +85,7 @@ def main() -> None:
                         "product: std of the signal in `up` over that of its noise (default: 1)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--overwrite", action="store_true")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     if arguments.rows < 1 or arguments.rank < 1:
         parser.error("--rows and --rank are at least 1")
     strength = STRENGTHS[arguments.carrier] if arguments.strength is None else arguments.strength

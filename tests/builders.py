@@ -22,14 +22,14 @@ def matrix_feature(layout, rows, cols):
     return List(List(Value(layout if layout.startswith("float") else "float32")))
 
 
-def lora_columns(n=24, rank=2, width=6, seed=0, signal=None):
-    """{column: (n, rows, cols) float32}; `signal` (n,) scales the attn2 matrices."""
+def lora_columns(n=24, rank=2, width=6, seed=0, signal=None, knowing=("attn2",)):
+    """{column: (n, rows, cols) float32}; `signal` (n,) scales the matrices of the attention kinds `knowing`."""
     rng = np.random.default_rng(seed)
     columns = {}
     for module in MODULES:
         for side, shape in (("down", (rank, width)), ("up", (width, rank))):
             w = rng.normal(size=(n, *shape)).astype(np.float32)
-            if signal is not None and "attn2" in module:
+            if signal is not None and any(kind in module for kind in knowing):
                 w *= np.asarray(signal, dtype=np.float32)[:, None, None]
             columns[f"{module}.{side}.weight"] = w
     return columns
@@ -45,9 +45,10 @@ def labels_of(kind, n):
     return numbers.tolist(), ClassLabel(names=["zebra", "apple", "mango", "never"])
 
 
-def lora_dataset(n=24, layout="nested", label_kind="string", seed=0, signal=False, **kwargs) -> Dataset:
+def lora_dataset(n=24, layout="nested", label_kind="string", seed=0, signal=0.0, **kwargs) -> Dataset:
+    """`signal`: by how much the scale of a class's matrices lies above that of the one before."""
     labels, feature = labels_of(label_kind, n)
-    strengths = [1 + (i % 3) for i in range(n)] if signal else None
+    strengths = [1 + signal * (i % 3) for i in range(n)] if signal else None
     columns = lora_columns(n, seed=seed, signal=strengths, **kwargs)
     features = {name: matrix_feature(layout, *w.shape[1:]) for name, w in columns.items()}
     features |= {"category_label": feature, "group": Value("string")}

@@ -5,14 +5,18 @@ import pytest
 import torch
 from builders import lora_columns, lora_dataset
 from datasets import Dataset
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 
 import controls
 import extraction
-from controls import AUDITS, GAUGE_STRETCH, NOISE_LEVELS, GaugeAudit, NoiseAudit
+from controls import AUDITS, CLASSIFIERS, GAUGE_STRETCH, NOISE_LEVELS, PROBE_PENALTIES, GaugeAudit, NoiseAudit
 from extraction import extract_features
-from lora_data import LoraData, from_dataset
+from lora_data import LoraData, Split, from_dataset
 from representations import REPRESENTATIONS, describe_module
 from settings import AUDITS as AUDIT_NAMES
+from settings import CLASSIFIERS as CLASSIFIER_NAMES
 
 TEST = np.array([23, 4, 17, 9, 0])
 
@@ -130,3 +134,58 @@ def test_changes_are_in_units_of_a_columns_spread(data):
             rows = [[p for p in range(len(audit.rows)) if audit.rows[p] == row][i] for row in which]
             difference = np.delete((changed[rows] - x[which]) / np.where(x.std(0) > 0, x.std(0), 1), 5, axis=1)
             assert found[variant] == pytest.approx({"largest": np.abs(difference).max(), "rms": np.sqrt((difference**2).mean())})
+
+
+# --- other classifiers
+
+
+def blobs(n=240, columns=12, seed=0):
+    """Four classes in two of the columns, another column without any spread, and a split."""
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, 4, n)
+    x = 50 + 3 * rng.normal(size=(n, columns))
+    x[:, 0] += 6 * (labels % 2)
+    x[:, 1] += 6 * (labels // 2)
+    x[:, 2] = 1.5
+    rows = rng.permutation(n)
+    return torch.from_numpy(x).float(), labels, Split(rows[:150], rows[150:180], rows[180:], False)
+
+
+def test_the_linear_probe_is_scikit_learns_on_standardised_columns():
+    x, labels, split = blobs()
+    runs = []
+    trained = CLASSIFIERS["linear"](x, labels, split, lambda run, number: runs.append(number))
+    models = [make_pipeline(StandardScaler(), LogisticRegression(C=penalty, max_iter=5000)).fit(x[split.train].double(), labels[split.train])
+              for penalty in PROBE_PENALTIES]
+    best = max(models, key=lambda model: model.score(x[split.val].double(), labels[split.val]))          # the first of several
+    for part in ("train", "val", "test"):
+        agree = trained.runs[0].predictions[part] == best.predict(x[getattr(split, part)].double())
+        assert agree.mean() > 0.98, part
+    assert runs == [1] and trained.trained_dim == 11 and best.score(x[split.test].double(), labels[split.test]) > 0.6
+
+
+def test_boosting_learns_what_no_line_divides():
+    x, _, split = blobs(n=600, seed=1)
+    outer = ((x[:, 3] - 50).abs() > 2).long().numpy()
+    accuracy = {name: (make(x, outer, split, lambda run, number: None).runs[0].predictions["test"] == outer[split.test]).mean()
+                for name, make in CLASSIFIERS.items()}
+    assert accuracy["boosting"] > 0.9 > 0.65 > accuracy["linear"] and list(CLASSIFIERS) == list(CLASSIFIER_NAMES)
+    again = [CLASSIFIERS["boosting"](x, outer, split, lambda run, number: None).runs[0].predictions["test"].tolist() for _ in range(2)]
+    assert again[0] == again[1]
+
+
+def test_a_class_that_no_row_trains_is_answered_with_another():
+    x, labels, split = blobs()
+    labels[split.train[labels[split.train] == 3]] = 2
+    for name, make in CLASSIFIERS.items():
+        predictions = make(x, labels, split, lambda run, number: None).runs[0].predictions
+        assert {part: len(of_part) for part, of_part in predictions.items()} == {"train": 150, "val": 30, "test": 60}, name
+        assert 3 not in predictions["test"] and (labels[split.test] == 3).any()
+
+
+def test_a_probe_that_does_not_converge_says_so(monkeypatch, caplog):
+    monkeypatch.setattr(controls, "PROBE_ITERATIONS", 2)
+    monkeypatch.setattr(controls.log, "propagate", True)
+    x, labels, split = blobs()
+    CLASSIFIERS["linear"](x, labels, split, lambda run, number: None)
+    assert "the linear probe did not converge in 2 iterations at C = " in caplog.text

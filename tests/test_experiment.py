@@ -25,7 +25,7 @@ from datasets import Dataset
 import representations
 import visual_ablation_experiment as experiment
 from lora_data import LoraData
-from settings import NINE, REPRESENTATIONS, Cell, cells_of
+from settings import CHOICES, NINE, REPRESENTATIONS, Cell, cells_of
 
 SCRIPT = ROOT / "visual_ablation_experiment.py"
 FAST = ["--num-runs", "2", "--max-epochs", "3", "--hidden-dim", "8", "--batch-size", "8"]
@@ -209,18 +209,18 @@ EVERYTHING = ("--representations", "all", "--audit", "gauge", "noise", "--pca-co
 def test_everything_that_can_be_asked_for_runs_and_resumes(run, place):
     status, log = run(*EVERYTHING)
     assert status == 0, log
-    cells = cells_of(("all_layers", "visual_only"), REPRESENTATIONS, ("gauge", "noise"))
+    cells = cells_of(("all_layers", "visual_only"), CHOICES, ("gauge", "noise"))
     assert visible(folder(place) / "checkpoints") == sorted(f"{cell.name}.json" for cell in cells) and len(cells) == 120
     for line in ("All Layers Config:    0/20 completed, 20 remaining", "Visual-Only Config:   0/20", "Gauge Audit:          0/40",
                  "Total Progress:       0/120"):
         assert line in log
     results = json.loads((folder(place) / "results.json").read_text())
-    assert [row["representation"] for row in results["visual_only_results"]] == [f"{name}_visual_only" for name in REPRESENTATIONS]
+    assert [row["representation"] for row in results["visual_only_results"]] == [f"{name}_visual_only" for name in CHOICES]
     columns = {row["representation"]: row["feature_dim"] for row in results["visual_only_results"]}
     # 8 layers, 4 modules, 3 classes, 28 training rows, 96 weights
     assert columns["product_sketch_visual_only"] == 4 * 16 and columns["pca_visual_only"] == 5 and columns["kernel_ridge_visual_only"] == 28
     assert columns["centroid_cosine_visual_only"] == 2 * 4 * 3 and columns["flat_vec_visual_only"] == 8 * 12
-    assert [entry["representation"] for entry in results["comparison"]] == list(REPRESENTATIONS)
+    assert [entry["representation"] for entry in results["comparison"]] == list(CHOICES)
     assert len(results["audits"]) == 80 and results["skipped_cells"] == results["failed_cells"] == []
     accuracies = {row["representation"]: row["test_acc_all_runs"] for row in results["all_layers_results"]}
     for entry in results["audits"]:
@@ -481,6 +481,83 @@ def test_a_shuffled_label_is_reported_as_nothing(run, place):
     status, _ = run("--representations", "stats", "product_norms", "--num-runs", "3", dataset="./shuffled")
     verdict = json.loads((folder(place, "shuffled") / "results.json").read_text())["verdict"]
     assert status == 0 and verdict.startswith("With all layers no representation is shown to be above chance") and "accuracy falls" not in verdict
+
+
+# What the truth allows to be said of `stats`, which sees the size of a matrix, where the classes differ in that size in some layers only.
+# Without the text layers: "lost", "gained", "same", "open" (cannot tell), or "unable" (nothing above chance to begin with).
+TRUTHS = {(): {"unable"}, ("attn1",): {"gained", "same", "open"}, ("attn2",): {"lost", "open"}, ("attn1", "attn2"): {"lost", "same", "open"}}
+SAID = {"accuracy falls for": "lost", "It rises for": "gained", "the two are equal to within": "same", "this run cannot tell": "open",
+        "no representation is shown to be above chance": "unable"}
+
+
+@pytest.mark.parametrize("knowing", TRUTHS, ids="+".join)
+@pytest.mark.parametrize("strength", [1.0, 0.06], ids=["strong", "weak"])
+def test_the_verdict_is_right_where_the_answer_is_known_or_says_that_it_cannot_tell(run, place, knowing, strength):
+    lora_dataset(n=500, signal=strength, knowing=knowing).save_to_disk("known")
+    fast = ["--num-runs", "4", "--max-epochs", "60", "--hidden-dim", "64", "--batch-size", "16", "--margin", "0.05"]
+    status, _ = run("--representations", "stats", dataset="./known", fast=fast)
+    results = json.loads((folder(place, "known") / "results.json").read_text())
+    said = [meaning for words, meaning in SAID.items() if words in results["verdict"]]
+    assert status == 0 and len(said) == 1, results["verdict"]
+    assert said[0] in TRUTHS[knowing] | ({"unable"} if strength < 1 else set()), results["verdict"]
+    if strength == 1.0:                                                  # where there is something to be seen, it is seen
+        assert said[0] != "open" or knowing != ("attn2",), results["verdict"]
+
+
+def test_splits_classifiers_and_controls_are_more_cells_of_the_same_run(run, place, monkeypatch):
+    rows = lora_dataset(n=90, signal=1.0).to_dict()
+    rows["leaf"], rows["num_images"] = [f"{i % 3} {i % 15}" for i in range(90)], [3 + i % 3 for i in range(90)]
+    Dataset.from_dict(rows).save_to_disk("leaves")
+    chosen = ("--representations", "stats", "kernel_ridge", "--group-column", "leaf", "--split", "random", "grouped", "--num-splits", "2",
+              "--controls", "--classifiers", "--metadata-columns", "num_images")
+    reads, real = [], LoraData.read_layer
+    monkeypatch.setattr(LoraData, "read_layer", lambda self, layer, *rest: (reads.append(layer), real(self, layer, *rest))[1])
+    assert "Total Progress:       0/41 (0.0%)" in run("--dry-run", *chosen, dataset="./leaves")[1]
+    status, log = run(*chosen, dataset="./leaves")
+    assert status == 0, log
+    assert len(reads) == len(set(reads)) == 16 and "Split: random, train 63" in log and "beside it random1, grouped0, grouped1" in log
+    for line in ("All Layers Config:    0/2", "Further Splits:       0/12", "Linear Probe:         0/8", "Controls:             0/9"):
+        assert line in log
+    place_of = folder(place, "leaves")
+    names = visible(place_of / "checkpoints")
+    assert len(names) == 41 and {"all_layers_stats.grouped1.boosting.json", "visual_only_kernel_ridge.shuffled.json", "no_layers_metadata.json",
+                                 "visual_only_norms.json", "down_only_stats.json", "up_only_stats.json"} <= set(names)
+    results, text = json.loads((place_of / "results.json").read_text()), (place_of / "results.txt").read_text()
+    assert [row["representation"] for row in results["all_layers_results"]] == ["stats_all_layers", "kernel_ridge_all_layers"]
+    assert len(results["further_cells"]) == 37 and len(results["comparison"]) == 2 and not results["failed_cells"]
+    found = results["inference"]
+    assert found["splits"] == 2 and len(found["inflation"]) == 2 * 2 + 2 * 2
+    assert len(found["shuffled"]["cells"]) == 4 and len(found["classifiers"]) == 2
+    metadata = next(cell for cell in results["further_cells"] if cell["cell"] == "no_layers_metadata")
+    assert found["accuracies"]["no_layers_metadata"]["accuracy"] == pytest.approx(metadata["test_acc_mean"]) and metadata["num_layers"] == 0
+    assert metadata["feature_dim"] == 2 and metadata["trained_dim"] == 1 and "The metadata columns alone" in " ".join(text.split())
+    for title in ("by other classifiers", "Linear Probe: All Layers minus Visual-Only", "Inflation: ", "Shuffled labels: ", "Controls: what a part"):
+        assert title in text
+    with np.load(place_of / "predictions" / "all_layers_stats.grouped1.npz") as arrays, np.load(
+            place_of / "predictions" / "all_layers_stats.grouped1.linear.npz") as linear:
+        leaves = np.array(rows["leaf"])
+        assert not set(leaves[arrays["train_rows"]]) & set(leaves[arrays["test_rows"]])
+        assert np.array_equal(arrays["test_rows"], linear["test_rows"]) and len(linear["test_predictions"]) == 1
+    before = snapshot(place_of / "checkpoints")
+    assert "Total Progress:       41/41 (100.0%)" in run("--status", *chosen, dataset="./leaves")[1]
+    assert "All experiments already completed!" in run(*chosen, dataset="./leaves")[1] and snapshot(place_of / "checkpoints") == before
+    status, log = run("--representations", "stats", "--group-column", "leaf", dataset="./leaves")        # the plain run leaves and shows them
+    assert status == 0 and snapshot(place_of / "checkpoints") == before and "left out of the results" not in log.replace("no_layers_metadata", "")
+    status, log = run(*chosen, "--split-seed", "5", dataset="./leaves")
+    assert status == 2 and "the rows of the split changed" in log
+    rows["num_images"][0] = 99
+    Dataset.from_dict(rows).save_to_disk("other/leaves")
+    status, log = run(*chosen, dataset="./other/leaves")
+    assert status == 2 and "1 finished cells" in log and "the metadata columns changed" in log
+
+
+def test_controls_that_the_data_set_has_nothing_for_are_skipped_and_said(run, place):
+    status, log = run("--representations", "stats", "--controls", "metadata", "up")
+    assert status == 0 and "Skipped, the data set has no numeric column num_images, max_train_steps, step_loss" in log
+    results = json.loads((folder(place) / "results.json").read_text())
+    assert [cell["cell"] for cell in results["skipped_cells"]] == ["no_layers_metadata"] and "up_only_stats.json" in checkpoints(place)
+    status, log = run("--representations", "stats", "--split", "grouped")
+    assert status == 2 and "--split grouped needs a column of groups" in log
 
 
 # --- resuming

@@ -48,7 +48,18 @@ def layer_set(request):
 
 
 def test_the_registry_is_the_one_of_the_settings():
-    assert list(FEATURES) == list(REPRESENTATION_GROUPS["fitted"])
+    assert list(FEATURES) == [*REPRESENTATION_GROUPS["fitted"], "metadata"]
+
+
+OF_WEIGHTS = REPRESENTATION_GROUPS["fitted"]
+
+
+def test_metadata_are_centred_and_what_is_not_there_says_nothing_itself():
+    data = make_data()
+    data.metadata = {"num_images": np.arange(N, dtype=float), "step_loss": np.where(np.arange(N) % 3 == 0, np.nan, 5.0)}
+    found, train = FEATURES["metadata"](Fit(data, "no_layers")).numpy(), data.split.train
+    assert np.allclose(found[:, 0], np.arange(N) - train.mean()) and np.allclose(found[:, 1], 0)
+    assert found[:, 2].tolist() == [1] * N and found[:, 3].tolist() == (np.arange(N) % 3 != 0).tolist()
 
 
 def test_flat_vec_is_all_weights(layer_set):
@@ -56,7 +67,7 @@ def test_flat_vec_is_all_weights(layer_set):
     assert np.array_equal(FEATURES["flat_vec"](Fit(data, layer_set)).numpy(), flat(data, layer_set))
 
 
-@pytest.mark.parametrize("name", FEATURES)
+@pytest.mark.parametrize("name", OF_WEIGHTS)
 def test_changed_rows_follow_the_rows_and_move_none(name, monkeypatch):
     """What is fitted does not depend on them; a changed row that did not change has its row's features."""
     monkeypatch.setattr(fitted, "BLOCK_ROWS", 16)
@@ -240,7 +251,7 @@ def test_a_training_row_never_sees_its_own_label():
     assert ((after - before)[others].abs().amax(1) > 1e-6).all()
 
 
-@pytest.mark.parametrize("name", FEATURES)
+@pytest.mark.parametrize("name", OF_WEIGHTS)
 def test_no_label_or_weight_of_another_row_than_the_training_rows_is_seen(name):
     data = make_data()
     outside = np.concatenate([data.split.val, data.split.test])

@@ -11,7 +11,17 @@ from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.weightstats import ttost_paired
 
 import inference
-from inference import chance_level, difference, holm, sign_flip_test, spread_of_mean, training_noise, two_level_bootstrap
+from inference import (
+    Sample,
+    chance_level,
+    difference,
+    difference_over_splits,
+    holm,
+    sign_flip_test,
+    spread_of_mean,
+    training_noise,
+    two_level_bootstrap,
+)
 from settings import Cell
 
 # --- against scipy and statsmodels
@@ -150,9 +160,14 @@ def test_a_few_examples_that_differ_by_chance_are_no_proof_of_equality(quick, n,
     assert wrong / 400 <= allowed(400)
 
 
+def accuracy_of(right):
+    """Of runs (R, n) on one split."""
+    return Sample({"": right}, {"": np.arange(right.shape[1])}, 0.25, 0.1, None).accuracy
+
+
 def test_an_accuracy_near_one_keeps_its_interval(quick):
     rng = np.random.default_rng(15)
-    held = [inference.accuracy(np.tile(rng.random(150) < 0.98, (3, 1)), None, 0.1)["interval"] for _ in range(400)]
+    held = [accuracy_of(np.tile(rng.random(150) < 0.98, (3, 1)))["interval"] for _ in range(400)]
     assert np.mean([low <= 0.98 <= high for low, high in held]) > 0.95 - 3 * math.sqrt(0.05 * 0.95 / 400)
 
 
@@ -161,7 +176,7 @@ def test_groups_too_few_for_any_claim_are_said():
     groups = np.concatenate([np.arange(50) // 10, np.arange(100) + 10])
     found = inference.infer(cells, groups, 0.02)
     assert found["comparisons"][0]["entries"][0]["smallest"] is None and found["comparisons"][0]["entries"][0]["p"] >= 2 / 2**5
-    text = inference.verdict(found, "grouped")
+    text = inference.verdict(found)
     assert "this run cannot tell: with 5 groups of test rows no drop of any size could pass a test of 1 at once" in text
 
 
@@ -224,6 +239,162 @@ def test_bootstraps_of_groups_draw_whole_groups():
     D = first.astype(float) - second
     narrow, wide = two_level_bootstrap(D), two_level_bootstrap(D, groups)
     assert wide[1] - wide[0] > 1.3 * (narrow[1] - narrow[0])
+
+
+# --- several splits
+
+
+def test_the_corrected_test_over_splits_is_written_from_its_definition():
+    rng = np.random.default_rng(21)
+    first, second, tests = simulate_inference.split_experiment(rng, rows=200, splits=6, lost=0.3)
+    found = difference_over_splits(first, second, 0.02, tests, 2 / 7)
+    drops = [a.mean() - b.mean() for a, b in zip(first, second, strict=True)]
+    units = len(set(np.concatenate(tests).tolist()))
+    error = math.sqrt(np.var(drops, ddof=1) * (1 / 6 + 2 / 7) + 1 / units**2)
+    assert found["drops"] == pytest.approx(drops) and found["drop"] == pytest.approx(np.mean(drops))
+    assert found["standard_error"] == pytest.approx(error)
+    assert found["p"] == pytest.approx(2 * scipy.stats.t.sf(abs(np.mean(drops)) / error, 5))
+    assert found["interval"] == pytest.approx(scipy.stats.t.interval(0.95, 5, loc=np.mean(drops), scale=error))
+
+
+@pytest.mark.parametrize("rows, splits", [(100, 3), (200, 5), (200, 10)])
+def test_over_splits_of_nothing_a_drop_is_claimed_no_oftener_than_promised(rows, splits, monkeypatch):
+    monkeypatch.setattr(inference, "training_noise", lambda drops: None)
+    found = simulate_inference.simulate_splits(rows, 0.0, splits, 400, seed=1)
+    assert found["claimed"] <= allowed(400) and found["covered"] >= 1 - allowed(400)
+    assert found["plain"] > 0.1                                          # what the correction is for
+    assert simulate_inference.simulate_splits(rows, 0.6, splits, 100, seed=1)["claimed"] > 0.2
+
+
+def test_splits_that_all_agree_claim_neither_a_drop_nor_equality_they_cannot_show():
+    right, tests = [np.ones((3, 20), bool)] * 4, [np.arange(k, k + 20) for k in range(4)]
+    found = difference_over_splits(right, right, 0.02, tests, 2 / 7)
+    assert found["p"] == 1 and found["interval"][1] >= 1 - 0.025 ** (1 / 23) and found["p_equivalence"] > 0.05
+
+
+def with_splits(rng, splits, **kwargs):
+    """`predictions` of several random splits."""
+    cells = {}
+    for number in range(splits):
+        for cell, arrays in predictions(rng, **kwargs).items():
+            rows = rng.permutation(3 * len(arrays["test_rows"]))
+            cells[cell._replace(split=f"random{number}" if number else "")] = arrays | {
+                "test_rows": rows[:len(arrays["test_rows"])], "train_rows": rows[len(arrays["test_rows"]):]}
+    return cells
+
+
+def test_a_run_of_several_splits_speaks_of_all_of_them():
+    cells = with_splits(np.random.default_rng(22), 5, drops={"stats": 0.3, "spectral": 0.0}, n=300)
+    found = inference.infer(cells, None, 0.02)
+    (main,) = found["comparisons"]
+    of = {layer_set: [cells[cell] for cell in cells if cell.representation == "stats" and cell.layer_set == layer_set]
+          for layer_set in ("all_layers", "visual_only")}
+    right = {layer_set: [arrays["test_predictions"] == arrays["test_labels"] for arrays in of_set] for layer_set, of_set in of.items()}
+    alone = difference_over_splits(*right.values(), 0.02, [arrays["test_rows"] for arrays in of["all_layers"]], 0.5)
+    assert found["splits"] == 5 and {key: main["entries"][0][key] for key in alone} == alone
+    assert found["accuracies"]["all_layers_stats"]["accuracy"] == pytest.approx(np.mean([part.mean() for part in right["all_layers"]]))
+    assert set(found["accuracies"]) == {cell.name for cell in cells if not cell.split}
+    text = inference.verdict(found)
+    assert "on 5 random splits" in text and "falls for 1 of 2" in text and "with 300 test rows in each of 5 splits" in text
+    assert "degrees of freedom: 1" in inference.verdict(inference.infer(with_splits(np.random.default_rng(23), 2, drops={"stats": 0.3}), None, 0.02))
+    del cells[Cell("stats", "visual_only", split="random3")]             # a cell that failed
+    entry = inference.infer(cells, None, 0.02)["comparisons"][0]["entries"][0]
+    assert len(entry["drops"]) == 4
+
+
+def test_random_splits_of_groups_are_no_narrower_than_groups_allow():
+    """What a group has in common every random split has alike: the first split's groups say how much that may be."""
+    rng = np.random.default_rng(24)
+    groups = np.arange(900) // 90
+    lucky = rng.random(10) < 0.5                                         # the groups that the visual layers know
+    cells = with_splits(rng, 5, drops={"stats": 0.0}, n=300)
+    for cell, arrays in cells.items():
+        wrong = (cell.layer_set == "visual_only") & ~lucky[groups[arrays["test_rows"]]]
+        arrays["test_predictions"] = np.where(wrong, arrays["test_labels"] + 1, arrays["test_labels"]) * np.ones((5, 1), int)
+    with_groups, without = (inference.infer(cells, of, 0.02)["comparisons"][0]["entries"][0] for of in (groups, None))
+    assert np.ptp(without["interval"]) < 0.15 < 0.5 < np.ptp(with_groups["interval"]) and without["p"] < 1e-3
+
+
+def test_what_a_random_split_has_above_a_grouped_one_is_the_inflation():
+    rng = np.random.default_rng(25)
+    cells = predictions(rng, {"stats": 0.1}, base=0.8, n=400)
+    cells |= {cell._replace(split="grouped0"): arrays for cell, arrays in predictions(rng, {"stats": 0.1}, base=0.4, n=300).items()}
+    groups = np.arange(1200) % 60
+    found = inference.infer(cells, groups, 0.02)
+    assert [entry["cell"] for entry in found["inflation"]] == ["all_layers_stats", "visual_only_stats"]
+    assert len(found["comparisons"][0]["entries"]) == 1
+    for entry in found["inflation"]:
+        two = [cells[Cell.named(name)] for name in (entry["cell"], entry["cell"] + ".grouped0")]
+        shares = [(arrays["test_predictions"] == arrays["test_labels"]).mean() for arrays in two]
+        assert entry["inflation"] == pytest.approx(shares[0] - shares[1]) and entry["interval"][0] > 0.2
+    mean = 100 * np.mean([entry["inflation"] for entry in found["inflation"]])
+    assert f"accuracies are {mean:.1f} points lower in the mean of 2 cells, and shown to be lower in 2." in inference.verdict(found)
+    other_way = {cell._replace(split="" if cell.split else "random0"): arrays for cell, arrays in cells.items()}
+    as_main = inference.infer(other_way, groups, 0.02, "grouped")
+    assert as_main["inflation"] == found["inflation"] and as_main["split"] == "grouped"
+
+
+# --- controls and other classifiers
+
+
+def shuffled_predictions(rng, cells, runs=3, n=150, classes=5, know=0.0):
+    """Of cells trained on shuffled labels: predictions that have nothing to do with the test labels, but for a part `know` in the first cell."""
+    labels = rng.choice(classes, n, p=[0.4, 0.3, 0.1, 0.1, 0.1])
+    found = {}
+    for i, cell in enumerate(cells):
+        guess = np.where(rng.random((runs, n)) < 0.7, rng.integers(0, classes, n), rng.integers(0, classes, (runs, n)))   # runs that agree
+        knows = (rng.random((runs, n)) < know) & (i == 0)
+        found[cell] = {"test_rows": np.arange(n), "train_rows": np.arange(n, 4 * n), "test_labels": labels,
+                       "test_predictions": np.where(knows, labels, guess)}
+    return found
+
+
+SHUFFLED = [Cell(name, layer_set, labels="shuffled") for name in ("stats", "spectral", "frequency") for layer_set in ("all_layers", "visual_only")]
+
+
+def test_runs_without_a_fault_are_called_suspect_no_oftener_than_promised(monkeypatch):
+    monkeypatch.setattr(inference, "SHUFFLES", 399)
+    rng = np.random.default_rng(26)
+    p_values = np.array([inference.shuffled_labels(shuffled_predictions(rng, SHUFFLED, n=60))["p"] for _ in range(400)])
+    assert (p_values < 0.01).mean() <= 0.01 + 3 * math.sqrt(0.01 * 0.99 / 400) and (p_values < 0.05).mean() <= allowed(400)
+    assert (p_values < 0.5).mean() > 0.4                                 # and it is not conservative either
+
+
+def test_one_cell_is_tested_as_scipys_permutation_test_does():
+    (cell, arrays), = shuffled_predictions(np.random.default_rng(27), SHUFFLED[:1], know=0.06).items()
+    expected = scipy.stats.permutation_test(
+        (arrays["test_labels"],), lambda labels: (arrays["test_predictions"] == labels).mean(), permutation_type="pairings", n_resamples=4000,
+        alternative="greater", random_state=np.random.default_rng(0)).pvalue
+    assert inference.shuffled_labels({cell: arrays})["p"] == pytest.approx(expected, abs=0.02) and expected < 0.2
+
+
+def test_labels_that_leak_into_one_cell_make_the_run_suspect():
+    cells = predictions(np.random.default_rng(28), {"stats": 0.0}) | shuffled_predictions(np.random.default_rng(28), SHUFFLED, know=0.2)
+    found = inference.infer(cells, None, 0.02)
+    assert found["shuffled"]["suspect"] and inference.verdict(found).startswith("SUSPECT: trained on shuffled labels, all_layers_stats.shuffled (")
+    assert not any("shuffled" in name for name in found["accuracies"])
+    fine = inference.infer(cells | shuffled_predictions(np.random.default_rng(29), SHUFFLED), None, 0.02)
+    assert not fine["shuffled"]["suspect"] and inference.verdict(fine).startswith("With shuffled labels no cell is above chance (p = 0.")
+
+
+def test_controls_and_classifiers_stand_beside_the_table_and_not_in_it():
+    rng = np.random.default_rng(30)
+    cells = predictions(rng, {"stats": 0.0}, n=300)
+    others = predictions(rng, {"stats": 0.4}, n=300, runs=1, base=0.7)
+    cells |= {cell._replace(classifier="linear"): arrays for cell, arrays in others.items()}
+    cells[Cell("metadata", "no_layers")] = cells[Cell("stats", "all_layers")]
+    cells[Cell("norms", "all_layers")] = cells[Cell("stats", "visual_only")]
+    cells[Cell("stats", "up_only")] = cells[Cell("stats", "visual_only")]
+    found = inference.infer(cells, None, 0.02)
+    assert [entry["representation"] for entry in found["comparisons"][0]["entries"]] == ["stats"] and found["ranking"] == []
+    assert [entry["cell"] for entry in found["controls"]] == ["no_layers_metadata", "all_layers_norms", "up_only_stats"]
+    (linear,) = found["classifiers"]
+    right = [arrays["test_predictions"] == arrays["test_labels"] for arrays in others.values()]
+    assert linear["classifier"] == "linear" and linear["entries"][0]["p"] == difference(*right, 0.02)["p"] < 0.001
+    assert found["accuracies"]["all_layers_stats.linear"]["accuracy"] == pytest.approx(right[0].mean())
+    assert "The metadata columns alone, without any weight, give" in inference.verdict(found)
+    cells[Cell("metadata", "no_layers")] = predictions(rng, {"stats": 0.0}, n=300, base=0.25)[Cell("stats", "all_layers")]
+    assert "are not shown to tell the class" in inference.verdict(inference.infer(cells, None, 0.02))
 
 
 # --- a whole run
@@ -307,6 +478,9 @@ def test_the_table_of_the_readme_is_made_by_its_command(capsys):
     cells = [cell.strip(" %") for cell in none.strip("|").split("|")]
     assert cells[:2] == ["201", "0"] and float(cells[2]) <= 15 and float(cells[3]) >= 85
     assert float(ten.strip("|").split("|")[2].strip(" %")) > 50
+    simulate_inference.main(["--experiments", "10", "--rows", "201", "--drops", "0.1", "--groups", "30"])
+    simulate_inference.main(["--experiments", "10", "--rows", "100", "--splits", "3", "--lost", "0.5"])
+    assert "| 201 | 10 |" in (text := capsys.readouterr().out) and "| 100 | 3 |" in text
 
 
 def test_two_runs_leave_one_degree_of_freedom():

@@ -547,6 +547,37 @@ def test_a_grouped_split_parts_no_group_and_leaves_every_class_to_train_on(seed)
     assert set(labels[split.train].tolist()) == set(range(10))
 
 
+def test_the_same_rows_are_seen_with_another_split_or_other_labels():
+    data = from_dataset(lora_dataset(n=60), "x", group_column="group", split_seed=7)
+    assert data.seen_as(None).split is data.split and data.seen_as(None).labels is data.labels
+    for kind in ("random", "stratified"):
+        view = data.seen_as((kind, 8))
+        expected = split_rows(60, 8, kind, data.labels)
+        assert all(np.array_equal(a, b) for a, b in zip(view.split[:3], expected[:3], strict=True)) and view.layers == data.layers
+        assert data.seen_as((kind, 8)) is view and not np.array_equal(view.split.train, data.split.train)
+    shuffled = data.seen_as(None, "shuffled")
+    assert sorted(shuffled.labels) == sorted(data.labels) and 0.2 < (shuffled.labels == data.labels).mean() < 0.5
+    assert np.array_equal(shuffled.split.test, data.split.test) and np.array_equal(shuffled.labels, data.seen_as(None, "shuffled").labels)
+    with pytest.raises(InputError, match="--split stratified is not possible here"):
+        from_dataset(lora_dataset(n=12), "x").seen_as(("stratified", 1))
+
+
+def test_metadata_are_the_numeric_columns_that_are_no_weights():
+    rows = lora_dataset(n=24).to_dict()
+    rows |= {"num_images": list(range(24)), "step_loss": [None, float("nan")] + [0.5] * 22, "max_train_steps": ["many"] * 24,
+             "flag": [True, False] * 12}
+    dataset = Dataset.from_dict(rows)
+    data = from_dataset(dataset, "x", metadata_columns=("flag", "num_images"))
+    assert list(data.metadata) == ["num_images", "step_loss", "flag"] and data.metadata["num_images"].tolist() == list(range(24))
+    assert np.isnan(data.metadata["step_loss"][:2]).all() and data.metadata["step_loss"][2] == 0.5 and data.metadata["flag"].tolist() == [1, 0] * 12
+    assert from_dataset(lora_dataset(n=24), "x").metadata == {}
+    numbered = Dataset.from_dict(rows | {"category_label": list(np.arange(24) % 2)})
+    for column, reason in (("group", "is not numeric in data set 'x': use num_images, step_loss, flag"), ("nothing", "is not there"),
+                           ("category_label", "is the label")):
+        with pytest.raises(InputError, match=reason):
+            from_dataset(numbered, "x", metadata_columns=(column,))
+
+
 def test_splits_that_cannot_be_are_refused():
     labels = np.arange(40) % 2
     with pytest.raises(InputError, match="--split grouped needs a column of groups: give --group-column"):

@@ -1,20 +1,23 @@
 """The synthetic collection: the published topology, the signal where it was asked for, the same rows whatever the layout."""
 
-import subprocess
-import sys
+import contextlib
+import io
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
-from make_synthetic_dataset import class_directions
+from make_synthetic_dataset import class_directions, main
 
 from lora_data import load_lora_data
 
 
 def make(path, *flags):
-    done = subprocess.run([sys.executable, str(ROOT / "scripts" / "make_synthetic_dataset.py"), str(path), *flags], capture_output=True, text=True)
-    return done.returncode, done.stderr
+    with contextlib.redirect_stderr(io.StringIO()) as errors:
+        try:
+            main([str(path), *flags])
+        except SystemExit as end:
+            return end.code, errors.getvalue()
+    return 0, errors.getvalue()
 
 
 def mean_square_by_class(data, kind):

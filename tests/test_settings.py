@@ -8,6 +8,7 @@ from conftest import ROOT
 
 import visual_ablation_experiment as experiment
 from settings import (
+    CHOICES,
     NINE,
     REPRESENTATION_GROUPS,
     REPRESENTATIONS,
@@ -145,7 +146,7 @@ def test_groups_of_representations_stand_for_their_names():
     assert chosen("nine") == NINE == Settings().representations and len(NINE) == 9
     assert chosen("nine", "product") == NINE + REPRESENTATION_GROUPS["product"]
     assert chosen("product_norms", "product")[:2] == ("product_norms", "product_spectral")   # nothing twice where a group is named
-    assert set(chosen("all")) == set(REPRESENTATIONS) == {name for group in ("nine", "product", "fitted") for name in REPRESENTATION_GROUPS[group]}
+    assert set(chosen("all")) == set(CHOICES) == {name for group in ("nine", "product", "fitted") for name in REPRESENTATION_GROUPS[group]}
     with pytest.raises(InputError, match="names one twice"):
         chosen("stats", "stats")
 
@@ -159,6 +160,28 @@ def test_audits_are_cells_beside_those_they_audit():
         build_settings({"audit": ["rain"]})
 
 
+def test_splits_classifiers_and_controls_are_further_cells():
+    chosen = {"representations": ["stats", "kernel_ridge"], "layer_sets": ["all_layers", "random_half"], "split": ["grouped", "random"],
+              "num_splits": 2, "classifiers": ["linear"], "controls": ["all"], "split_seed": 7}
+    settings = build_settings(chosen)
+    assert settings.splits == ["", "grouped1", "random0", "random1"]
+    assert [settings.split_of(name) for name in settings.splits] == [("grouped", 7), ("grouped", 8), ("random", 7), ("random", 8)]
+    cells = settings.cells(["all_layers", "random_half.0"])
+    assert len(cells) == len(set(cells)) == 4 * (4 + 2) + 2 + 1 + 1 + 2
+    assert [cell.name for cell in cells[:6]] == ["all_layers_stats", "all_layers_kernel_ridge", "random_half.0_stats", "random_half.0_kernel_ridge",
+                                                 "all_layers_stats.grouped1", "all_layers_kernel_ridge.grouped1"]
+    assert [cell.name for cell in cells if cell.control] == ["all_layers_stats.shuffled", "all_layers_kernel_ridge.shuffled", "no_layers_metadata",
+                                                             "all_layers_norms", "down_only_stats", "up_only_stats"]
+    assert sum(cell.classifier == "linear" for cell in cells) == 2 * 4 and all(cell.representation == "stats" for cell in cells if cell.classifier)
+    assert {cell.title for cell in cells} == {"All Layers Config", "Random Half Config", "Further Splits", "Linear Probe", "Controls"}
+    assert Settings().cells(["all_layers", "visual_only"]) == cells_of(("all_layers", "visual_only"), NINE)
+    for wrong, reason in (({"classifiers": ["forest"]}, "unknown --classifiers 'forest': use linear, boosting"), ({"num_splits": 0}, "out of range"),
+                          ({"controls": ["placebo"]}, "unknown --controls 'placebo': use all, shuffled"), ({"split": []}, "split names nothing"),
+                          ({"representations": ["norms"]}, "unknown --representations 'norms'"), ({"layer_sets": ["up_only"]}, "unknown")):
+        with pytest.raises(InputError, match=reason):
+            build_settings(wrong)
+
+
 def test_options_belong_to_the_representations_that_they_change():
     settings = build_settings({"sketch_size": 5, "pca_components": 7})
     assert settings.width_of("product_sketch") == 25 and settings.width_of("stats") == 7
@@ -169,7 +192,8 @@ def test_options_belong_to_the_representations_that_they_change():
 def test_every_cell_is_found_again_by_the_name_of_its_files():
     sets = ["all_layers", "random_half.3", "by_block.down_blocks.0.attentions.1.attn1", "queries", "to_q-only"]
     for cell in cells_of(sets, REPRESENTATIONS, ("gauge", "noise")):
-        assert Cell.named(cell.name) == cell
+        for way in ({}, {"split": "grouped12"}, {"classifier": "linear"}, {"split": "random1", "classifier": "boosting"}, {"labels": "shuffled"}):
+            assert Cell.named(cell._replace(**way).name) == cell._replace(**way)
     for name in ("stats", "_stats", "notes", "all_layers_", "all_layers_unknown"):
         assert Cell.named(name) is None, name
 
