@@ -144,6 +144,8 @@ def train_linear(x: Tensor, labels: np.ndarray, split, on_run: OnRun) -> Trained
     """
     began = time.perf_counter()
     columns, rows = standardised(x, split)
+    if len(np.unique(labels[split.train])) == 1:                         # there is one answer
+        return one_run({part: np.full(len(of_part), labels[split.train[0]]) for part, of_part in rows.items()}, began, columns, on_run)
     model = LogisticRegression(max_iter=PROBE_ITERATIONS, warm_start=True)
     best, found = -1.0, {}
     for penalty in PROBE_PENALTIES:
@@ -166,13 +168,13 @@ def train_boosting(x: Tensor, labels: np.ndarray, split, on_run: OnRun) -> Train
     """
     began = time.perf_counter()
     columns, rows = standardised(x, split)
+    val = rows["val"][np.isin(labels[rows["val"]], labels[rows["train"]])]   # a class without a training row has no loss
     model = HistGradientBoostingClassifier(
-        max_iter=BOOSTING_ITERATIONS, early_stopping=True, n_iter_no_change=BOOSTING_PATIENCE, random_state=SEED,
+        max_iter=BOOSTING_ITERATIONS, early_stopping=len(val) > 0, n_iter_no_change=BOOSTING_PATIENCE, random_state=SEED,
         max_leaf_nodes=BOOSTING_LEAVES, max_bins=BOOSTING_BINS,
     )
-    known = np.isin(labels[rows["val"]], labels[rows["train"]])          # a class without a training row has no loss
-    val = rows["val"][known]
-    model.fit(columns[rows["train"]], labels[rows["train"]], X_val=columns[val], y_val=labels[val])
+    watched = {"X_val": columns[val], "y_val": labels[val]} if len(val) else {}
+    model.fit(columns[rows["train"]], labels[rows["train"]], **watched)
     accuracies = [np.mean(predicted == labels[rows["val"]]) for predicted in model.staged_predict(columns[rows["val"]])]
     best = int(np.argmax(accuracies))
     found = {part: next(itertools.islice(model.staged_predict(columns[of_part]), best, None)) for part, of_part in rows.items()}

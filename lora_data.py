@@ -260,6 +260,11 @@ class LoraData:
         patterns = self.named_sets.get(layer_set, ())
         return [i for i, layer in enumerate(self.layers) if any(fnmatch.fnmatchcase(layer, pattern) for pattern in patterns)]
 
+    @property
+    def metadata_vary(self) -> bool:
+        """Whether a metadata column, or whether a row has it, differs among the training rows."""
+        return any(len(np.unique(values[self.split.train])) > 1 for values in self.metadata.values())        # NaN is one value
+
     def seen_as(self, split: tuple[str, int] | None, labels: str = "") -> LoraData:
         """The same rows divided by the split of that kind and seed, or as they are; with `labels` shuffled, each row has another's.
 
@@ -725,6 +730,7 @@ class Survey(NamedTuple):
     shapes: list[tuple[str, int, int]]   # layer, rows, cols; sorted by layer
     downloaded: bool                     # from the Hub, as Parquet
     copied: bool                         # to Arrow, by `datasets`
+    numeric: tuple[str, ...] | None      # columns that are no layers; None where they are not known
 
 
 PUBLISHED_ROWS = {"1k": 1_000, "10k": 10_000, "50k": 50_000, "100k": 100_000}
@@ -738,13 +744,13 @@ def survey(name: str, data_split: str = "") -> Survey | None:
     """
     kind, where = resolve_name(name)
     if kind == "hub":
-        return Survey(PUBLISHED_ROWS[name], sd15_shapes(rank=1), True, True) if name in PUBLISHED_ROWS else None
+        return Survey(PUBLISHED_ROWS[name], sd15_shapes(rank=1), True, True, None) if name in PUBLISHED_ROWS else None
     if kind == "generated":
-        return Survey(len(SANITY_ROWS), SANITY_SHAPES, False, False)
-    rows, first = 0, None
+        return Survey(len(SANITY_ROWS), SANITY_SHAPES, False, False, ())
+    rows, first, fields = 0, None, pa.schema([])
     try:
         for file in files_of_split(name, kind, Path(where), data_split):
-            count, head = survey_file(file)
+            count, head, fields = survey_file(file)
             rows, first = rows + count, first if first is not None else head
     except (OSError, pa.ArrowInvalid) as error:
         raise InputError(f"cannot read data set '{name}': {' '.join(str(error).split())[:500]}") from error
@@ -756,7 +762,8 @@ def survey(name: str, data_split: str = "") -> Survey | None:
         if not (isinstance(matrix, list) and matrix and isinstance(matrix[0], list) and matrix[0]):
             raise InputError(f"column '{layer}', row 0: no matrix")
         shapes.append((layer, len(matrix), len(matrix[0])))
-    return Survey(rows, shapes, False, kind == "files")
+    numeric = tuple(field.name for field in fields if not is_layer(field.name) and is_number(field.type))
+    return Survey(rows, shapes, False, kind == "files", numeric)
 
 
 def files_of_split(name: str, kind: str, root: Path, data_split: str) -> list[Path]:
@@ -769,15 +776,16 @@ def files_of_split(name: str, kind: str, root: Path, data_split: str) -> list[Pa
     return splits[choose_split(name, list(splits), data_split.split("[")[0])]
 
 
-def survey_file(file: Path) -> tuple[int, pa.RecordBatch | None]:
-    """Rows of a file, and its first row's layers."""
+def survey_file(file: Path) -> tuple[int, pa.RecordBatch | None, pa.Schema]:
+    """Rows of a file, its first row's layers, and its columns."""
     if file.suffix == ".parquet":
         parquet = pq.ParquetFile(file)
         names = [column for column in parquet.schema_arrow.names if is_layer(column)]
-        return parquet.metadata.num_rows, next(parquet.iter_batches(batch_size=1, columns=names), None)
+        return parquet.metadata.num_rows, next(parquet.iter_batches(batch_size=1, columns=names), None), parquet.schema_arrow
     with pa.memory_map(str(file)) as source:
         batches = read_arrow(source)
-        return sum(map(len, batches)), next((batch.slice(0, 1) for batch in batches if len(batch)), None)
+        first = next((batch.slice(0, 1) for batch in batches if len(batch)), None)
+        return sum(map(len, batches)), first, first.schema if first is not None else pa.schema([])
 
 
 def read_arrow(source):

@@ -160,7 +160,7 @@ def collect(records: dict[Cell, dict], failures: dict[Cell, str], skipped: dict[
         if of_set or layer_set in ("all_layers", "visual_only"):
             results[f"{layer_set}_results"] = of_set
     results["comparison"] = compare(records)
-    results["further_cells"] = [{**named(cell), **record} for cell, record in records.items() if not cell.plain and not cell.audit]
+    results["further_cells"] = [{**record, **named(cell)} for cell, record in records.items() if not cell.plain and not cell.audit]
     results["audits"] = [{**named(cell), **{key: record[key] for key in AUDIT_KEYS}} for cell, record in records.items() if cell.audit]
     results["failed_cells"] = [{**named(cell), "error": error} for cell, error in failures.items()]
     results["skipped_cells"] = [{**named(cell), "reason": reason} for cell, reason in skipped.items()]
@@ -218,7 +218,11 @@ def results_text(results: dict) -> str:
     lines += inference_lines(results["inference"]) + audit_lines(results["audits"])
     if results["skipped_cells"]:
         lines += [""] + [f"Skipped: {entry['cell']}, {entry['reason']}" for entry in results["skipped_cells"]]
+    if results["further_cells"] and not results["inference"]:
+        lines += ["", f"{len(results['further_cells'])} cells of other splits, classifiers or controls are in results.json only"]
     if results["failed_cells"]:
+        beside = [failure for failure in results["failed_cells"] if not Cell.named(failure["cell"]).plain]
+        lines += [""] * bool(beside) + [f"{failure['cell']} FAILED: {failure['error']}" for failure in beside]
         lines += ["", f"{len(results['failed_cells'])} cells FAILED: " + ", ".join(failure["cell"] for failure in results["failed_cells"])]
     lines += ["", "VERDICT", "", *textwrap.wrap(results["verdict"], 110)]
     return "\n".join(lines) + "\n"
@@ -257,8 +261,7 @@ def general_lines(found: dict) -> list[str]:
         first, second = ("Random Halves" if one == "random_half" else title_of(one) for one in (comparison["first"], comparison["second"]))
         title = f"{first} minus {second}"
         scope = "for new examples and runs" if found["runs"] > 2 else "for new examples, of these runs alone"
-        scope += f", corrected for {found['splits']} overlapping splits" if found["splits"] > 1 else ""
-        lines += ["", f"{title}: {scope}; equal: within {100 * found['margin']:g} points; smallest: found with "
+        lines += ["", f"{title}: {scope}{over_splits(comparison['entries'])}; equal: within {100 * found['margin']:g} points; smallest: found with "
                   f"{100 * found['power']:.0f} % probability", *comparison_lines(comparison["entries"])]
     clear = [pair for pair in found["ranking"] if pair["p_holm"] < found["level"]]
     if found["ranking"]:
@@ -268,6 +271,12 @@ def general_lines(found: dict) -> list[str]:
             worse = [pair["worse"] for pair in clear if pair["better"] == better]
             lines += textwrap.wrap(f"{better} is above {', '.join(worse)}", 110, initial_indent="  ", subsequent_indent="    ")
     return lines
+
+
+def over_splits(entries: list[dict]) -> str:
+    """From how many splits a comparison's entries are."""
+    numbers = sorted({len(entry.get("drops", [None])) for entry in entries})
+    return "" if numbers == [1] else f", corrected for {' or '.join(map(str, numbers))} overlapping splits"
 
 
 def comparison_lines(entries: list[dict]) -> list[str]:
@@ -297,17 +306,17 @@ def classifier_lines(found: dict) -> list[str]:
     for one in found["classifiers"]:
         if one["entries"]:
             title = f"{CLASSIFIERS[one['classifier']]}: {title_of(one['first'])} minus {title_of(one['second'])}"
-            lines += ["", f"{title}, one run a cell: for new examples", *comparison_lines(one["entries"])]
+            lines += ["", f"{title}, one run a cell: for new examples{over_splits(one['entries'])}", *comparison_lines(one["entries"])]
     return lines
 
 
 def inflation_lines(entries: list[dict]) -> list[str]:
     """What a split that divides groups has above one that does not."""
-    header = f"{'cell':<48}{'split':>12}{'accuracy':>10}{'grouped':>10}{'inflation':>11}{'95 % interval':>18}"
+    header = f"{'cell':<48}{'split':>12}{'accuracy':>10}{'grouped':>10}{'inflation':>11}{'95 % interval':>18}{'p (Holm)':>11}"
     lines = ["", "Inflation: test accuracy where groups are divided, less that on grouped splits (points)", header, "-" * len(header)]
     for entry in entries:
         lines.append(f"{entry['cell']:<48}{entry['split']:>12}{percent(entry['accuracy']):>10}{percent(entry['grouped']):>10}"
-                     f"{100 * entry['inflation']:>+11.1f}{span(entry['interval']):>18}")
+                     f"{100 * entry['inflation']:>+11.1f}{span(entry['interval']):>18}{probability(entry['p_holm']):>11}")
     return lines if entries else []
 
 

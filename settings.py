@@ -311,6 +311,10 @@ class Settings:
             if layer_set not in (*LAYER_SETS, *LAYER_SET_GROUPS, *self.named_layer_sets):
                 known = ", ".join([*LAYER_SETS, *LAYER_SET_GROUPS, *self.named_layer_sets])
                 raise InputError(f"unknown --layer-sets '{layer_set}': use {known}, or name one in named_layer_sets of a --config file")
+        if {"down", "up"} & set(self.controls) and all(REPRESENTATIONS[name].of != "layer" for name in self.representations):
+            raise InputError("--controls down and up need one of --representations that describes single layers")
+        if self.classifiers and set(self.representations) == {"kernel_ridge"}:
+            raise InputError("--classifiers need one of --representations besides kernel_ridge, which is a classifier itself")
         for name in ("dataset", "label_column", "output_dir", "cache_dir"):
             if not getattr(self, name):
                 raise InputError(f"{flag(name)} is empty: give a name")

@@ -163,6 +163,8 @@ def possible_cells(settings: Settings, data) -> tuple[list[Cell], dict[Cell, str
             skipped[cell] = f"for at most {known.most_rows:,} rows, the data set has {data.num_rows:,}"
         elif known.of == "row" and not data.metadata:
             skipped[cell] = f"the data set has no numeric column {', '.join(METADATA_COLUMNS)}; --metadata-columns names others"
+        elif known.of == "row" and not data.metadata_vary:
+            skipped[cell] = f"{', '.join(data.metadata)} are the same for all training rows"
         elif cell.layer_set in CONTROL_SETS and known.of != "row" and not data.layers_of(cell.layer_set):
             skipped[cell] = f"the data set has no layer of {cell.layer_set}"
     for reason in dict.fromkeys(skipped.values()):
@@ -261,8 +263,8 @@ def load(settings: Settings, device: str, clock: Clock):
         data = load_lora_data(settings.dataset, device, data_split=settings.data_split, revision=settings.revision, split=settings.split[0],
                               label_column=settings.label_column, group_column=settings.group_column,
                               metadata_columns=settings.metadata_columns, split_seed=settings.split_seed)
-        for split in settings.splits[1:]:   # one that is not possible ends the run here
-            data.seen_as(settings.split_of(split))
+        data.named_sets = settings.named_layer_sets
+        views = [view_of(data, Cell("", "", split=split), settings) for split in settings.splits]   # one that is not possible ends the run here
     card = data.card()
     log.info(f"Data set: {settings.dataset} | {card['rows']} rows, {card['classes']} classes | device: {device}")
     log.info(f"Layers: {len(data.layers)} ({', '.join(f'{n} {kind}' for kind, n in card['layers'].items() if n)}) "
@@ -273,12 +275,13 @@ def load(settings: Settings, device: str, clock: Clock):
         shared = int(np.isin(data.groups[data.split.test], data.groups[data.split.train]).sum())
         log.info(f"Groups: {len(np.unique(data.groups))} by '{settings.group_column}'; {shared} of {len(data.split.test)} test rows share theirs "
                  "with a training row" + ("" if not shared or "grouped" in settings.split else ": --split grouped keeps groups together"))
-    absent = sorted(set(range(len(data.classes))) - set(data.labels[data.split.train].tolist()))
-    if absent:
-        log.warning(f"no training row of class {', '.join(str(data.classes[number]) for number in absent)}: its rows cannot be told")
+    for split, view in zip(settings.splits, views, strict=True):
+        absent = sorted(set(range(len(data.classes))) - set(data.labels[view.split.train].tolist()))
+        if absent:
+            names = ", ".join(str(data.classes[number]) for number in absent)
+            log.warning(f"no training row of class {names}{f' in split {split}' * bool(split)}: its rows cannot be told")
     if data.split.overlap:
         log.warning("ten rows or fewer: train, validation and test are the same rows, so accuracies mean nothing")
-    data.named_sets = settings.named_layer_sets
     for layer_set in expand_layer_sets(settings.layer_sets, data.layers, settings.random_halves):
         if not data.layers_of(layer_set):
             raise InputError(f"data set '{settings.dataset}' has no layer for --layer-sets {layer_set}: leave it out")
@@ -525,7 +528,7 @@ def asked(settings: Settings, cell: Cell) -> dict:
     kind, seed = settings.split_of(cell.split)
     found = {name: getattr(settings, name) for name in ("data_split", "revision", "label_column")} | {"split_seed": seed, "split_kind": kind}
     if cell.representation == "metadata":
-        found |= {"metadata_columns": list(settings.metadata_columns)}
+        found |= {"metadata_columns": list(dict.fromkeys([*METADATA_COLUMNS, *settings.metadata_columns]))}
     return found | ({"group_column": settings.group_column} if kind == "grouped" else {})
 
 
@@ -599,6 +602,8 @@ def cell_states(settings: Settings, layers: list[str] | None = None) -> dict[Cel
         log.info("The blocks of --layer-sets by_block are not known before the first run: they are not counted")
     cells = settings.cells(layer_sets)
     wanted, skipped = descriptions(settings, cells), earlier_entries(store, "skipped_cells", "reason")
+    if settings.metadata_columns:                                # may not have been named then
+        skipped.pop(Cell("metadata", "no_layers"), None)
     return {cell: store.state(cell, wanted[cell]) for cell in cells if cell not in skipped}
 
 
@@ -624,6 +629,8 @@ def print_plan(settings: Settings) -> int:
     states = cell_states(settings, None if found is None else [layer for layer, _, _ in found.shapes])
     if found is not None:
         states = {cell: state for cell, state in states.items() if found.rows <= REPRESENTATIONS[cell.representation].most_rows}
+        if found.numeric is not None and not set(found.numeric) & {*METADATA_COLUMNS, *settings.metadata_columns}:
+            states.pop(Cell("metadata", "no_layers"), None)
     to_run = [cell for cell, state in states.items() if state.kind != "done"]
     print_progress_summary(list(states), to_run)
     log.info(f"\nOutput folder: {output_folder(settings)}")

@@ -183,6 +183,16 @@ def test_a_class_that_no_row_trains_is_answered_with_another():
         assert 3 not in predictions["test"] and (labels[split.test] == 3).any()
 
 
+def test_training_rows_of_one_class_and_validation_rows_of_unknown_ones_are_no_end():
+    x, labels, split = blobs()
+    one = np.where(np.isin(np.arange(len(labels)), split.train), 1, labels)
+    for make in CLASSIFIERS.values():
+        assert set(make(x, one, split, lambda run, number: None).runs[0].predictions["test"]) == {1}
+    unknown = np.where(np.isin(np.arange(len(labels)), split.val), 9, labels)
+    for make in CLASSIFIERS.values():
+        assert 9 not in make(x, unknown, split, lambda run, number: None).runs[0].predictions["val"]
+
+
 def test_a_probe_that_does_not_converge_says_so(monkeypatch, caplog):
     monkeypatch.setattr(controls, "PROBE_ITERATIONS", 2)
     monkeypatch.setattr(controls.log, "propagate", True)

@@ -391,6 +391,7 @@ def test_halves_blocks_and_named_sets_are_slices_of_one_pass(run, place, monkeyp
     assert pairs == [("all_layers", "visual_only"), ("all_layers", "random_half"), ("random_half", "visual_only")]
     drops = {pair: one["entries"][0]["drop"] for pair, one in zip(pairs, results["inference"]["comparisons"], strict=True)}
     assert drops[pairs[0]] == pytest.approx(drops[pairs[1]] + drops[pairs[2]])           # fewer columns, and which columns
+    assert "random_half_stats" not in results["inference"]["accuracies"] and "random_half.1_stats" in results["inference"]["accuracies"]
     assert "Random Halves minus Visual-Only" in text and "Single blocks" in text and "Against random halves of the modules" in results["verdict"]
     before = snapshot(folder(place) / "checkpoints")
     assert "All experiments already completed!" in run("--config", "sets.json", "--num-runs", "3")[1]
@@ -526,8 +527,14 @@ def test_splits_classifiers_and_controls_are_more_cells_of_the_same_run(run, pla
     assert [row["representation"] for row in results["all_layers_results"]] == ["stats_all_layers", "kernel_ridge_all_layers"]
     assert len(results["further_cells"]) == 37 and len(results["comparison"]) == 2 and not results["failed_cells"]
     found = results["inference"]
-    assert found["splits"] == 2 and len(found["inflation"]) == 2 * 2 + 2 * 2
+    assert found["splits"] == 2 and len(found["inflation"]) == 2 * 2
     assert len(found["shuffled"]["cells"]) == 4 and len(found["classifiers"]) == 2
+    made_with = {name: json.loads((place_of / "checkpoints" / name).read_text())["made_with"] for name in names}
+    splits = {made_with[f"all_layers_stats{split}.json"]["split"] for split in ("", ".random1", ".grouped0", ".grouped1")}
+    assert len(splits) == 4 and made_with["all_layers_stats.random1.linear.json"]["split"] in splits
+    assert made_with["all_layers_stats.shuffled.json"]["labels"] != made_with["all_layers_stats.json"]["labels"]
+    norms = next(cell for cell in results["further_cells"] if cell["cell"] == "visual_only_norms")
+    assert norms["feature_dim"] == 8
     metadata = next(cell for cell in results["further_cells"] if cell["cell"] == "no_layers_metadata")
     assert found["accuracies"]["no_layers_metadata"]["accuracy"] == pytest.approx(metadata["test_acc_mean"]) and metadata["num_layers"] == 0
     assert metadata["feature_dim"] == 2 and metadata["trained_dim"] == 1 and "The metadata columns alone" in " ".join(text.split())
@@ -551,13 +558,46 @@ def test_splits_classifiers_and_controls_are_more_cells_of_the_same_run(run, pla
     assert status == 2 and "1 finished cells" in log and "the metadata columns changed" in log
 
 
+def test_a_further_split_is_what_a_run_with_its_seed_would_have_been(run, place):
+    chosen = ("--representations", "stats", "centroid_cosine", "kernel_ridge", "--layer-sets", "all_layers")
+    assert run(*chosen, "--num-splits", "2")[0] == 0 and run(*chosen, "--split-seed", "43", "--output-dir", "alone")[0] == 0
+    for name in ("stats", "kernel_ridge", "centroid_cosine"):
+        with np.load(folder(place) / "predictions" / f"all_layers_{name}.random1.npz") as further, np.load(
+                folder(place, output="alone") / "predictions" / f"all_layers_{name}.npz") as alone:
+            for key in set(alone.files) - {"fingerprint"}:
+                assert np.array_equal(further[key], alone[key]), (name, key)
+        records = cell_files(place)[f"all_layers_{name}.random1.json"], cell_files(place, output="alone")[f"all_layers_{name}.json"]
+        assert records[0]["learning_curves"] == records[1]["learning_curves"], name
+
+
 def test_controls_that_the_data_set_has_nothing_for_are_skipped_and_said(run, place):
     status, log = run("--representations", "stats", "--controls", "metadata", "up")
     assert status == 0 and "Skipped, the data set has no numeric column num_images, max_train_steps, step_loss" in log
     results = json.loads((folder(place) / "results.json").read_text())
     assert [cell["cell"] for cell in results["skipped_cells"]] == ["no_layers_metadata"] and "up_only_stats.json" in checkpoints(place)
+    assert "no_layers_metadata" not in run("--representations", "stats", "--controls", "--output-dir", "new", "--dry-run")[1]
     status, log = run("--representations", "stats", "--split", "grouped")
     assert status == 2 and "--split grouped needs a column of groups" in log
+    rows = lora_dataset(n=40).to_dict() | {"num_images": [4] * 40, "steps": list(range(40))}
+    Dataset.from_dict(rows).save_to_disk("made")
+    chosen = ("--representations", "stats", "--controls", "metadata")
+    status, log = run(*chosen, dataset="./made")
+    assert status == 0 and "Skipped, num_images are the same for all training rows: no_layers_metadata" in log
+    assert "Total Progress:       2/2 (100.0%)" in run("--status", *chosen, dataset="./made")[1]
+    named = (*chosen, "--metadata-columns", "steps")
+    assert "Total Progress:       2/3 (66.7%)" in run("--status", *named, dataset="./made")[1]
+    status, log = run(*named, dataset="./made")
+    assert status == 0 and "Controls:             0/1 completed" in log
+    for flags in (["--status"], []):                                     # num_images is among the columns anyway
+        assert "Total Progress:       3/3 (100.0%)" in run(*flags, *chosen, "--metadata-columns", "num_images", "steps", dataset="./made")[1]
+
+
+def test_a_named_set_is_known_in_every_split(run, place):
+    (place / "sets.json").write_text(json.dumps({"layer_sets": ["queries"], "named_layer_sets": {"queries": ["*.to_q.*"]}}))
+    status, log = run("--config", "sets.json", "--representations", "flat_vec", "--num-splits", "2")
+    assert status == 0, log
+    columns = {name: record["feature_dim"] for name, record in cell_files(place).items()}
+    assert columns == {"queries_flat_vec.json": 8 * 12, "queries_flat_vec.random1.json": 8 * 12}
 
 
 # --- resuming

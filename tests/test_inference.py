@@ -276,8 +276,8 @@ def with_splits(rng, splits, **kwargs):
     """`predictions` of several random splits."""
     cells = {}
     for number in range(splits):
+        rows = rng.permutation(3 * kwargs.get("n", 400))
         for cell, arrays in predictions(rng, **kwargs).items():
-            rows = rng.permutation(3 * len(arrays["test_rows"]))
             cells[cell._replace(split=f"random{number}" if number else "")] = arrays | {
                 "test_rows": rows[:len(arrays["test_rows"])], "train_rows": rows[len(arrays["test_rows"]):]}
     return cells
@@ -300,19 +300,20 @@ def test_a_run_of_several_splits_speaks_of_all_of_them():
     del cells[Cell("stats", "visual_only", split="random3")]             # a cell that failed
     entry = inference.infer(cells, None, 0.02)["comparisons"][0]["entries"][0]
     assert len(entry["drops"]) == 4
+    assert "on 5 random splits (stats: 4)" in inference.verdict(inference.infer(cells, None, 0.02))
 
 
 def test_random_splits_of_groups_are_no_narrower_than_groups_allow():
     """What a group has in common every random split has alike: the first split's groups say how much that may be."""
     rng = np.random.default_rng(24)
-    groups = np.arange(900) // 90
-    lucky = rng.random(10) < 0.5                                         # the groups that the visual layers know
+    groups = np.arange(900) // 15
+    lucky = rng.random(60) < 0.5                                         # the groups that the visual layers know
     cells = with_splits(rng, 5, drops={"stats": 0.0}, n=300)
     for cell, arrays in cells.items():
         wrong = (cell.layer_set == "visual_only") & ~lucky[groups[arrays["test_rows"]]]
         arrays["test_predictions"] = np.where(wrong, arrays["test_labels"] + 1, arrays["test_labels"]) * np.ones((5, 1), int)
     with_groups, without = (inference.infer(cells, of, 0.02)["comparisons"][0]["entries"][0] for of in (groups, None))
-    assert np.ptp(without["interval"]) < 0.15 < 0.5 < np.ptp(with_groups["interval"]) and without["p"] < 1e-3
+    assert np.ptp(without["interval"]) < 0.15 < 0.24 < np.ptp(with_groups["interval"]) and without["p"] < 1e-3
 
 
 def test_what_a_random_split_has_above_a_grouped_one_is_the_inflation():
@@ -328,10 +329,20 @@ def test_what_a_random_split_has_above_a_grouped_one_is_the_inflation():
         shares = [(arrays["test_predictions"] == arrays["test_labels"]).mean() for arrays in two]
         assert entry["inflation"] == pytest.approx(shares[0] - shares[1]) and entry["interval"][0] > 0.2
     mean = 100 * np.mean([entry["inflation"] for entry in found["inflation"]])
-    assert f"accuracies are {mean:.1f} points lower in the mean of 2 cells, and shown to be lower in 2." in inference.verdict(found)
+    assert f"accuracy came out {mean:.1f} points lower in the mean of 2 cells; it is shown to be lower for 2 of them" in inference.verdict(found)
     other_way = {cell._replace(split="" if cell.split else "random0"): arrays for cell, arrays in cells.items()}
     as_main = inference.infer(other_way, groups, 0.02, "grouped")
     assert as_main["inflation"] == found["inflation"] and as_main["split"] == "grouped"
+    none = predictions(rng, {"stats": 0.1}, n=400)
+    none |= {cell._replace(split="grouped0"): arrays for cell, arrays in predictions(rng, {"stats": 0.1}, n=400).items()}
+    assert "it is shown to be lower for none of them" in inference.verdict(inference.infer(none, groups, 0.02))
+
+
+def test_the_first_split_under_another_name_is_not_a_second_one():
+    """Left in the folder by a command whose kinds of split stood in another order."""
+    cells = predictions(np.random.default_rng(31), {"stats": 0.0}, n=300)
+    again = {cell._replace(split="random0"): arrays for cell, arrays in cells.items()}
+    assert inference.infer(cells | again, None, 0.02) == inference.infer(cells, None, 0.02)
 
 
 # --- controls and other classifiers
@@ -374,7 +385,7 @@ def test_labels_that_leak_into_one_cell_make_the_run_suspect():
     assert found["shuffled"]["suspect"] and inference.verdict(found).startswith("SUSPECT: trained on shuffled labels, all_layers_stats.shuffled (")
     assert not any("shuffled" in name for name in found["accuracies"])
     fine = inference.infer(cells | shuffled_predictions(np.random.default_rng(29), SHUFFLED), None, 0.02)
-    assert not fine["shuffled"]["suspect"] and inference.verdict(fine).startswith("With shuffled labels no cell is above chance (p = 0.")
+    assert not fine["shuffled"]["suspect"] and inference.verdict(fine).startswith("With shuffled labels no cell is shown to be above chance (p = 0.")
 
 
 def test_controls_and_classifiers_stand_beside_the_table_and_not_in_it():

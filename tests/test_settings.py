@@ -175,7 +175,10 @@ def test_splits_classifiers_and_controls_are_further_cells():
     assert sum(cell.classifier == "linear" for cell in cells) == 2 * 4 and all(cell.representation == "stats" for cell in cells if cell.classifier)
     assert {cell.title for cell in cells} == {"All Layers Config", "Random Half Config", "Further Splits", "Linear Probe", "Controls"}
     assert Settings().cells(["all_layers", "visual_only"]) == cells_of(("all_layers", "visual_only"), NINE)
-    for wrong, reason in (({"classifiers": ["forest"]}, "unknown --classifiers 'forest': use linear, boosting"), ({"num_splits": 0}, "out of range"),
+    needs = "need one of --representations"
+    for wrong, reason in (({"controls": ["up"], "representations": ["product_norms"]}, needs),
+                          ({"classifiers": ["linear"], "representations": ["kernel_ridge"]}, needs),
+                          ({"classifiers": ["forest"]}, "unknown --classifiers 'forest': use linear, boosting"), ({"num_splits": 0}, "out of range"),
                           ({"controls": ["placebo"]}, "unknown --controls 'placebo': use all, shuffled"), ({"split": []}, "split names nothing"),
                           ({"representations": ["norms"]}, "unknown --representations 'norms'"), ({"layer_sets": ["up_only"]}, "unknown")):
         with pytest.raises(InputError, match=reason):
