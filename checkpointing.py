@@ -246,6 +246,20 @@ def holding(folder: Path) -> Iterator[None]:
         yield
 
 
+def is_held(folder: Path) -> bool:
+    """Whether a plain run works on an output folder now; False where the file system has no locks."""
+    lock = filelock.FileLock(lock_path(folder / "folder"))
+    if not Path(lock.lock_file).exists():
+        return False
+    try:
+        with lock.acquire(timeout=0):
+            return False
+    except filelock.Timeout:
+        return True
+    except (OSError, NotImplementedError):
+        return False
+
+
 # --- results
 
 

@@ -14,6 +14,7 @@ the output folder; 129, 130, 143 ended by SIGHUP, SIGINT, SIGTERM.
 from __future__ import annotations
 
 import argparse
+import calendar
 import contextlib
 import dataclasses
 import errno
@@ -43,6 +44,7 @@ from checkpointing import (
     hash_of,
     holding,
     identify,
+    is_held,
     locked,
     utc_now,
     write_bytes,
@@ -79,14 +81,16 @@ def main(argv: list[str] | None = None) -> int:
     try:
         settings, action = parse_command_line(argv)
         if action.status:
-            return print_status(settings)
+            return watch_status(settings) if action.watch else print_status(settings)
         if action.dry_run:
             return print_plan(settings)
         from lora_data import resolve_name
 
         resolve_name(settings.dataset)   # a name that means nothing leaves no folder behind
+        if action.tensorboard:
+            tensorboard_writer()   # not installed: said before hours have gone
         with holding(output_folder(settings)):
-            return run_experiment(settings, action.rerun_stale)
+            return run_experiment(settings, action)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
@@ -98,7 +102,7 @@ def main(argv: list[str] | None = None) -> int:
 # --- the experiment
 
 
-def run_experiment(settings: Settings, rerun_stale: bool) -> int:
+def run_experiment(settings: Settings, action: argparse.Namespace) -> int:
     from training import resolve_training
 
     clock = Clock()
@@ -108,7 +112,7 @@ def run_experiment(settings: Settings, rerun_stale: bool) -> int:
     data = load(settings, device, clock)
     cells, skipped = possible_cells(settings, data)
     made_with = descriptions(settings, [*cells, *store.cells()], data)
-    moved = store.clear(made_with, cells, rerun_stale)
+    moved = store.clear(made_with, cells, action.rerun_stale)
     for line in moved:
         log.info(line)
     if moved:
@@ -116,6 +120,7 @@ def run_experiment(settings: Settings, rerun_stale: bool) -> int:
     missing = [cell for cell in cells if store.state(cell, made_with[cell]).kind == "missing"]
     print_progress_summary(cells, missing)
     announce(store, "started", command=command(), cells=[cell.name for cell in missing])
+    finished = {cell: store.load(cell) for cell in cells if cell not in missing} if missing else {}
 
     features, failures = load_or_extract(data, missing, settings, clock)      # each weight is read once
     disk_full = False
@@ -138,7 +143,15 @@ def run_experiment(settings: Settings, rerun_stale: bool) -> int:
             log.error(f"{cell.name} FAILED: {failures[cell]}{trace}")
             announce(store, "failed", cell=cell.name, error=failures[cell])
             trace = ""
-    return write_results(store, settings, data, made_with, cells, missing, failures, skipped, clock)
+        finished |= {cell: store.load(cell) for cell in group if cell not in failures and store.path(cell).exists()}
+        if action.tensorboard:
+            log_curves(store, {cell: finished[cell] for cell in group if cell in finished and not cell.audit})
+        if action.report and finished:
+            with reporting_errors("the page"):
+                from scripts.report import refresh
+
+                refresh(store.folder, header_of(settings, data), finished, failures, len(cells))
+    return write_results(store, settings, data, made_with, cells, missing, failures, skipped, clock, action.report)
 
 
 class CellError(Exception):
@@ -394,8 +407,8 @@ def refuse_non_finite_features(x, cell: Cell, data) -> None:
 
 
 def write_results(store: ResultStore, settings: Settings, data, made_with: dict, cells: list[Cell], ran: list[Cell], failures: dict,
-                  skipped: dict, clock: Clock) -> int:
-    """results.json, results.txt, manifest.json and the last table of the log. Returns the exit status."""
+                  skipped: dict, clock: Clock, report: bool) -> int:
+    """results.json, results.txt, manifest.json, the report and the last table of the log. Returns the exit status."""
     for cell in cells:
         state = store.state(cell, made_with[cell])
         if cell not in failures and state.kind != "done":   # finished, then touched by somebody else
@@ -410,10 +423,44 @@ def write_results(store: ResultStore, settings: Settings, data, made_with: dict,
         earlier = [*previous.pop("earlier", []), previous] if previous else []
         write_json(path, {**entry, "earlier": earlier}, indent=2)
     announce(store, "ended", status=status, seconds=clock.seconds)
+    if report and store.cells():
+        with reporting_errors("the report"), Progress(None, "writing the report"):
+            from scripts.report import is_current, write_report
+
+            if not is_current(store.folder):
+                write_report(store.folder)
     log.info("\n" + text.rstrip())
     log.info("\nSeconds: " + ", ".join(f"{stage} {spent:.1f}" for stage, spent in clock.seconds.items()))
-    log.info(f"Results: {store.folder / 'results.txt'}")
+    log.info(f"Results: {store.folder / 'results.txt'}" + (f" and {store.folder / 'report.html'}" if report else ""))
     return status
+
+
+@contextlib.contextmanager
+def reporting_errors(what: str):
+    """A page that cannot be made costs its traceback in the log, and no result."""
+    try:
+        yield
+    except Exception as error:
+        log.error(f"{what} is not written: {describe_error(error)}; scripts/report.py makes it from the results\n{traceback.format_exc()}")
+
+
+def tensorboard_writer(folder: Path | None = None):
+    """A writer of event files in `folder`. Raises InputError if tensorboard is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise InputError("--tensorboard needs the package tensorboard: pip install tensorboard, or leave the flag out") from None
+    return SummaryWriter(str(folder)) if folder else None
+
+
+def log_curves(store: ResultStore, records: dict[Cell, dict]) -> None:
+    """Validation accuracy, training loss and learning rate by epoch, a folder for each run of each cell."""
+    for cell, record in records.items():
+        for number, curve in enumerate(record["learning_curves"], 1):
+            with contextlib.closing(tensorboard_writer(store.folder / "tensorboard" / cell.name / f"run_{number}")) as writer:
+                for name in ("val_acc", "train_loss", "learning_rate"):
+                    for epoch, value in enumerate(curve[f"{name}_history"], 1):
+                        writer.add_scalar(name, value, epoch)
 
 
 def save_results(store: ResultStore, settings: Settings, data, made_with: dict, failures: dict[Cell, str], skipped: dict[Cell, str]) -> str:
@@ -425,8 +472,20 @@ def save_results(store: ResultStore, settings: Settings, data, made_with: dict, 
     left_out = [cell.name for cell, state in states.items() if state.kind == "stale"]
     if left_out:
         log.warning(f"left out of the results, made with other settings: {', '.join(left_out)}")
+    header = header_of(settings, data) | inferred(store, records, settings, data)
+    earlier = {cell: reason for cell, reason in earlier_entries(store, "skipped_cells", "reason").items() if cell not in made_with}
+    failed = {cell: error for cell, error in earlier_entries(store, "failed_cells", "error").items() if cell not in records}
+    results = collect(records, failed | failures, earlier | skipped, header)
+    text = results_text(results)
+    write_json(store.folder / "results.json", results, indent=2)
+    write_bytes(store.folder / "results.txt", text.encode())
+    return text
+
+
+def header_of(settings: Settings, data) -> dict:
+    """The top of results.json: what was run on what."""
     card = data.card()
-    header = {
+    return {
         "dataset": settings.dataset,
         "num_runs": settings.training.num_runs,
         "layer_names": data.layers,
@@ -438,15 +497,7 @@ def save_results(store: ResultStore, settings: Settings, data, made_with: dict, 
         "splits_overlap": data.split.overlap,
         "data": {"identity": data.identity, **card},
         "settings": dataclasses.asdict(settings),
-        **inferred(store, records, settings, data),
     }
-    earlier = {cell: reason for cell, reason in earlier_entries(store, "skipped_cells", "reason").items() if cell not in made_with}
-    failed = {cell: error for cell, error in earlier_entries(store, "failed_cells", "error").items() if cell not in records}
-    results = collect(records, failed | failures, earlier | skipped, header)
-    text = results_text(results)
-    write_json(store.folder / "results.json", results, indent=2)
-    write_bytes(store.folder / "results.txt", text.encode())
-    return text
 
 
 def inferred(store: ResultStore, records: dict[Cell, dict], settings: Settings, data) -> dict:
@@ -617,6 +668,48 @@ def print_status(settings: Settings) -> int:
     return 0
 
 
+WATCH_SECONDS = 10.0
+
+
+def watch_status(settings: Settings) -> int:
+    """Cells done, running and left, their rate and the time to go, until all are done; from the output folder's files alone."""
+    folder, shown = output_folder(settings), ""
+    while True:
+        states = cell_states(settings)
+        done = [cell for cell, state in states.items() if state.kind == "done"]
+        events = read_events(folder / "events.jsonl")
+        begun = next((event for event in reversed(events) if event["event"] == "started"), None)
+        since = events[events.index(begun):] if begun else []
+        finished, failed = ([event for event in since if event["event"] == kind] for kind in ("finished", "failed"))
+        going = bool(begun) and not any(event["event"] == "ended" for event in since) and is_held(folder)
+        left = len(states) - len(done) - len(failed)
+        line = f"{len(done)}/{len(states)} cells done, {len(failed)} failed, {int(going and left > 0)} running, {max(left - going, 0)} left"
+        if going and finished:
+            rate = len(finished) / max(calendar.timegm(time.gmtime()) - seconds_of(begun["time"]), 1)
+            line += f" | Rate: {60 * rate:.1f} cells/min | ETA: {duration(left / rate)}"
+        if line != shown:
+            log.info(line)
+            shown = line
+        if not left or not going:
+            if left:
+                log.info("No run is working on this folder: the same command without --status resumes it")
+            return 0
+        time.sleep(WATCH_SECONDS)
+
+
+def read_events(path: Path) -> list[dict]:
+    """Whole lines of events.jsonl; one that was cut off by a kill is left out."""
+    events = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        with contextlib.suppress(ValueError):
+            events.append(json.loads(line))
+    return events
+
+
+def seconds_of(moment: str) -> int:
+    return calendar.timegm(time.strptime(moment, "%Y-%m-%dT%H:%M:%SZ"))
+
+
 REASONS = {"done": "kept, if the data set has not changed", "missing": "runs: no checkpoint", "damaged": "runs: damaged checkpoint, ",
            "stale": "stops the run, or runs with --rerun-stale: "}
 
@@ -696,8 +789,13 @@ def parse_command_line(argv: list[str] | None) -> tuple[Settings, argparse.Names
     parser.add_argument("--rerun-stale", action="store_true", help="set finished cells made with other settings aside and run them again")
     parser.add_argument("--dry-run", action="store_true", help="say what would run and why, and the memory and disk it needs; run nothing")
     parser.add_argument("--status", action="store_true", help="say what is finished, from the output folder's files alone; run nothing")
+    parser.add_argument("--watch", action="store_true", help="with --status: again and again until all is finished, with rate and ETA")
+    parser.add_argument("--report", action=argparse.BooleanOptionalAction, default=True, help="report.html, figures/ and tables/ beside the results")
+    parser.add_argument("--tensorboard", action="store_true", help="learning curves as TensorBoard's event files too, in tensorboard/")
     typed = {name: known[name].metadata["allowed"] if value == [] else value for name, value in vars(parser.parse_args(argv)).items()}
-    action = argparse.Namespace(**{name: typed.pop(name) for name in ("quick", "config", "rerun_stale", "dry_run", "status")})
+    action = argparse.Namespace(**{name: typed.pop(name) for name in ACTIONS})
+    if action.watch and not action.status:
+        raise InputError("--watch goes with --status")
     if action.quick:
         if "num_runs" in typed:
             raise InputError(f"--quick means 3 runs and --num-runs {typed['num_runs']} another number: leave one out")
@@ -707,6 +805,9 @@ def parse_command_line(argv: list[str] | None) -> tuple[Settings, argparse.Names
         from_file = read_yaml(action.config)
         build_settings(from_file, action.config)   # a bad value in the file is an error even where a flag replaces it
     return build_settings(from_file | typed), action
+
+
+ACTIONS = ("quick", "config", "rerun_stale", "dry_run", "status", "watch", "report", "tensorboard")   # flags that are no settings
 
 
 class Parser(argparse.ArgumentParser):

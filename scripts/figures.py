@@ -1,0 +1,649 @@
+"""Figures of a run, from results.json as a dict, and the rows that each is drawn from.
+
+A function `<name>_rows(results)` gives a list of flat dicts, which `tables/<name>.csv` holds; `<name>(results)` draws them. Both
+give nothing, [] and None, where a run has nothing for them. Accuracies are fractions in rows and percent on axes.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import matplotlib
+import matplotlib.lines
+import matplotlib.patches
+import matplotlib.ticker
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from settings import CHOICES, LAYER_SET_GROUPS, LAYER_SETS, group_of, title_of  # noqa: E402
+
+WIDTH, WIDE = 3.4, 7.0                # inches: one column of a paper, and two
+INK, FAINT = "#1b1e23", "#9aa0a8"     # of text and axes; the page replaces INK by its own text's colour
+# Okabe and Ito's colours, which the colour-blind can tell apart: one for each layer set, everywhere
+COLOURS = {"all_layers": "#0072B2", "visual_only": "#D55E00", "text_only": "#009E73", "random_half": "#CC79A7", "by_block": "#E69F00"}
+FURTHER_COLOURS = ("#56B4E9", "#7F6000", "#5D3A9B", "#8C8C8C")
+STYLE = {
+    "font.size": 7.5, "axes.titlesize": 7.5, "axes.labelsize": 7.5, "xtick.labelsize": 7, "ytick.labelsize": 7, "font.family": "DejaVu Sans",
+    "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": INK, "xtick.color": INK, "ytick.color": INK, "axes.linewidth": 0.6,
+    "axes.spines.top": False, "axes.spines.right": False, "xtick.major.width": 0.6, "ytick.major.width": 0.6, "lines.linewidth": 1.0,
+    "pdf.fonttype": 42, "svg.fonttype": "none", "figure.constrained_layout.use": True, "savefig.transparent": False,
+}
+
+
+def colour_of(layer_set: str, results: dict) -> str:
+    """The same for a group's sets; those that a user named get further colours in their order."""
+    name = group_of(layer_set) or layer_set
+    others = [other for other in layer_sets(results) if other not in COLOURS and not group_of(other)]
+    return COLOURS.get(name) or FURTHER_COLOURS[others.index(name) % len(FURTHER_COLOURS)]
+
+
+def layer_sets(results: dict) -> list[str]:
+    """Those with a finished cell, in the order of the results; single blocks are not among them."""
+    names = [key.removesuffix("_results") for key, rows in results.items() if key.endswith("_results") and rows]
+    return [name for name in dict.fromkeys([*LAYER_SETS, *names]) if name in names and group_of(name) != "by_block"]
+
+
+def rows_of(results: dict, layer_set: str) -> dict[str, dict]:
+    """Records of a layer set's finished cells by representation."""
+    return {row["representation"].removesuffix(f"_{layer_set}"): row for row in results.get(f"{layer_set}_results", [])}
+
+
+def representations(results: dict) -> list[str]:
+    found = {name for layer_set in layer_sets(results) for name in rows_of(results, layer_set)}
+    return [name for name in CHOICES if name in found]
+
+
+def best_representation(results: dict) -> str:
+    """The one of the highest test accuracy with all layers; of whatever layer set there is, if that is not there."""
+    sets = layer_sets(results)
+    rows = rows_of(results, "all_layers" if "all_layers" in sets else sets[0])
+    return max(rows, key=lambda name: rows[name]["test_acc_mean"])
+
+
+def drawn(function: Callable[[dict], Figure | None]) -> Callable[[dict], Figure | None]:
+    """With this module's style, which matplotlib reads as things are made."""
+    def draw(results: dict) -> Figure | None:
+        with matplotlib.rc_context(STYLE):
+            return function(results)
+    draw.__name__, draw.__doc__ = function.__name__, function.__doc__
+    return draw
+
+
+def key_of_layer_sets(figure: Figure, results: dict, names: list[str]) -> None:
+    """The layer sets' names in their colours, above everything: the key to the colours."""
+    shown = dict.fromkeys(LAYER_SET_GROUPS.get(group_of(name), title_of(name)) for name in names)
+    colours = {LAYER_SET_GROUPS.get(group_of(name), title_of(name)): colour_of(name, results) for name in names}
+    handles = [matplotlib.lines.Line2D([], [], linestyle="", marker="o", markersize=4, color=colours[title], label=title) for title in shown]
+    figure.legend(handles=handles, loc="outside upper left", ncols=len(handles) if len(handles) < 5 else 3, frameon=False, handletextpad=-0.2,
+                  columnspacing=0.6, borderpad=0, labelcolor="linecolor", fontsize=7)
+
+
+def name_rows(axes, names: list[str]) -> None:
+    """Representations down the y axis, the first at the top."""
+    axes.set_yticks(range(len(names)), names)
+    axes.set_ylim(len(names) - 0.4, -0.6)
+    axes.tick_params(axis="y", length=0)
+    axes.grid(axis="x", color=FAINT, linewidth=0.3, alpha=0.6)
+    axes.set_axisbelow(True)
+
+
+# --- accuracy and the drop
+
+
+def accuracy_rows(results: dict) -> list[dict]:
+    """Test accuracy of every cell of the table with its 95 % interval for new examples and runs."""
+    known = (results.get("inference") or {}).get("accuracies", {})
+    found = []
+    for layer_set in layer_sets(results):
+        for name, row in rows_of(results, layer_set).items():
+            entry = known.get(f"{layer_set}_{name}")
+            low, high = entry["interval"] if entry else (None, None)
+            found.append({"layer_set": layer_set, "representation": name, "accuracy": entry["accuracy"] if entry else row["test_acc_mean"],
+                          "low": low, "high": high, "std_over_runs": row["test_acc_std"]})
+    return found
+
+
+@drawn
+def accuracy(results: dict) -> Figure | None:
+    """A point with its interval for each representation and layer set; the line is chance."""
+    rows = accuracy_rows(results)
+    if not rows:
+        return None
+    names, sets = representations(results), list(dict.fromkeys(row["layer_set"] for row in rows))
+    figure = Figure((WIDTH, 0.55 + len(names) * (0.1 + 0.075 * len(sets))))
+    axes = figure.subplots()
+    offsets = {name: (i - (len(sets) - 1) / 2) * 0.7 / max(len(sets), 1) for i, name in enumerate(sets)}
+    for row in rows:
+        y, x, colour = names.index(row["representation"]) + offsets[row["layer_set"]], 100 * row["accuracy"], colour_of(row["layer_set"], results)
+        if row["low"] is not None:
+            axes.plot([100 * row["low"], 100 * row["high"]], [y, y], color=colour, linewidth=1.0, solid_capstyle="butt", gid="interval")
+        axes.plot([x], [y], "o", color=colour, markersize=3, gid="point")
+    chance = (results.get("inference") or {}).get("chance")
+    if chance is not None:
+        axes.axvline(100 * chance, color=INK, linewidth=0.7, linestyle=(0, (3, 2)), gid="chance")
+        axes.annotate("chance", (100 * chance, 1), xycoords=("data", "axes fraction"), xytext=(2, 1), textcoords="offset points", fontsize=6.5)
+    name_rows(axes, names)
+    axes.set_xlim(left=0, right=min(102, max(100 * (row["high"] or row["accuracy"]) for row in rows) * 1.04 + 1))
+    axes.set_xlabel("test accuracy, %" + (" (95 % intervals)" if any(row["low"] is not None for row in rows) else ""))
+    key_of_layer_sets(figure, results, sets)
+    return figure
+
+
+def main_comparison(results: dict) -> list[dict]:
+    """Entries of all layers against visual only, by size."""
+    for comparison in (results.get("inference") or {}).get("comparisons", []):
+        if (comparison["first"], comparison["second"]) == ("all_layers", "visual_only"):
+            return sorted(comparison["entries"], key=lambda entry: -entry["drop"])
+    return []
+
+
+def drop_rows(results: dict) -> list[dict]:
+    """All layers minus visual only, the largest first."""
+    return [{"representation": entry["representation"], "drop": entry["drop"], "low": entry["interval"][0], "high": entry["interval"][1],
+             "p_holm": entry["p_holm"], "p_equivalence_holm": entry["p_equivalence_holm"], "margin": entry["margin"]}
+            for entry in main_comparison(results)]
+
+
+@drawn
+def drop(results: dict) -> Figure | None:
+    """The drop without the text layers with its interval; filled where it is shown (p < 0.05 after Holm's correction)."""
+    rows = drop_rows(results)
+    if not rows:
+        return None
+    figure = Figure((WIDTH, 0.5 + 0.19 * len(rows)))
+    axes = figure.subplots()
+    margin = 100 * rows[0]["margin"]
+    axes.axvspan(-margin, margin, color=FAINT, alpha=0.25, linewidth=0, gid="margin")
+    axes.axvline(0, color=INK, linewidth=0.7)
+    for y, row in enumerate(rows):
+        shown = row["p_holm"] < 0.05
+        axes.plot([100 * row["low"], 100 * row["high"]], [y, y], color=COLOURS["visual_only"], gid="interval")
+        axes.plot([100 * row["drop"]], [y], "o", markersize=3.5, color=COLOURS["visual_only"], gid="point",
+                  markerfacecolor=COLOURS["visual_only"] if shown else "white")
+    name_rows(axes, [row["representation"] for row in rows])
+    axes.set_xlabel(f"all layers − visual only, points\n(filled: p < 0.05; band: ±{margin:g})")
+    return figure
+
+
+# --- classes
+
+
+def recalls(record: dict) -> tuple[np.ndarray, np.ndarray]:
+    """Mean recall over runs of each class of the test rows, (C,), NaN for a class without a row; and its number of rows."""
+    counts = np.array(record["test_confusion_matrices"], dtype=float).mean(0)            # (C, C)
+    support = counts.sum(1)
+    return np.divide(counts.diagonal(), support, out=np.full(len(support), np.nan), where=support > 0), support
+
+
+def class_drop_rows(results: dict) -> list[dict]:
+    """Recall of each class with all layers and with the visual ones, by representation, from the confusion matrices.
+
+    The interval is Newcombe's for two proportions of the class's test rows, taken as independent samples: rather too wide.
+    """
+    every, visual = rows_of(results, "all_layers"), rows_of(results, "visual_only")
+    classes, found = list(results.get("label_mapping", {})), []
+    for name in (name for name in representations(results) if name in every and name in visual):
+        (a, support), (b, _) = recalls(every[name]), recalls(visual[name])
+        for number, label in enumerate(classes):
+            if support[number] > 0:
+                low, high = newcombe(a[number], b[number], support[number])
+                found.append({"representation": name, "class": label, "test_rows": round(support[number]), "all_layers": a[number],
+                              "visual_only": b[number], "drop": a[number] - b[number], "low": low, "high": high})
+    return found
+
+
+def newcombe(a: float, b: float, n: float) -> tuple[float, float]:
+    """The 95 % interval of a difference of proportions, each of n (Newcombe 1998, method 10: from Wilson's intervals)."""
+    (a_low, a_high), (b_low, b_high) = wilson(a, n), wilson(b, n)
+    return a - b - math.hypot(a - a_low, b_high - b), a - b + math.hypot(a_high - a, b - b_low)
+
+
+def wilson(p: float, n: float, z: float = 1.959964) -> tuple[float, float]:
+    centre, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return (centre - half) / (1 + z * z / n), (centre + half) / (1 + z * z / n)
+
+
+@drawn
+def class_drop(results: dict) -> Figure | None:
+    """By class, for the representation that is best with all layers; the largest drop first."""
+    rows = class_drop_rows(results)
+    if not rows:
+        return None
+    best = best_representation(results) if any(row["representation"] == best_representation(results) for row in rows) else rows[0]["representation"]
+    rows = sorted((row for row in rows if row["representation"] == best), key=lambda row: -row["drop"])
+    figure = Figure((WIDTH, 0.6 + max(0.11, 0.17 - 0.001 * len(rows)) * len(rows)))
+    axes = figure.subplots()
+    axes.axvline(0, color=INK, linewidth=0.7)
+    for y, row in enumerate(rows):
+        axes.plot([100 * row["low"], 100 * row["high"]], [y, y], color=COLOURS["visual_only"], linewidth=0.8, gid="interval")
+        axes.plot([100 * row["drop"]], [y], "o", markersize=3, color=COLOURS["visual_only"], gid="point")
+    name_rows(axes, [shortened(row["class"]) for row in rows])
+    axes.tick_params(axis="y", labelsize=7 if len(rows) <= 30 else 5.5)
+    axes.set_xlabel(f"{best}: recall,\nall layers − visual only, points")
+    return figure
+
+
+def shortened(name: str, length: int = 20) -> str:
+    return name if len(name) <= length else name[:length - 1] + "…"
+
+
+def confusion_rows(results: dict) -> list[dict]:
+    """Counts summed over the runs, every pair of classes that occurred."""
+    found = []
+    classes = list(results.get("label_mapping", {}))
+    for layer_set in layer_sets(results):
+        for name, record in rows_of(results, layer_set).items():
+            total = np.array(record["test_confusion_matrices"]).sum(0)
+            found += [{"layer_set": layer_set, "representation": name, "true": classes[i], "predicted": classes[j], "count": int(total[i, j])}
+                      for i, j in np.argwhere(total)]
+    return found
+
+
+@drawn
+def confusion(results: dict) -> Figure | None:
+    """Each representation a row, each layer set that stands alone a column; every true class is a line of shares."""
+    sets = [name for name in layer_sets(results) if not group_of(name)][:4]
+    names = representations(results)
+    if not names:
+        return None
+    columns = len(sets) * 2 if len(names) > 3 and len(sets) <= 3 else len(sets)
+    per_line = columns // len(sets)
+    lines = -(-len(names) // per_line)
+    side = WIDE / max(columns, 4)
+    figure = Figure((side * columns, 0.35 + lines * (side + 0.05)))
+    grid = figure.subplots(lines, columns, squeeze=False)
+    for axes in grid.flat:
+        axes.set_axis_off()
+    image = None
+    for i, name in enumerate(names):
+        for j, layer_set in enumerate(sets):
+            axes, record = grid[i // per_line, (i % per_line) * len(sets) + j], rows_of(results, layer_set).get(name)
+            if record is None:
+                continue
+            total = np.array(record["test_confusion_matrices"], dtype=float).sum(0)
+            support = total.sum(1, keepdims=True)
+            image = axes.imshow(np.divide(total, support, out=np.zeros_like(total), where=support > 0), vmin=0, vmax=1, cmap="cividis",
+                                interpolation="nearest")
+            axes.set_axis_on()
+            axes.set_xticks([])
+            axes.set_yticks([])
+            axes.set_title(f"{name}\n{title_of(layer_set)}", color=colour_of(layer_set, results), fontsize=6.5)
+    bar = figure.colorbar(image, ax=grid, location="bottom", shrink=0.4, aspect=40, pad=0.01)
+    bar.set_label("share of a true class's rows (line) that were given a class (column)")
+    return figure
+
+
+# --- what is retained, gaps, other scores
+
+
+def retention_rows(results: dict) -> list[dict]:
+    """Test accuracy of each layer set over that with all layers."""
+    every = {name: row["test_acc_mean"] for name, row in rows_of(results, "all_layers").items()}
+    return [{"representation": name, "layer_set": layer_set, "retention": row["test_acc_mean"] / every[name]}
+            for layer_set in layer_sets(results) if layer_set != "all_layers"
+            for name, row in rows_of(results, layer_set).items() if every.get(name, 0) > 0]
+
+
+@drawn
+def retention(results: dict) -> Figure | None:
+    rows = retention_rows(results)
+    if not rows:
+        return None
+    names, sets = [name for name in representations(results) if any(row["representation"] == name for row in rows)], list(
+        dict.fromkeys(row["layer_set"] for row in rows))
+    grid = np.full((len(names), len(sets)), np.nan)
+    for row in rows:
+        grid[names.index(row["representation"]), sets.index(row["layer_set"])] = 100 * row["retention"]
+    figure = Figure((max(2.4, min(WIDE, 1.5 + 0.55 * len(sets))), 0.8 + 0.19 * len(names)))
+    axes = figure.subplots()
+    high = max(100.0, np.nanmax(grid))
+    axes.imshow(grid, aspect="auto", cmap="cividis", vmin=0, vmax=high)
+    for (y, x), value in np.ndenumerate(grid):
+        if not np.isnan(value):
+            axes.text(x, y, f"{value:.0f}", ha="center", va="center", fontsize=6.5, color="white" if value < 0.55 * high else "black")
+    axes.set_yticks(range(len(names)), names)
+    titles = [title_of(name) + (f" {name.split('.')[1]}" if group_of(name) else "") for name in sets]
+    axes.set_xticks(range(len(sets)), titles, rotation=30, ha="right")
+    axes.tick_params(length=0)
+    axes.set_title("accuracy kept, % of all layers'", loc="left")
+    return figure
+
+
+PARTS = ("train", "val", "test")
+
+
+def gaps_rows(results: dict) -> list[dict]:
+    """Mean accuracy of each part of the split."""
+    return [{"layer_set": layer_set, "representation": name, **{part: row[f"{part}_acc_mean"] for part in PARTS}}
+            for layer_set in layer_sets(results) if not group_of(layer_set) for name, row in rows_of(results, layer_set).items()]
+
+
+@drawn
+def gaps(results: dict) -> Figure | None:
+    """Train, validation and test accuracy on one line: what was learned by heart."""
+    rows = gaps_rows(results)
+    if not rows:
+        return None
+    names, sets = representations(results), list(dict.fromkeys(row["layer_set"] for row in rows))
+    figure = Figure((min(WIDE, 1.2 + 2.1 * len(sets)), 0.75 + 0.19 * len(names)))
+    markers = {"train": "|", "val": "d", "test": "o"}
+    for axes, layer_set in zip(figure.subplots(1, len(sets), sharey=True, squeeze=False)[0], sets, strict=True):
+        for row in (row for row in rows if row["layer_set"] == layer_set):
+            y, values = names.index(row["representation"]), [100 * row[part] for part in PARTS]
+            axes.plot([min(values), max(values)], [y, y], color=FAINT, linewidth=0.8)
+            for part, value in zip(PARTS, values, strict=True):
+                axes.plot([value], [y], markers[part], color=colour_of(layer_set, results), markersize=5 if part == "train" else 3, gid=part)
+        name_rows(axes, names)
+        axes.set_xlim(0, 103)
+        axes.set_title(title_of(layer_set), color=colour_of(layer_set, results), loc="left")
+        axes.set_xlabel("accuracy, %")
+    handles = [matplotlib.lines.Line2D([], [], linestyle="", marker=marker, color=INK, markersize=5 if part == "train" else 3,
+                                       label={"val": "validation"}.get(part, part)) for part, marker in markers.items()]
+    figure.legend(handles=handles, loc="outside upper right", ncols=3, frameon=False, handletextpad=0, columnspacing=1.0)
+    return figure
+
+
+def scatter_rows(results: dict) -> list[dict]:
+    """What each cell's accuracy is set against: macro precision and recall, columns and seconds."""
+    return [{"layer_set": layer_set, "representation": name, "accuracy": row["test_acc_mean"], "precision": row["test_precision_mean"],
+             "recall": row["test_recall_mean"], "feature_dim": row["feature_dim"], "trained_dim": row["trained_dim"],
+             "seconds_a_run": row["training_time_mean"]}
+            for layer_set in layer_sets(results) if not group_of(layer_set) for name, row in rows_of(results, layer_set).items()]
+
+
+precision_recall_rows = cost_rows = scatter_rows
+
+
+def scatter(axes, results: dict, rows: list[dict], x: Callable[[dict], float], y: Callable[[dict], float]) -> None:
+    """Points in their layer set's colour; the representations of the first layer set are named where there is room."""
+    for row in rows:
+        axes.plot([x(row)], [y(row)], "o", color=colour_of(row["layer_set"], results), markersize=3.5, gid="point")
+    figure = axes.get_figure()
+    canvas = FigureCanvasAgg(figure)
+    named = [row for row in rows if row["layer_set"] == rows[0]["layer_set"]]
+    axes.autoscale_view()
+    canvas.draw()
+    renderer, taken = canvas.get_renderer(), [axes.transData.transform((x(row), y(row))) for row in rows]
+    boxes: list = []
+    frame = axes.get_window_extent(renderer)
+    for row in named:
+        for shift, align in (((4, 0), "left"), ((-4, 0), "right"), ((0, 5), "center"), ((0, -8), "center")):
+            text = axes.annotate(row["representation"], (x(row), y(row)), xytext=shift, textcoords="offset points", fontsize=6, ha=align,
+                                 va="center" if shift[1] == 0 else "bottom")
+            box = text.get_window_extent(renderer)
+            free = not any(box.overlaps(other) for other in boxes) and not any(box.contains(*point) for point in taken)
+            if free and frame.x0 <= box.x0 and box.x1 <= frame.x1 + 8:
+                boxes.append(box)
+                break
+            text.remove()
+    axes.grid(color=FAINT, linewidth=0.3, alpha=0.6)
+    axes.set_axisbelow(True)
+
+
+@drawn
+def precision_recall(results: dict) -> Figure | None:
+    """Macro precision against macro recall of the test rows, with the line where they are equal."""
+    rows = scatter_rows(results)
+    if not rows:
+        return None
+    figure = Figure((WIDTH, 2.9))
+    axes = figure.subplots()
+    values = [100 * row[score] for row in rows for score in ("precision", "recall")]
+    span = max(values) - min(values) + 2
+    axes.plot([0, 100], [0, 100], color=FAINT, linewidth=0.6)
+    axes.set_xlim(min(values) - 0.08 * span, max(values) + 0.08 * span)
+    axes.set_ylim(min(values) - 0.08 * span, max(values) + 0.08 * span)
+    axes.set_xlabel("macro recall, %")
+    axes.set_ylabel("macro precision, %")
+    key_of_layer_sets(figure, results, list(dict.fromkeys(row["layer_set"] for row in rows)))
+    scatter(axes, results, rows, lambda row: 100 * row["recall"], lambda row: 100 * row["precision"])
+    return figure
+
+
+@drawn
+def cost(results: dict) -> Figure | None:
+    """Accuracy against the number of columns, and against the seconds of a run."""
+    rows = scatter_rows(results)
+    if not rows:
+        return None
+    figure = Figure((WIDE, 2.7))
+    panels = figure.subplots(1, 2, sharey=True)
+    for axes, label in zip(panels, ("columns", "seconds a run"), strict=True):
+        axes.set_xscale("log")
+        axes.xaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter(matplotlib.ticker.StrMethodFormatter("{x:g}"))
+        axes.xaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
+        axes.set_xlabel(label)
+    panels[0].set_ylabel("test accuracy, %")
+    key_of_layer_sets(figure, results, list(dict.fromkeys(row["layer_set"] for row in rows)))
+    for axes, quantity in zip(panels, ("feature_dim", "seconds_a_run"), strict=True):
+        scatter(axes, results, rows, lambda row, quantity=quantity: max(row[quantity], 1e-3), lambda row: 100 * row["accuracy"])
+    return figure
+
+
+# --- learning
+
+
+def learning_curves_rows(results: dict) -> list[dict]:
+    """Validation accuracy and training loss of every run and epoch; epochs count from 1."""
+    return [{"layer_set": layer_set, "representation": name, "run": run, "epoch": epoch, "val_acc": value, "train_loss": loss,
+             "best": epoch == curve["best_epoch"]}
+            for layer_set in layer_sets(results) if not group_of(layer_set) for name, row in rows_of(results, layer_set).items()
+            for run, curve in enumerate(row["learning_curves"], 1)
+            for epoch, (value, loss) in enumerate(zip(curve["val_acc_history"], curve["train_loss_history"], strict=True), 1)]
+
+
+@drawn
+def learning_curves(results: dict) -> Figure | None:
+    """Validation accuracy by epoch: runs faint, best epochs as points, bold the mean while at least half of the runs go on."""
+    sets = [name for name in layer_sets(results) if not group_of(name)]
+    names = [name for name in representations(results) if any(
+        curve["val_acc_history"] for layer_set in sets for curve in rows_of(results, layer_set).get(name, {}).get("learning_curves", []))]
+    if not names:
+        return None
+    lines = -(-len(names) // 3)
+    figure = Figure((WIDE, 0.5 + 1.45 * lines))
+    grid = figure.subplots(lines, 3, sharex=True, sharey=True, squeeze=False)
+    for axes in grid.flat[len(names):]:
+        axes.set_axis_off()
+    for axes, name in zip(grid.flat, names, strict=False):
+        for layer_set in sets:
+            curves = [curve for curve in rows_of(results, layer_set).get(name, {}).get("learning_curves", []) if curve["val_acc_history"]]
+            colour = colour_of(layer_set, results)
+            for curve in curves:
+                history = 100 * np.array(curve["val_acc_history"])
+                axes.plot(range(1, len(history) + 1), history, color=colour, alpha=0.22, linewidth=0.5)
+                axes.plot([curve["best_epoch"]], [history[curve["best_epoch"] - 1]], ".", color=colour, markersize=2.5, gid="best")
+            if curves:
+                histories = [100 * np.array(curve["val_acc_history"]) for curve in curves]
+                last = sorted(map(len, histories), reverse=True)[(len(histories) - 1) // 2]
+                mean = [np.mean([history[epoch] for history in histories if epoch < len(history)]) for epoch in range(last)]
+                axes.plot(range(1, last + 1), mean, color=colour, linewidth=1.4, gid="mean")
+        axes.set_title(name, loc="left")
+    for axes in grid[:, 0]:
+        axes.set_ylabel("validation, %")
+    for axes in list(grid.flat[max(0, len(names) - 3):len(names)]):
+        axes.set_xlabel("epoch")
+        axes.tick_params(labelbottom=True)
+    key_of_layer_sets(figure, results, sets)
+    return figure
+
+
+# --- controls, audits, single blocks
+
+
+def controls_rows(results: dict) -> list[dict]:
+    """The null battery: accuracies, and what chance gives."""
+    found = results.get("inference") or {}
+    rows = [{"cell": entry["cell"], "accuracy": entry["accuracy"], "low": entry["interval"][0], "high": entry["interval"][1],
+             "chance": found["chance"]} for entry in found.get("controls", [])]
+    check = found.get("shuffled")
+    return rows + ([{"cell": name, "accuracy": cell["accuracy"], "low": None, "high": None, "chance": cell["expected"]}
+                    for name, cell in check["cells"].items()] if check else [])
+
+
+@drawn
+def controls(results: dict) -> Figure | None:
+    """Accuracy of each control with its interval, and the chance level of each."""
+    rows = controls_rows(results)
+    if not rows:
+        return None
+    figure = Figure((WIDE * 0.75, 0.55 + 0.16 * len(rows)))
+    axes = figure.subplots()
+    for y, row in enumerate(rows):
+        if row["low"] is not None:
+            axes.plot([100 * row["low"], 100 * row["high"]], [y, y], color=COLOURS["all_layers"], gid="interval")
+        axes.plot([100 * row["accuracy"]], [y], "o", color=COLOURS["all_layers"], markersize=3, gid="point")
+        axes.plot([100 * row["chance"]], [y], "|", color=INK, markersize=6, gid="chance")
+    name_rows(axes, [row["cell"] for row in rows])
+    axes.set_xlim(left=0)
+    axes.set_xlabel("test accuracy, % (strokes: chance)")
+    return figure
+
+
+def audits_rows(results: dict) -> list[dict]:
+    """Accuracy of the same runs on changed test rows, and the part of predictions that stay."""
+    return [{"audit": entry["audit"], "layer_set": entry["layer_set"], "representation": entry["representation"], "variant": variant,
+             "accuracy": found["test_acc_mean"], "agreement": found["agreement"], "unchanged": entry["test_acc_mean"]}
+            for entry in results.get("audits", []) for variant, found in entry["variants"].items()]
+
+
+@drawn
+def audits(results: dict) -> Figure | None:
+    """Predictions that stay, all layers: under noise by its level, and after a change of gauge."""
+    rows = [row for row in audits_rows(results) if row["layer_set"] == "all_layers"] or audits_rows(results)
+    if not rows:
+        return None
+    kinds, names = list(dict.fromkeys(row["audit"] for row in rows)), list(dict.fromkeys(row["representation"] for row in rows))
+    figure = Figure((1.2 + 2.2 * len(kinds), 0.6 + 0.19 * len(names)))
+    for axes, kind in zip(figure.subplots(1, len(kinds), sharey=True, squeeze=False)[0], kinds, strict=True):
+        variants = list(dict.fromkeys(row["variant"] for row in rows if row["audit"] == kind))
+        shades = matplotlib.colormaps["cividis"](np.linspace(0.85, 0.1, len(variants)))
+        for row in (row for row in rows if row["audit"] == kind):
+            axes.plot([100 * row["agreement"]], [names.index(row["representation"])], "o", markersize=3.5, gid=row["variant"],
+                      color=shades[variants.index(row["variant"])])
+        name_rows(axes, names)
+        axes.set_xlim(0, 103)
+        axes.set_title(f"{kind}: " + (", ".join(variants) + " (dark: more)" if len(variants) > 1 else variants[0]), loc="left", fontsize=6.5)
+        axes.set_xlabel("predictions that stay, %")
+    return figure
+
+
+def blocks_rows(results: dict) -> list[dict]:
+    """Accuracy of every block of the U-Net and kind of attention alone, by representation."""
+    names = [key.removesuffix("_results") for key in results if key.startswith("by_block.")]
+    return [{"block": name.removeprefix("by_block.").rpartition(".")[0], "attention": name.rpartition(".")[2], "representation": representation,
+             "accuracy": row["test_acc_mean"]} for name in names for representation, row in rows_of(results, name).items()]
+
+
+@drawn
+def blocks(results: dict) -> Figure | None:
+    """A map of the U-Net: down blocks on the left from the top, the middle one below, up blocks on the right; each attention kind alone.
+
+    By the representation whose mean over blocks is highest.
+    """
+    rows = blocks_rows(results)
+    if not rows:
+        return None
+    means: dict[str, list[float]] = {}
+    for row in rows:
+        means.setdefault(row["representation"], []).append(row["accuracy"])
+    best = max(means, key=lambda name: np.mean(means[name]))
+    found = {(row["block"], row["attention"]): 100 * row["accuracy"] for row in rows if row["representation"] == best}
+    order = sorted({block for block, _ in found})
+    sides = {"down": [block for block in order if block.startswith("down")], "mid": [block for block in order if block.startswith("mid")],
+             "up": [block for block in order if block.startswith("up")][::-1]}
+    sides["down"] += [block for block in order if not block.startswith(("down", "mid", "up"))]
+    height = max(len(sides["down"]), len(sides["up"]))
+    figure = Figure((WIDTH, 0.6 + 0.24 * (height + len(sides["mid"]))))
+    axes = figure.subplots()
+    low, high = min(found.values()), max(found.values())
+    shade = matplotlib.colormaps["cividis"]
+    for side, x in (("down", 0.0), ("mid", 3.0), ("up", 6.0)):
+        for i, block in enumerate(sides[side]):
+            y = i + height - len(sides[side]) if side == "up" else i + height * (side == "mid")
+            for j, kind in enumerate(("attn1", "attn2")):
+                value = found.get((block, kind))
+                if value is None:
+                    continue
+                part = (value - low) / (high - low) if high > low else 0.5
+                axes.add_patch(matplotlib.patches.Rectangle((x + 0.9 * j, y - 0.45), 0.88, 0.9, facecolor=shade(part), linewidth=0, gid="block"))
+                axes.text(x + 0.9 * j + 0.44, y, f"{value:.0f}", ha="center", va="center", fontsize=6.5, color="white" if part < 0.55 else "black")
+            name = block.replace("_blocks.", " ").replace(".attentions.", ".").replace("mid_block", "mid")
+            axes.text(x - 0.1 if side != "up" else x + 1.9, y, name, ha="right" if side != "up" else "left", va="center", fontsize=6.5)
+    axes.set_xlim(-1.6, 9.2)
+    axes.set_ylim(height + len(sides["mid"]) - 0.4, -1.2)
+    for x in (0.0, 6.0):
+        for j, kind in enumerate(("attn1", "attn2")):
+            axes.text(x + 0.9 * j + 0.44, -0.75, kind, ha="center", fontsize=6, color=COLOURS[("visual_only", "text_only")[j]])
+    axes.set_axis_off()
+    axes.set_title(f"{best}: test accuracy of each block alone, %", loc="left")
+    return figure
+
+
+# --- several runs
+
+
+def scaling_rows(runs: list[dict]) -> list[dict]:
+    """Accuracy, drop and retention of each run that stands beside others; `run` tells apart those whose settings differ."""
+    return [{"run": results["name"], "rows": results["data"]["rows"], **row,
+             "all_layers_accuracy": rows_of(results, "all_layers").get(row["representation"], {}).get("test_acc_mean")}
+            for results in runs for row in accuracy_rows(results)]
+
+
+def scaling(runs: list[dict]) -> Figure | None:
+    """Test accuracy against the number of LoRAs, a panel for each representation; runs of different settings are not joined."""
+    with matplotlib.rc_context(STYLE):
+        rows = scaling_rows(runs)
+        if not rows:
+            return None
+        by_name = {results["name"]: results for results in runs}
+        names = [name for name in CHOICES if any(row["representation"] == name for row in rows)]
+        sets = list(dict.fromkeys(row["layer_set"] for row in rows))
+        lines = -(-len(names) // 3)
+        figure = Figure((WIDE, 0.6 + 1.5 * lines))
+        grid = figure.subplots(lines, 3, sharex=True, sharey=True, squeeze=False)
+        for axes in grid.flat[len(names):]:
+            axes.set_axis_off()
+        for axes, name in zip(grid.flat, names, strict=False):
+            for layer_set in sets:
+                points: dict[str, list[dict]] = {}
+                for row in (row for row in rows if row["representation"] == name and row["layer_set"] == layer_set):
+                    points.setdefault(by_name[row["run"]]["settings_group"], []).append(row)
+                for group in points.values():
+                    group = sorted(group, key=lambda row: row["rows"])
+                    colour = colour_of(layer_set, by_name[group[0]["run"]])
+                    axes.plot([row["rows"] for row in group], [100 * row["accuracy"] for row in group], "o-", color=colour, markersize=3, gid="curve")
+                    for row in group:
+                        if row["low"] is not None:
+                            axes.plot([row["rows"]] * 2, [100 * row["low"], 100 * row["high"]], color=colour, linewidth=0.8, gid="interval")
+            axes.set_title(name, loc="left")
+            axes.set_xscale("log")
+        for axes in grid[:, 0]:
+            axes.set_ylabel("test accuracy, %")
+        for axes in list(grid.flat[max(0, len(names) - 3):len(names)]):
+            axes.set_xlabel("LoRAs in the data set")
+            axes.tick_params(labelbottom=True)
+        key_of_layer_sets(figure, runs[0], sets)
+        return figure
+
+
+FIGURES: dict[str, tuple[str, Callable[[dict], list[dict]], Callable[[dict], Figure | None]]] = {
+    "accuracy": ("Test accuracy", accuracy_rows, accuracy),
+    "drop": ("The drop without the text layers", drop_rows, drop),
+    "class_drop": ("The drop by class", class_drop_rows, class_drop),
+    "retention": ("What is retained", retention_rows, retention),
+    "learning_curves": ("Learning curves", learning_curves_rows, learning_curves),
+    "confusion": ("Confusion matrices", confusion_rows, confusion),
+    "gaps": ("Training, validation and test", gaps_rows, gaps),
+    "precision_recall": ("Precision against recall", precision_recall_rows, precision_recall),
+    "cost": ("Columns and seconds against accuracy", cost_rows, cost),
+    "controls": ("Controls", controls_rows, controls),
+    "audits": ("Audits", audits_rows, audits),
+    "blocks": ("Where in the U-Net", blocks_rows, blocks),
+}
