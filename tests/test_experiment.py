@@ -28,7 +28,7 @@ from lora_data import LoraData
 from settings import CHOICES, NINE, REPRESENTATIONS, Cell, cells_of
 
 SCRIPT = ROOT / "visual_ablation_experiment.py"
-FAST = ["--num-runs", "2", "--max-epochs", "3", "--hidden-dim", "8", "--batch-size", "8"]
+FAST = ["--num-runs", "2", "--max-epochs", "3", "--hidden-dim", "8", "--batch-size", "8", "--no-report"]
 BOTH = cells_of(("all_layers", "visual_only"), NINE)
 
 
@@ -495,7 +495,7 @@ SAID = {"accuracy falls for": "lost", "It rises for": "gained", "the two are equ
 @pytest.mark.parametrize("strength", [1.0, 0.06], ids=["strong", "weak"])
 def test_the_verdict_is_right_where_the_answer_is_known_or_says_that_it_cannot_tell(run, place, knowing, strength):
     lora_dataset(n=500, signal=strength, knowing=knowing).save_to_disk("known")
-    fast = ["--num-runs", "4", "--max-epochs", "60", "--hidden-dim", "64", "--batch-size", "16", "--margin", "0.05"]
+    fast = ["--num-runs", "4", "--max-epochs", "60", "--hidden-dim", "64", "--batch-size", "16", "--margin", "0.05", "--no-report"]
     status, _ = run("--representations", "stats", dataset="./known", fast=fast)
     results = json.loads((folder(place, "known") / "results.json").read_text())
     said = [meaning for words, meaning in SAID.items() if words in results["verdict"]]
@@ -598,6 +598,76 @@ def test_a_named_set_is_known_in_every_split(run, place):
     assert status == 0, log
     columns = {name: record["feature_dim"] for name, record in cell_files(place).items()}
     assert columns == {"queries_flat_vec.json": 8 * 12, "queries_flat_vec.random1.json": 8 * 12}
+
+
+# --- the report
+
+
+def test_the_page_follows_a_run_and_an_unchanged_one_leaves_it(run, place, monkeypatch):
+    import scripts.report
+    pages, real = [], scripts.report.refresh
+    monkeypatch.setattr(scripts.report, "refresh", lambda folder, *rest: (real(folder, *rest), pages.append((folder / "report.html").read_text())))
+    chosen = ("--representations", "stats", "frequency", "--report")
+    status, log = run(*chosen)
+    assert status == 0 and len(pages) == 4 and [f"Running: {n} of 4 cells are finished" in page for n, page in enumerate(pages, 1)] == [True] * 4
+    assert "report.html" in log and visible(folder(place)) == ["checkpoints", "events.jsonl", "figures", "manifest.json", "predictions",
+                                                               "report.html", "results.json", "results.txt", "tables"]
+    assert {"accuracy.png", "accuracy.pdf", "drop.png"} <= set(visible(folder(place) / "figures"))
+    before = snapshot(folder(place) / "figures")
+    page = (folder(place) / "report.html").stat().st_mtime_ns
+    assert run(*chosen)[0] == 0 and snapshot(folder(place) / "figures") == before and (folder(place) / "report.html").stat().st_mtime_ns == page
+    run("--representations", "stats", "frequency", "spectral", "--report")
+    assert (folder(place) / "report.html").stat().st_mtime_ns > page and "spectral" in (folder(place) / "tables" / "accuracy.csv").read_text()
+
+
+@pytest.mark.parametrize("what", ["refresh", "write_report"])
+def test_a_report_that_cannot_be_made_costs_no_result(run, place, monkeypatch, what):
+    import scripts.report
+    monkeypatch.setattr(scripts.report, what, lambda *rest: 1 / 0)
+    status, log = run("--representations", "stats", "--report")
+    assert status == 0 and "is not written: ZeroDivisionError: division by zero; scripts/report.py makes it from the results" in log
+    assert len(checkpoints(place)) == 2 + 2 and (folder(place) / "results.json").exists()              # two of them hidden locks
+
+
+def test_tensorboard_is_asked_for_before_the_work(run, place, monkeypatch):
+    written = []
+
+    class Writer:
+        def __init__(self, folder):
+            self.folder = Path(folder)
+
+        def add_scalar(self, name, value, epoch):
+            written.append((self.folder.parent.name, self.folder.name, name, value, epoch))
+
+        def close(self):
+            pass
+
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    status, log = run("--representations", "stats", "--tensorboard")
+    assert status == 2 and "--tensorboard needs the package tensorboard" in log and not folder(place).exists()
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", type(sys)("tensorboard"))
+    sys.modules["torch.utils.tensorboard"].SummaryWriter = Writer
+    assert run("--representations", "stats", "--tensorboard")[0] == 0
+    curve = json.loads((folder(place) / "checkpoints" / "visual_only_stats.json").read_text())["learning_curves"][1]
+    assert [entry[3:] for entry in written if entry[:3] == ("visual_only_stats", "run_2", "val_acc")] == [
+        (value, epoch) for epoch, value in enumerate(curve["val_acc_history"], 1)]
+
+
+def test_watching_a_status_tells_the_rate_and_ends_with_the_run(run, place, monkeypatch):
+    status, log = run("--status", "--watch", "--representations", "stats")
+    assert status == 0 and "0/2 cells done, 0 failed, 0 running, 2 left" in log and "No run is working on this folder" in log
+    assert run("--watch")[0] == 2
+    run("--representations", "stats")
+    assert "2/2 cells done, 0 failed, 0 running, 0 left" in run("--status", "--watch", "--representations", "stats")[1]
+    (folder(place) / "checkpoints" / "visual_only_stats.json").unlink()
+    with (folder(place) / "events.jsonl").open("a") as file:
+        begun = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(time.time() - 30))
+        file.write(json.dumps({"time": begun, "event": "started"}) + "\n" + json.dumps({"time": begun, "event": "finished"}) + "\n{cut")
+    monkeypatch.setattr(experiment, "is_held", lambda folder: len(asked) < 2)
+    asked = []
+    monkeypatch.setattr(experiment.time, "sleep", asked.append)
+    log = run("--status", "--watch", "--representations", "stats")[1]
+    assert "1/2 cells done, 0 failed, 1 running, 0 left | Rate: " in log and "cells/min | ETA: " in log and len(asked) == 2
 
 
 # --- resuming
