@@ -494,8 +494,8 @@ SAID = {"accuracy falls for": "lost", "It rises for": "gained", "the two are equ
 @pytest.mark.parametrize("knowing", TRUTHS, ids="+".join)
 @pytest.mark.parametrize("strength", [1.0, 0.06], ids=["strong", "weak"])
 def test_the_verdict_is_right_where_the_answer_is_known_or_says_that_it_cannot_tell(run, place, knowing, strength):
-    lora_dataset(n=500, signal=strength, knowing=knowing).save_to_disk("known")
-    fast = ["--num-runs", "4", "--max-epochs", "60", "--hidden-dim", "64", "--batch-size", "16", "--margin", "0.05", "--no-report"]
+    lora_dataset(n=400, signal=strength, knowing=knowing).save_to_disk("known")
+    fast = ["--num-runs", "3", "--max-epochs", "50", "--hidden-dim", "64", "--batch-size", "16", "--margin", "0.05", "--no-report"]
     status, _ = run("--representations", "stats", dataset="./known", fast=fast)
     results = json.loads((folder(place, "known") / "results.json").read_text())
     said = [meaning for words, meaning in SAID.items() if words in results["verdict"]]

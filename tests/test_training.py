@@ -173,8 +173,8 @@ def test_tf32_is_switched_on_for_the_training_only():
 
 def test_dropout_is_torchs_in_distribution():
     """Against torch.nn.Dropout in the same model: the same mean loss over seeds, and not that without dropout."""
-    x, labels, split = problem(n=400, noise=1.5, dtype=torch.float32)
-    settings = dataclasses.replace(SMALL, num_runs=12, dropout=0.5, max_epochs=12, hidden_dim=32)
+    x, labels, split = problem(n=240, noise=1.5, dtype=torch.float32)
+    settings = dataclasses.replace(SMALL, num_runs=12, dropout=0.5, max_epochs=8, hidden_dim=32)
 
     def losses(settings):
         return np.array([run.train_loss[-1] for run in train_runs(x, labels, split, 3, settings).runs])
@@ -281,7 +281,7 @@ def test_a_run_that_fails_ends_the_others_at_once(monkeypatch):
 def test_bfloat16_trains_and_tf32_needs_a_gpu():
     x, labels, split = problem(n=400, noise=0.7, dtype=torch.float32)
     for trainer in ("sequential", "packed"):
-        settings = dataclasses.replace(SMALL, precision="bfloat16", trainer=trainer)
+        settings = dataclasses.replace(SMALL, precision="bfloat16", trainer=trainer, max_epochs=3)
         run = train_runs(x, labels, split, 3, settings).runs[0]
         full = train_runs(x, labels, split, 3, dataclasses.replace(settings, precision="float32")).runs[0]
         assert run.train_loss != full.train_loss
