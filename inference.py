@@ -466,7 +466,7 @@ def shuffled_labels(predictions: dict[Cell, dict[str, np.ndarray]]) -> dict:
     spread = accuracies.std(0)
     z = (accuracies - accuracies.mean(0)) / np.where(spread > 1e-12, spread, 1.0)
     largest = z.max(1)
-    cells = {cell.name: {"accuracy": float(accuracies[0, i]), "expected": float(accuracies[:, i].mean()),
+    cells = {cell.name: {"accuracy": float(accuracies[0, i]), "expected": float(accuracies[:, i].mean()), "spread": float(spread[i]),
                          "p_adjusted": float((largest >= z[0, i] - 1e-9).mean())} for i, cell in enumerate(predictions)}
     p = min(cell["p_adjusted"] for cell in cells.values())
     return {"p": p, "level": SUSPECT, "suspect": p < SUSPECT, "cells": cells}

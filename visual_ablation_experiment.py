@@ -145,7 +145,8 @@ def run_experiment(settings: Settings, action: argparse.Namespace) -> int:
             trace = ""
         finished |= {cell: store.load(cell) for cell in group if cell not in failures and store.path(cell).exists()}
         if action.tensorboard:
-            log_curves(store, {cell: finished[cell] for cell in group if cell in finished and not cell.audit})
+            with reporting_errors("TensorBoard's files"):
+                log_curves(store, {cell: finished[cell] for cell in group if cell in finished and not cell.audit})
         if action.report and finished:
             with reporting_errors("the page"):
                 from scripts.report import refresh
@@ -441,7 +442,7 @@ def reporting_errors(what: str):
     try:
         yield
     except Exception as error:
-        log.error(f"{what} is not written: {describe_error(error)}; scripts/report.py makes it from the results\n{traceback.format_exc()}")
+        log.error(f"{what} could not be written: {describe_error(error)}; scripts/report.py makes it anew\n{traceback.format_exc()}")
 
 
 def tensorboard_writer(folder: Path | None = None):
@@ -678,19 +679,20 @@ def watch_status(settings: Settings) -> int:
         states = cell_states(settings)
         done = [cell for cell, state in states.items() if state.kind == "done"]
         events = read_events(folder / "events.jsonl")
-        begun = next((event for event in reversed(events) if event["event"] == "started"), None)
-        since = events[events.index(begun):] if begun else []
-        finished, failed = ([event for event in since if event["event"] == kind] for kind in ("finished", "failed"))
-        going = bool(begun) and not any(event["event"] == "ended" for event in since) and is_held(folder)
+        last = max((i for i, event in enumerate(events) if event["event"] == "started"), default=len(events))
+        since, going = events[last:], is_held(folder)
+        loading = going and (not since or any(event["event"] == "ended" for event in since))   # the next run has not begun its cells
+        finished, failed = ([] if loading else [event for event in since if event["event"] == kind] for kind in ("finished", "failed"))
         left = len(states) - len(done) - len(failed)
-        line = f"{len(done)}/{len(states)} cells done, {len(failed)} failed, {int(going and left > 0)} running, {max(left - going, 0)} left"
-        if going and finished:
-            rate = len(finished) / max(calendar.timegm(time.gmtime()) - seconds_of(begun["time"]), 1)
+        running = int(going and not loading and left > 0)
+        line = f"{len(done)}/{len(states)} cells done, {len(failed)} failed, {running} running, {left - running} left" + " | loading" * loading
+        if running and finished:
+            rate = len(finished) / max(calendar.timegm(time.gmtime()) - seconds_of(since[0]["time"]), 1)
             line += f" | Rate: {60 * rate:.1f} cells/min | ETA: {duration(left / rate)}"
         if line != shown:
             log.info(line)
             shown = line
-        if not left or not going:
+        if not going or not (left or loading):
             if left:
                 log.info("No run is working on this folder: the same command without --status resumes it")
             return 0

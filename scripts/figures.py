@@ -14,6 +14,7 @@ from pathlib import Path
 import matplotlib
 import matplotlib.lines
 import matplotlib.patches
+import matplotlib.text
 import matplotlib.ticker
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -23,7 +24,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from settings import CHOICES, LAYER_SET_GROUPS, LAYER_SETS, group_of, title_of  # noqa: E402
 
 WIDTH, WIDE = 3.4, 7.0                # inches: one column of a paper, and two
-INK, FAINT = "#1b1e23", "#9aa0a8"     # of text and axes; the page replaces INK by its own text's colour
+INK, PAPER, FAINT = "#1b1e23", "#fefefe", "#9aa0a8"     # the page replaces INK and PAPER by its own colours
+ON_DARK, ON_LIGHT = "#ffffff", "#000001"                # of numbers in coloured cells; not black, which SVG leaves to the page
 # Okabe and Ito's colours, which the colour-blind can tell apart: one for each layer set, everywhere
 COLOURS = {"all_layers": "#0072B2", "visual_only": "#D55E00", "text_only": "#009E73", "random_half": "#CC79A7", "by_block": "#E69F00"}
 FURTHER_COLOURS = ("#56B4E9", "#7F6000", "#5D3A9B", "#8C8C8C")
@@ -31,15 +33,14 @@ STYLE = {
     "font.size": 7.5, "axes.titlesize": 7.5, "axes.labelsize": 7.5, "xtick.labelsize": 7, "ytick.labelsize": 7, "font.family": "DejaVu Sans",
     "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": INK, "xtick.color": INK, "ytick.color": INK, "axes.linewidth": 0.6,
     "axes.spines.top": False, "axes.spines.right": False, "xtick.major.width": 0.6, "ytick.major.width": 0.6, "lines.linewidth": 1.0,
-    "pdf.fonttype": 42, "svg.fonttype": "none", "figure.constrained_layout.use": True, "savefig.transparent": False,
+    "text.parse_math": False, "pdf.fonttype": 42, "svg.fonttype": "none", "figure.constrained_layout.use": True, "savefig.transparent": False,
 }
 
 
-def colour_of(layer_set: str, results: dict) -> str:
-    """The same for a group's sets; those that a user named get further colours in their order."""
+def colour_of(layer_set: str) -> str:
+    """The same for a group's sets, and wherever a set of that name that a user named is drawn."""
     name = group_of(layer_set) or layer_set
-    others = [other for other in layer_sets(results) if other not in COLOURS and not group_of(other)]
-    return COLOURS.get(name) or FURTHER_COLOURS[others.index(name) % len(FURTHER_COLOURS)]
+    return COLOURS.get(name) or FURTHER_COLOURS[sum(name.encode()) % len(FURTHER_COLOURS)]
 
 
 def layer_sets(results: dict) -> list[str]:
@@ -53,6 +54,13 @@ def rows_of(results: dict, layer_set: str) -> dict[str, dict]:
     return {row["representation"].removesuffix(f"_{layer_set}"): row for row in results.get(f"{layer_set}_results", [])}
 
 
+def accuracy_of(results: dict, layer_set: str, representation: str) -> float | None:
+    """Test accuracy of a cell: over all splits of the first kind, as the inference has it; without one, of the runs."""
+    known = (results.get("inference") or {}).get("accuracies", {}).get(f"{layer_set}_{representation}")
+    row = rows_of(results, layer_set).get(representation)
+    return known["accuracy"] if known else row["test_acc_mean"] if row else None
+
+
 def representations(results: dict) -> list[str]:
     found = {name for layer_set in layer_sets(results) for name in rows_of(results, layer_set)}
     return [name for name in CHOICES if name in found]
@@ -61,8 +69,8 @@ def representations(results: dict) -> list[str]:
 def best_representation(results: dict) -> str:
     """The one of the highest test accuracy with all layers; of whatever layer set there is, if that is not there."""
     sets = layer_sets(results)
-    rows = rows_of(results, "all_layers" if "all_layers" in sets else sets[0])
-    return max(rows, key=lambda name: rows[name]["test_acc_mean"])
+    layer_set = "all_layers" if "all_layers" in sets else sets[0]
+    return max(rows_of(results, layer_set), key=lambda name: accuracy_of(results, layer_set, name))
 
 
 def drawn(function: Callable[[dict], Figure | None]) -> Callable[[dict], Figure | None]:
@@ -74,10 +82,10 @@ def drawn(function: Callable[[dict], Figure | None]) -> Callable[[dict], Figure 
     return draw
 
 
-def key_of_layer_sets(figure: Figure, results: dict, names: list[str]) -> None:
+def key_of_layer_sets(figure: Figure, names: list[str]) -> None:
     """The layer sets' names in their colours, above everything: the key to the colours."""
     shown = dict.fromkeys(LAYER_SET_GROUPS.get(group_of(name), title_of(name)) for name in names)
-    colours = {LAYER_SET_GROUPS.get(group_of(name), title_of(name)): colour_of(name, results) for name in names}
+    colours = {LAYER_SET_GROUPS.get(group_of(name), title_of(name)): colour_of(name) for name in names}
     handles = [matplotlib.lines.Line2D([], [], linestyle="", marker="o", markersize=4, color=colours[title], label=title) for title in shown]
     figure.legend(handles=handles, loc="outside upper left", ncols=len(handles) if len(handles) < 5 else 3, frameon=False, handletextpad=-0.2,
                   columnspacing=0.6, borderpad=0, labelcolor="linecolor", fontsize=7)
@@ -103,8 +111,8 @@ def accuracy_rows(results: dict) -> list[dict]:
         for name, row in rows_of(results, layer_set).items():
             entry = known.get(f"{layer_set}_{name}")
             low, high = entry["interval"] if entry else (None, None)
-            found.append({"layer_set": layer_set, "representation": name, "accuracy": entry["accuracy"] if entry else row["test_acc_mean"],
-                          "low": low, "high": high, "std_over_runs": row["test_acc_std"]})
+            found.append({"layer_set": layer_set, "representation": name, "accuracy": accuracy_of(results, layer_set, name), "low": low,
+                          "high": high, "std_over_runs": row["test_acc_std"]})
     return found
 
 
@@ -119,7 +127,7 @@ def accuracy(results: dict) -> Figure | None:
     axes = figure.subplots()
     offsets = {name: (i - (len(sets) - 1) / 2) * 0.7 / max(len(sets), 1) for i, name in enumerate(sets)}
     for row in rows:
-        y, x, colour = names.index(row["representation"]) + offsets[row["layer_set"]], 100 * row["accuracy"], colour_of(row["layer_set"], results)
+        y, x, colour = names.index(row["representation"]) + offsets[row["layer_set"]], 100 * row["accuracy"], colour_of(row["layer_set"])
         if row["low"] is not None:
             axes.plot([100 * row["low"], 100 * row["high"]], [y, y], color=colour, linewidth=1.0, solid_capstyle="butt", gid="interval")
         axes.plot([x], [y], "o", color=colour, markersize=3, gid="point")
@@ -128,9 +136,9 @@ def accuracy(results: dict) -> Figure | None:
         axes.axvline(100 * chance, color=INK, linewidth=0.7, linestyle=(0, (3, 2)), gid="chance")
         axes.annotate("chance", (100 * chance, 1), xycoords=("data", "axes fraction"), xytext=(2, 1), textcoords="offset points", fontsize=6.5)
     name_rows(axes, names)
-    axes.set_xlim(left=0, right=min(102, max(100 * (row["high"] or row["accuracy"]) for row in rows) * 1.04 + 1))
+    axes.set_xlim(0, min(102, max([100 * (row["high"] or row["accuracy"]) for row in rows] + [100 * (chance or 0)]) * 1.04 + 1))
     axes.set_xlabel("test accuracy, %" + (" (95 % intervals)" if any(row["low"] is not None for row in rows) else ""))
-    key_of_layer_sets(figure, results, sets)
+    key_of_layer_sets(figure, sets)
     return figure
 
 
@@ -164,7 +172,7 @@ def drop(results: dict) -> Figure | None:
         shown = row["p_holm"] < 0.05
         axes.plot([100 * row["low"], 100 * row["high"]], [y, y], color=COLOURS["visual_only"], gid="interval")
         axes.plot([100 * row["drop"]], [y], "o", markersize=3.5, color=COLOURS["visual_only"], gid="point",
-                  markerfacecolor=COLOURS["visual_only"] if shown else "white")
+                  markerfacecolor=COLOURS["visual_only"] if shown else PAPER)
     name_rows(axes, [row["representation"] for row in rows])
     axes.set_xlabel(f"all layers − visual only, points\n(filled: p < 0.05; band: ±{margin:g})")
     return figure
@@ -183,7 +191,8 @@ def recalls(record: dict) -> tuple[np.ndarray, np.ndarray]:
 def class_drop_rows(results: dict) -> list[dict]:
     """Recall of each class with all layers and with the visual ones, by representation, from the confusion matrices.
 
-    The interval is Newcombe's for two proportions of the class's test rows, taken as independent samples: rather too wide.
+    The interval is Newcombe's for two proportions of the class's test rows: of independent rows and independent predictions,
+    so too wide where both are right about the same rows, and too narrow where rows come in groups.
     """
     every, visual = rows_of(results, "all_layers"), rows_of(results, "visual_only")
     classes, found = list(results.get("label_mapping", {})), []
@@ -222,14 +231,16 @@ def class_drop(results: dict) -> Figure | None:
     for y, row in enumerate(rows):
         axes.plot([100 * row["low"], 100 * row["high"]], [y, y], color=COLOURS["visual_only"], linewidth=0.8, gid="interval")
         axes.plot([100 * row["drop"]], [y], "o", markersize=3, color=COLOURS["visual_only"], gid="point")
-    name_rows(axes, [shortened(row["class"]) for row in rows])
+    name_rows(axes, shortened([row["class"] for row in rows]))
     axes.tick_params(axis="y", labelsize=7 if len(rows) <= 30 else 5.5)
     axes.set_xlabel(f"{best}: recall,\nall layers − visual only, points")
     return figure
 
 
-def shortened(name: str, length: int = 20) -> str:
-    return name if len(name) <= length else name[:length - 1] + "…"
+def shortened(names: list[str], length: int = 20) -> list[str]:
+    """Long names without their middle; where two are then alike, with their number among all."""
+    short = [name if len(name) <= length else f"{name[:length // 2 - 1]}…{name[-(length // 2):]}" for name in names]
+    return [name if short.count(name) == 1 else f"{name[:length - 5]} ({number})" for number, name in enumerate(short)]
 
 
 def confusion_rows(results: dict) -> list[dict]:
@@ -244,37 +255,65 @@ def confusion_rows(results: dict) -> list[dict]:
     return found
 
 
+def shares(record: dict) -> np.ndarray:
+    """Of each true class's test rows, all runs together, the part that was given each class, (C, C); NaN for a class without a row."""
+    total = np.array(record["test_confusion_matrices"], dtype=float).sum(0)
+    support = total.sum(1, keepdims=True)
+    return np.divide(total, support, out=np.full_like(total, np.nan), where=support > 0)
+
+
+def colour_bar(figure: Figure, image, grid) -> None:
+    bar = figure.colorbar(image, ax=grid, location="bottom", shrink=0.4, aspect=40, pad=0.02)
+    bar.set_label("share of a true class's rows (line) that were given a class (column)")
+
+
 @drawn
 def confusion(results: dict) -> Figure | None:
-    """Each representation a row, each layer set that stands alone a column; every true class is a line of shares."""
-    sets = [name for name in layer_sets(results) if not group_of(name)][:4]
-    names = representations(results)
-    if not names:
+    """The representation that is best with all layers, layer sets side by side; every true class is a line of shares."""
+    sets = [name for name in layer_sets(results) if not group_of(name)]
+    if not sets:
         return None
-    columns = len(sets) * 2 if len(names) > 3 and len(sets) <= 3 else len(sets)
-    per_line = columns // len(sets)
-    lines = -(-len(names) // per_line)
+    best = best_representation(results)
+    sets = [name for name in sets if best in rows_of(results, name)][:3]
+    matrices = [shares(rows_of(results, name)[best]) for name in sets]
+    classes = shortened(list(results.get("label_mapping", {})), 12)
+    figure = Figure((WIDE, 1.0 + 0.9 * WIDE / 3))
+    grid = figure.subplots(1, 3, squeeze=False)[0]
+    high = max(float(np.nanmax(matrix)) for matrix in matrices)
+    for axes in grid[len(sets):]:
+        axes.set_axis_off()
+    for axes, name, matrix in zip(grid, sets, matrices, strict=False):
+        image = axes.imshow(matrix, vmin=0, vmax=high, cmap="cividis", interpolation="nearest")
+        axes.set_title(f"{best}, {title_of(name)}", color=colour_of(name))
+        few = len(classes) <= 20
+        axes.set_xticks(range(len(classes)) if few else [], classes if few else [], rotation=90, fontsize=5.5)
+        axes.set_yticks(range(len(classes)) if few and axes is grid[0] else [], classes if few and axes is grid[0] else [], fontsize=5.5)
+        axes.tick_params(length=0)
+    colour_bar(figure, image, grid)
+    return figure
+
+
+@drawn
+def confusion_all(results: dict) -> Figure | None:
+    """The same for every representation, small."""
+    sets, names = [name for name in layer_sets(results) if not group_of(name)][:4], representations(results)
+    if not sets or len(names) < 2:
+        return None
+    per_line = max(1, 6 // len(sets))
+    columns, lines = per_line * len(sets), -(-len(names) // per_line)
     side = WIDE / max(columns, 4)
-    figure = Figure((side * columns, 0.35 + lines * (side + 0.05)))
+    figure = Figure((side * columns, 0.5 + lines * (side + 0.05)))
     grid = figure.subplots(lines, columns, squeeze=False)
+    panels = [(name, layer_set, grid[i // per_line, (i % per_line) * len(sets) + j], rows_of(results, layer_set).get(name))
+              for i, name in enumerate(names) for j, layer_set in enumerate(sets)]
+    panels = [(name, layer_set, axes, shares(record)) for name, layer_set, axes, record in panels if record is not None]
+    high = max(float(np.nanmax(matrix)) for *_, matrix in panels)
     for axes in grid.flat:
         axes.set_axis_off()
-    image = None
-    for i, name in enumerate(names):
-        for j, layer_set in enumerate(sets):
-            axes, record = grid[i // per_line, (i % per_line) * len(sets) + j], rows_of(results, layer_set).get(name)
-            if record is None:
-                continue
-            total = np.array(record["test_confusion_matrices"], dtype=float).sum(0)
-            support = total.sum(1, keepdims=True)
-            image = axes.imshow(np.divide(total, support, out=np.zeros_like(total), where=support > 0), vmin=0, vmax=1, cmap="cividis",
-                                interpolation="nearest")
-            axes.set_axis_on()
-            axes.set_xticks([])
-            axes.set_yticks([])
-            axes.set_title(f"{name}\n{title_of(layer_set)}", color=colour_of(layer_set, results), fontsize=6.5)
-    bar = figure.colorbar(image, ax=grid, location="bottom", shrink=0.4, aspect=40, pad=0.01)
-    bar.set_label("share of a true class's rows (line) that were given a class (column)")
+    for name, layer_set, axes, matrix in panels:
+        image = axes.imshow(matrix, vmin=0, vmax=high, cmap="cividis", interpolation="nearest")
+        axes.set_title(f"{name}\n{title_of(layer_set)}", color=colour_of(layer_set), fontsize=6.5)
+    colour_bar(figure, image, grid)
     return figure
 
 
@@ -283,10 +322,9 @@ def confusion(results: dict) -> Figure | None:
 
 def retention_rows(results: dict) -> list[dict]:
     """Test accuracy of each layer set over that with all layers."""
-    every = {name: row["test_acc_mean"] for name, row in rows_of(results, "all_layers").items()}
-    return [{"representation": name, "layer_set": layer_set, "retention": row["test_acc_mean"] / every[name]}
-            for layer_set in layer_sets(results) if layer_set != "all_layers"
-            for name, row in rows_of(results, layer_set).items() if every.get(name, 0) > 0]
+    every = {name: accuracy_of(results, "all_layers", name) for name in rows_of(results, "all_layers")}
+    return [{"representation": name, "layer_set": layer_set, "retention": accuracy_of(results, layer_set, name) / every[name]}
+            for layer_set in layer_sets(results) if layer_set != "all_layers" for name in rows_of(results, layer_set) if every.get(name, 0) > 0]
 
 
 @drawn
@@ -305,7 +343,7 @@ def retention(results: dict) -> Figure | None:
     axes.imshow(grid, aspect="auto", cmap="cividis", vmin=0, vmax=high)
     for (y, x), value in np.ndenumerate(grid):
         if not np.isnan(value):
-            axes.text(x, y, f"{value:.0f}", ha="center", va="center", fontsize=6.5, color="white" if value < 0.55 * high else "black")
+            axes.text(x, y, f"{value:.0f}", ha="center", va="center", fontsize=6.5, color=ON_DARK if value < 0.55 * high else ON_LIGHT)
     axes.set_yticks(range(len(names)), names)
     titles = [title_of(name) + (f" {name.split('.')[1]}" if group_of(name) else "") for name in sets]
     axes.set_xticks(range(len(sets)), titles, rotation=30, ha="right")
@@ -337,10 +375,10 @@ def gaps(results: dict) -> Figure | None:
             y, values = names.index(row["representation"]), [100 * row[part] for part in PARTS]
             axes.plot([min(values), max(values)], [y, y], color=FAINT, linewidth=0.8)
             for part, value in zip(PARTS, values, strict=True):
-                axes.plot([value], [y], markers[part], color=colour_of(layer_set, results), markersize=5 if part == "train" else 3, gid=part)
+                axes.plot([value], [y], markers[part], color=colour_of(layer_set), markersize=5 if part == "train" else 3, gid=part)
         name_rows(axes, names)
         axes.set_xlim(0, 103)
-        axes.set_title(title_of(layer_set), color=colour_of(layer_set, results), loc="left")
+        axes.set_title(title_of(layer_set), color=colour_of(layer_set), loc="left")
         axes.set_xlabel("accuracy, %")
     handles = [matplotlib.lines.Line2D([], [], linestyle="", marker=marker, color=INK, markersize=5 if part == "train" else 3,
                                        label={"val": "validation"}.get(part, part)) for part, marker in markers.items()]
@@ -359,25 +397,28 @@ def scatter_rows(results: dict) -> list[dict]:
 precision_recall_rows = cost_rows = scatter_rows
 
 
-def scatter(axes, results: dict, rows: list[dict], x: Callable[[dict], float], y: Callable[[dict], float]) -> None:
-    """Points in their layer set's colour; the representations of the first layer set are named where there is room."""
+SHIFTS = [(radius * math.cos(angle), radius * math.sin(angle)) for radius in (7, 14, 22, 31, 41)
+          for angle in np.deg2rad([0, 180, 90, 270, 45, 135, 225, 315])]     # points, where a name may stand
+
+
+def scatter(axes, rows: list[dict], x: Callable[[dict], float], y: Callable[[dict], float]) -> None:
+    """Points in their layer set's colour; those of the first layer set have their representation's name, at the nearest place that is free."""
     for row in rows:
-        axes.plot([x(row)], [y(row)], "o", color=colour_of(row["layer_set"], results), markersize=3.5, gid="point")
+        axes.plot([x(row)], [y(row)], "o", color=colour_of(row["layer_set"]), markersize=3.5, gid="point")
     figure = axes.get_figure()
     canvas = FigureCanvasAgg(figure)
-    named = [row for row in rows if row["layer_set"] == rows[0]["layer_set"]]
     axes.autoscale_view()
     canvas.draw()
-    renderer, taken = canvas.get_renderer(), [axes.transData.transform((x(row), y(row))) for row in rows]
-    boxes: list = []
+    renderer, taken, boxes = canvas.get_renderer(), [axes.transData.transform((x(row), y(row))) for row in rows], []
     frame = axes.get_window_extent(renderer)
-    for row in named:
-        for shift, align in (((4, 0), "left"), ((-4, 0), "right"), ((0, 5), "center"), ((0, -8), "center")):
-            text = axes.annotate(row["representation"], (x(row), y(row)), xytext=shift, textcoords="offset points", fontsize=6, ha=align,
-                                 va="center" if shift[1] == 0 else "bottom")
-            box = text.get_window_extent(renderer)
-            free = not any(box.overlaps(other) for other in boxes) and not any(box.contains(*point) for point in taken)
-            if free and frame.x0 <= box.x0 and box.x1 <= frame.x1 + 8:
+    for row in (row for row in rows if row["layer_set"] == rows[0]["layer_set"]):
+        for shift in SHIFTS:
+            line = {"arrowstyle": "-", "linewidth": 0.4, "color": FAINT, "shrinkA": 0, "shrinkB": 2} if math.hypot(*shift) > 8 else None
+            text = axes.annotate(row["representation"], (x(row), y(row)), xytext=shift, textcoords="offset points", fontsize=6, arrowprops=line,
+                                 ha="left" if shift[0] > 1 else "right" if shift[0] < -1 else "center", va="center")
+            box = matplotlib.text.Text.get_window_extent(text, renderer)
+            inside = frame.x0 <= box.x0 and box.x1 <= frame.x1 and frame.y0 <= box.y0 and box.y1 <= frame.y1
+            if inside and not any(box.overlaps(other) for other in boxes) and not any(box.contains(*point) for point in taken):
                 boxes.append(box)
                 break
             text.remove()
@@ -400,8 +441,8 @@ def precision_recall(results: dict) -> Figure | None:
     axes.set_ylim(min(values) - 0.08 * span, max(values) + 0.08 * span)
     axes.set_xlabel("macro recall, %")
     axes.set_ylabel("macro precision, %")
-    key_of_layer_sets(figure, results, list(dict.fromkeys(row["layer_set"] for row in rows)))
-    scatter(axes, results, rows, lambda row: 100 * row["recall"], lambda row: 100 * row["precision"])
+    key_of_layer_sets(figure, list(dict.fromkeys(row["layer_set"] for row in rows)))
+    scatter(axes, rows, lambda row: 100 * row["recall"], lambda row: 100 * row["precision"])
     return figure
 
 
@@ -420,9 +461,9 @@ def cost(results: dict) -> Figure | None:
         axes.xaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
         axes.set_xlabel(label)
     panels[0].set_ylabel("test accuracy, %")
-    key_of_layer_sets(figure, results, list(dict.fromkeys(row["layer_set"] for row in rows)))
+    key_of_layer_sets(figure, list(dict.fromkeys(row["layer_set"] for row in rows)))
     for axes, quantity in zip(panels, ("feature_dim", "seconds_a_run"), strict=True):
-        scatter(axes, results, rows, lambda row, quantity=quantity: max(row[quantity], 1e-3), lambda row: 100 * row["accuracy"])
+        scatter(axes, rows, lambda row, quantity=quantity: max(row[quantity], 1e-3), lambda row: 100 * row["accuracy"])
     return figure
 
 
@@ -454,7 +495,7 @@ def learning_curves(results: dict) -> Figure | None:
     for axes, name in zip(grid.flat, names, strict=False):
         for layer_set in sets:
             curves = [curve for curve in rows_of(results, layer_set).get(name, {}).get("learning_curves", []) if curve["val_acc_history"]]
-            colour = colour_of(layer_set, results)
+            colour = colour_of(layer_set)
             for curve in curves:
                 history = 100 * np.array(curve["val_acc_history"])
                 axes.plot(range(1, len(history) + 1), history, color=colour, alpha=0.22, linewidth=0.5)
@@ -470,7 +511,7 @@ def learning_curves(results: dict) -> Figure | None:
     for axes in list(grid.flat[max(0, len(names) - 3):len(names)]):
         axes.set_xlabel("epoch")
         axes.tick_params(labelbottom=True)
-    key_of_layer_sets(figure, results, sets)
+    key_of_layer_sets(figure, sets)
     return figure
 
 
@@ -481,15 +522,15 @@ def controls_rows(results: dict) -> list[dict]:
     """The null battery: accuracies, and what chance gives."""
     found = results.get("inference") or {}
     rows = [{"cell": entry["cell"], "accuracy": entry["accuracy"], "low": entry["interval"][0], "high": entry["interval"][1],
-             "chance": found["chance"]} for entry in found.get("controls", [])]
+             "chance": found["chance"], "spread_of_chance": None} for entry in found.get("controls", [])]
     check = found.get("shuffled")
-    return rows + ([{"cell": name, "accuracy": cell["accuracy"], "low": None, "high": None, "chance": cell["expected"]}
-                    for name, cell in check["cells"].items()] if check else [])
+    return rows + ([{"cell": name, "accuracy": cell["accuracy"], "low": None, "high": None, "chance": cell["expected"],
+                     "spread_of_chance": cell["spread"]} for name, cell in check["cells"].items()] if check else [])
 
 
 @drawn
 def controls(results: dict) -> Figure | None:
-    """Accuracy of each control with its interval, and the chance level of each."""
+    """Accuracy of each control with its interval and chance; of shuffled labels with the range that chance allows a single cell."""
     rows = controls_rows(results)
     if not rows:
         return None
@@ -499,10 +540,16 @@ def controls(results: dict) -> Figure | None:
         if row["low"] is not None:
             axes.plot([100 * row["low"], 100 * row["high"]], [y, y], color=COLOURS["all_layers"], gid="interval")
         axes.plot([100 * row["accuracy"]], [y], "o", color=COLOURS["all_layers"], markersize=3, gid="point")
+        if row["spread_of_chance"] is not None:
+            axes.plot([100 * (row["chance"] + side * 1.96 * row["spread_of_chance"]) for side in (-1, 1)], [y, y], color=FAINT, linewidth=2.5,
+                      alpha=0.6, zorder=1, gid="range")
         axes.plot([100 * row["chance"]], [y], "|", color=INK, markersize=6, gid="chance")
     name_rows(axes, [row["cell"] for row in rows])
     axes.set_xlim(left=0)
-    axes.set_xlabel("test accuracy, % (strokes: chance)")
+    axes.set_xlabel("test accuracy, % (strokes: chance; grey: its range for one cell)")
+    check = (results.get("inference") or {}).get("shuffled")
+    if check:
+        axes.set_title(f"shuffled labels: p = {check['p']:.3f} for all cells together", loc="left")
     return figure
 
 
@@ -573,7 +620,7 @@ def blocks(results: dict) -> Figure | None:
                     continue
                 part = (value - low) / (high - low) if high > low else 0.5
                 axes.add_patch(matplotlib.patches.Rectangle((x + 0.9 * j, y - 0.45), 0.88, 0.9, facecolor=shade(part), linewidth=0, gid="block"))
-                axes.text(x + 0.9 * j + 0.44, y, f"{value:.0f}", ha="center", va="center", fontsize=6.5, color="white" if part < 0.55 else "black")
+                axes.text(x + 0.9 * j + 0.44, y, f"{value:.0f}", ha="center", va="center", fontsize=6.5, color=ON_DARK if part < 0.55 else ON_LIGHT)
             name = block.replace("_blocks.", " ").replace(".attentions.", ".").replace("mid_block", "mid")
             axes.text(x - 0.1 if side != "up" else x + 1.9, y, name, ha="right" if side != "up" else "left", va="center", fontsize=6.5)
     axes.set_xlim(-1.6, 9.2)
@@ -586,53 +633,85 @@ def blocks(results: dict) -> Figure | None:
     return figure
 
 
-# --- several runs
+MARKERS = "osD^vP*X"       # one for runs that a line may join
+
+
+# --- several runs: results with a `name` of their own, and a `group` that those share whose accuracies may be joined by a line
 
 
 def scaling_rows(runs: list[dict]) -> list[dict]:
-    """Accuracy, drop and retention of each run that stands beside others; `run` tells apart those whose settings differ."""
-    return [{"run": results["name"], "rows": results["data"]["rows"], **row,
-             "all_layers_accuracy": rows_of(results, "all_layers").get(row["representation"], {}).get("test_acc_mean")}
-            for results in runs for row in accuracy_rows(results)]
+    """Accuracy of every cell of every run, what is lost against all layers, and what is retained."""
+    found = []
+    for results in runs:
+        drops = {row["representation"]: row for row in drop_rows(results)}
+        kept = {(row["representation"], row["layer_set"]): row["retention"] for row in retention_rows(results)}
+        for row in accuracy_rows(results):
+            drop_of = drops.get(row["representation"], {}) if row["layer_set"] == "visual_only" else {}
+            found.append({"run": results["name"], "group": results["group"], "rows": results["data"].get("rows"), **row,
+                          "drop": drop_of.get("drop"), "drop_low": drop_of.get("low"), "drop_high": drop_of.get("high"),
+                          "retention": kept.get((row["representation"], row["layer_set"]))})
+    return found
 
 
-def scaling(runs: list[dict]) -> Figure | None:
-    """Test accuracy against the number of LoRAs, a panel for each representation; runs of different settings are not joined."""
+def against_size(runs: list[dict], quantity: str, low: str, high: str, label: str) -> Figure | None:
+    """A quantity of scaling_rows against the number of LoRAs, a panel for each representation."""
     with matplotlib.rc_context(STYLE):
-        rows = scaling_rows(runs)
+        rows = [row for row in scaling_rows(runs) if row[quantity] is not None and row["rows"]]
         if not rows:
             return None
-        by_name = {results["name"]: results for results in runs}
         names = [name for name in CHOICES if any(row["representation"] == name for row in rows)]
-        sets = list(dict.fromkeys(row["layer_set"] for row in rows))
-        lines = -(-len(names) // 3)
-        figure = Figure((WIDE, 0.6 + 1.5 * lines))
+        sets, sizes = list(dict.fromkeys(row["layer_set"] for row in rows)), sorted({row["rows"] for row in rows})
+        groups, lines = list(dict.fromkeys(row["group"] for row in rows)), -(-len(names) // 3)
+        figure = Figure((WIDE, 0.7 + 1.5 * lines))
         grid = figure.subplots(lines, 3, sharex=True, sharey=True, squeeze=False)
         for axes in grid.flat[len(names):]:
             axes.set_axis_off()
         for axes, name in zip(grid.flat, names, strict=False):
             for layer_set in sets:
-                points: dict[str, list[dict]] = {}
-                for row in (row for row in rows if row["representation"] == name and row["layer_set"] == layer_set):
-                    points.setdefault(by_name[row["run"]]["settings_group"], []).append(row)
-                for group in points.values():
-                    group = sorted(group, key=lambda row: row["rows"])
-                    colour = colour_of(layer_set, by_name[group[0]["run"]])
-                    axes.plot([row["rows"] for row in group], [100 * row["accuracy"] for row in group], "o-", color=colour, markersize=3, gid="curve")
-                    for row in group:
-                        if row["low"] is not None:
-                            axes.plot([row["rows"]] * 2, [100 * row["low"], 100 * row["high"]], color=colour, linewidth=0.8, gid="interval")
+                for number, group in enumerate(groups):
+                    points = sorted((row for row in rows if (row["representation"], row["layer_set"], row["group"]) == (name, layer_set, group)),
+                                    key=lambda row: row["rows"])
+                    colour, dodge = colour_of(layer_set), 1.05 ** (number - (len(groups) - 1) / 2)
+                    axes.plot([dodge * row["rows"] for row in points], [100 * row[quantity] for row in points], color=colour,
+                              marker=MARKERS[number % len(MARKERS)], markersize=3, gid="curve")
+                    for row in (row for row in points if row.get(low) is not None):
+                        axes.plot([dodge * row["rows"]] * 2, [100 * row[low], 100 * row[high]], color=colour, linewidth=0.8, gid="interval")
             axes.set_title(name, loc="left")
             axes.set_xscale("log")
+            axes.set_xlim(sizes[0] / 1.4, sizes[-1] * 1.4)
+            axes.set_xticks(sizes, [f"{size:,}" for size in sizes])
+            axes.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
         for axes in grid[:, 0]:
-            axes.set_ylabel("test accuracy, %")
+            axes.set_ylabel(label)
         for axes in list(grid.flat[max(0, len(names) - 3):len(names)]):
             axes.set_xlabel("LoRAs in the data set")
             axes.tick_params(labelbottom=True)
-        key_of_layer_sets(figure, runs[0], sets)
+        key_of_layer_sets(figure, sets)
+        if len(groups) > 1:
+            shown = {group: ", ".join(dict.fromkeys(row["run"] for row in rows if row["group"] == group)) for group in groups}
+            handles = [matplotlib.lines.Line2D([], [], linestyle="", marker=MARKERS[number % len(MARKERS)], color=INK, markersize=3, label=names_of)
+                       for number, names_of in enumerate(shown.values())]
+            figure.legend(handles=handles, loc="outside lower left", ncols=2, frameon=False, fontsize=6.5)
         return figure
 
 
+def scaling(runs: list[dict]) -> Figure | None:
+    return against_size(runs, "accuracy", "low", "high", "test accuracy, %")
+
+
+def scaling_drop(runs: list[dict]) -> Figure | None:
+    return against_size(runs, "drop", "drop_low", "drop_high", "drop, points")
+
+
+def scaling_retention(runs: list[dict]) -> Figure | None:
+    return against_size(runs, "retention", "", "", "retained, %")
+
+
+COMPARISONS: dict[str, tuple[str, Callable[[list[dict]], list[dict]], Callable[[list[dict]], Figure | None]]] = {
+    "scaling": ("Accuracy and size", scaling_rows, scaling),
+    "scaling_drop": ("The drop and size", lambda runs: [], scaling_drop),
+    "scaling_retention": ("What is retained, and size", lambda runs: [], scaling_retention),
+}
 FIGURES: dict[str, tuple[str, Callable[[dict], list[dict]], Callable[[dict], Figure | None]]] = {
     "accuracy": ("Test accuracy", accuracy_rows, accuracy),
     "drop": ("The drop without the text layers", drop_rows, drop),
@@ -640,6 +719,7 @@ FIGURES: dict[str, tuple[str, Callable[[dict], list[dict]], Callable[[dict], Fig
     "retention": ("What is retained", retention_rows, retention),
     "learning_curves": ("Learning curves", learning_curves_rows, learning_curves),
     "confusion": ("Confusion matrices", confusion_rows, confusion),
+    "confusion_all": ("Confusion matrices of every representation", lambda results: [], confusion_all),
     "gaps": ("Training, validation and test", gaps_rows, gaps),
     "precision_recall": ("Precision against recall", precision_recall_rows, precision_recall),
     "cost": ("Columns and seconds against accuracy", cost_rows, cost),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import dataclasses
 import io
 import json
 import re
@@ -16,28 +17,37 @@ import sys
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
-from checkpointing import ResultStore, hash_of, write_bytes  # noqa: E402
-from settings import Cell, InputError, group_of, title_of  # noqa: E402
+from checkpointing import ResultStore, hash_of, utc_now, write_bytes  # noqa: E402
+from settings import Cell, InputError, TrainingSettings, group_of, title_of  # noqa: E402
 
 FORMATS = ("html", "png", "pdf", "latex", "csv", "markdown")
 RESOLUTION = 300           # dots an inch
-LEADING = ("accuracy", "drop", "scaling")     # stand above the table
+LEADING = ("accuracy", "drop", "scaling", "scaling_drop", "scaling_retention")     # stand above the table
+OVER_SPLITS = ("accuracy", "drop", "retention", "controls")               # speak of all splits, the other figures of the first
+# that two runs may differ in and yet be joined by a line
+OWN_SETTINGS = ("dataset", "data_split", "revision", "output_dir", "cache_dir", "cache_features", "device", "representations", "layer_sets",
+                "named_layer_sets", "controls", "classifiers", "audit", "metadata_columns")
 NARROW = ("accuracy", "drop", "class_drop", "retention", "precision_recall", "blocks", "controls")
 CAPTIONS = {
     "accuracy": "Points: mean test accuracy; lines: 95 % intervals for new examples and runs; broken line: chance.",
     "drop": "Accuracy with all layers less that with the visual layers alone, with 95 % intervals for new examples and runs; filled: p < 0.05 "
             "after Holm's correction; band: the margin within which the two count as equal.",
-    "class_drop": "From the confusion matrices; intervals take the two sets of predictions as independent and are rather too wide.",
+    "class_drop": "From the confusion matrices. Intervals (Newcombe) take rows and the two sets of predictions as independent: too wide where both "
+                  "are right about the same rows, too narrow where test rows come in groups.",
     "retention": "Test accuracy of a layer set over that with all layers. A ratio of two accuracies: near chance it says little.",
     "learning_curves": "Validation accuracy of every run (faint), their mean while half of them go on (bold), and best epochs (points).",
-    "confusion": "Test rows of all runs; lines are true classes and add up to one.",
+    "confusion": "Test rows of all runs; lines are true classes and add up to one, empty where no test row is of a class.",
+    "confusion_all": "The same for every representation; classes in the same order.",
     "gaps": "Means over runs.",
     "precision_recall": "Macro averages over the classes, means over runs.",
     "cost": "Columns before constant ones are left out; seconds are a run's own (of a packed run: its part).",
-    "controls": "What is not, or only a part of, the weights. Strokes: chance; for shuffled labels, what is due to their frequencies.",
+    "controls": "What is not, or only a part of, the weights. Strokes: chance; for shuffled labels what is due to their frequencies, and in grey the "
+                "range of 95 % of orders of the test labels, for each cell alone. All cells share their labels and rows, so they err together.",
     "audits": "Predictions of the trained runs that stay the same when the test rows' weights are changed.",
     "blocks": "One block's attention layers of one kind alone.",
-    "scaling": "Runs whose settings differ in more than the data set are not joined by lines.",
+    "scaling": "Lines join runs of equal settings, classes and layers; sizes are drawn a little apart where runs stand beside each other.",
+    "scaling_drop": "All layers less visual only, with 95 % intervals.",
+    "scaling_retention": "Test accuracy of a layer set over that with all layers.",
 }
 
 
@@ -53,29 +63,43 @@ def result_folders(path: Path) -> list[Path]:
 
 
 def load_results(folder: Path) -> dict:
-    """results.json, with what has been finished since it was written; from the checkpoints alone where it is not there."""
+    """results.json, with what the same settings have finished since it was written; from the checkpoints alone where it is not there.
 
+    What its own run left out, made with other settings or damaged, stays out and is said.
+    """
     path, store = folder / "results.json", ResultStore(folder)
-    results = json.loads(path.read_bytes()) if path.exists() else {}
-    known = {f"{row['representation'].removesuffix('_' + key[:-8])}|{key[:-8]}" for key, rows in results.items() if key.endswith("_results")
-             for row in rows} | {entry["cell"] for key in ("further_cells", "audits") for entry in results.get(key, [])}
-    newer = [cell for cell in store.cells() if not {cell.name, f"{cell.representation}|{cell.layer_set}"} & known]
-    if newer:
-        records, unread = {}, {}
-        for cell in store.cells():
-            try:
-                records[cell] = store.load(cell)
-            except (OSError, ValueError, KeyError) as error:
-                unread[cell] = f"its files cannot be read: {error}"
-        if records:
-            results = partial_results(results, records, unread, folder)
-    if not results:
+    content = path.read_bytes() if path.exists() else b""
+    results = json.loads(content) if content else {}
+    known = {row["cell"]: row for key, rows in results.items() if key.endswith("_results") or key == "further_cells" for row in rows}
+    known |= {entry["cell"]: entry for entry in results.get("audits", [])}
+    records, left_out = {}, {}
+    for cell in store.cells():
+        try:
+            records[cell] = store.load(cell)
+        except (OSError, ValueError, KeyError) as error:
+            left_out[cell] = f"its files cannot be read: {error}"
+            continue
+        if cell.name not in known and known and common_settings(records[cell]) not in map(common_settings, known.values()):
+            left_out[cell] = "finished with other settings, and not among these results"
+            del records[cell]
+    if not records and not results:
         raise InputError(f"'{folder}' has no finished cell yet")
-    return results | {"name": folder_name(folder)}
+    if any(cell.name not in known for cell in records):
+        results = partial_results(results, records, folder)
+    reported = {entry["cell"] for entry in results["failed_cells"]}
+    results["failed_cells"] = results["failed_cells"] + [{"cell": cell.name, "error": error} for cell, error in left_out.items()
+                                                         if cell.name not in reported]
+    return results | {"name": folder.resolve().parent.name, "made_from": made_from(content)}
 
 
-def partial_results(header: dict, records: dict[Cell, dict], failures: dict[Cell, str], folder: Path) -> dict:
-    """results.json of a run that goes on or was ended: what is finished, and no inference."""
+def common_settings(record: dict) -> str:
+    """What all cells of a command share: the data and how it trains."""
+    shared = {"data", *(field.name for field in dataclasses.fields(TrainingSettings))}
+    return hash_of({name: value for name, value in record.get("made_with", {}).items() if name in shared})
+
+
+def partial_results(header: dict, records: dict[Cell, dict], folder: Path, failures: dict[Cell, str] | None = None) -> dict:
+    """results.json of a run that goes on or was ended: what is finished, and no inference. `header` has what else is known."""
     from reporting import collect
 
     first = next(iter(records.values()))
@@ -83,12 +107,12 @@ def partial_results(header: dict, records: dict[Cell, dict], failures: dict[Cell
     kept = {key: value for key, value in header.items() if not key.endswith("_results")}
     known = {"dataset": folder.name.removeprefix("visual_ablation_"), "num_runs": len(first["per_run_results"]), "num_classes": classes,
              "label_mapping": {str(number): number for number in range(classes)}, "data": {}, "settings": {}} | kept
-    return collect(records, failures, {}, known | {"inference": {}, "verdict": f"Not finished: {len(records)} cells so far. Intervals, tests and the "
-                                                   "verdict are made when the run ends."})
-
-
-def folder_name(folder: Path) -> str:
-    return folder.resolve().parent.name
+    failed = {Cell.named(entry["cell"]): entry["error"] for entry in header.get("failed_cells", [])}
+    skipped = {Cell.named(entry["cell"]): entry["reason"] for entry in header.get("skipped_cells", [])}
+    failed = {cell: error for cell, error in (failed | (failures or {})).items() if cell is not None and cell not in records}
+    skipped = {cell: reason for cell, reason in skipped.items() if cell is not None and cell not in records}
+    verdict = f"Not finished: {len(records)} cells so far. Intervals, tests and the verdict are made when the run ends."
+    return collect(records, failed, skipped, known | {"inference": {}, "verdict": verdict})
 
 
 # --- tables
@@ -103,39 +127,75 @@ def text(value: str) -> dict:
     return {"shown": value, "value": value, "text": True}
 
 
-def main_table(results: dict) -> dict:
-    """Every finished cell of the table, one a line."""
-    inference = results.get("inference") or {}
-    drops = {entry["representation"]: entry for comparison in inference.get("comparisons", [])
-             if (comparison["first"], comparison["second"]) == ("all_layers", "visual_only") for entry in comparison["entries"]}
-    columns = [("representation", True), ("layer set", True), ("test, %", False), ("95 % interval", False), ("drop, points", False),
-               ("p (Holm)", False), ("± runs", False), ("val, %", False), ("train, %", False), ("macro F1, %", False), ("columns", False),
-               ("best epoch", False), ("s a run", False)]
-    rows = []
+def cell_rows(results: dict) -> list[dict]:
+    """Every finished cell of the table, with all digits; accuracy, interval and drop are over all splits, the rest is of the first."""
+    from figures import accuracy_of, main_comparison
+
+    inference, found = results.get("inference") or {}, []
+    drops = {entry["representation"]: entry for entry in main_comparison(results)}
     for key in (key for key in results if key.endswith("_results")):
         layer_set = key.removesuffix("_results")
         for row in results[key]:
             name = row["representation"].removesuffix(f"_{layer_set}")
-            entry, drop = inference.get("accuracies", {}).get(f"{layer_set}_{name}"), drops.get(name) if layer_set == "visual_only" else None
-            accuracy = entry["accuracy"] if entry else row["test_acc_mean"]
-            interval = {"shown": "–", "value": "", "text": False}
-            if entry:
-                low, high = entry["interval"]
-                interval = {"shown": f"{100 * low:.1f} – {100 * high:.1f}", "value": repr(high - low), "text": False}
-            rows.append([text(name), text(layer_set), number(accuracy), interval, number(drop["drop"] if drop else None, sign=True),
-                         number(drop["p_holm"] if drop else None, 4, 1), number(row["test_acc_std"]), number(row["val_acc_mean"]),
-                         number(row["train_acc_mean"]), number(row["test_f1_mean"]), number(row["feature_dim"], 0, 1),
-                         number(row["best_epoch_mean"], 0, 1), number(row["training_time_mean"], 2, 1)])
-    return {"name": "cells", "title": "All cells", "columns": [{"title": title, "text": is_text} for title, is_text in columns], "rows": rows,
-            "note": "± runs is the std over seeds: training noise, not the uncertainty of the accuracy. Click a heading to sort."}
+            low, high = (inference.get("accuracies", {}).get(f"{layer_set}_{name}") or {"interval": (None, None)})["interval"]
+            drop = drops.get(name, {}) if layer_set == "visual_only" else {}
+            found.append({
+                "representation": name, "layer_set": layer_set, "test_acc": accuracy_of(results, layer_set, name), "low": low, "high": high,
+                "drop": drop.get("drop"), "p_holm": drop.get("p_holm"), "std_over_runs": row["test_acc_std"], "val_acc": row["val_acc_mean"],
+                "train_acc": row["train_acc_mean"], "test_f1": row["test_f1_mean"], "feature_dim": row["feature_dim"],
+                "best_epoch": row["best_epoch_mean"], "seconds_a_run": row["training_time_mean"]})
+    return found
 
 
-def joint_table(runs: list[dict]) -> dict:
+def further_rows(results: dict) -> list[dict]:
+    """Every finished cell beside the table: of other splits, by other classifiers, controls."""
+    inference, found = results.get("inference") or {}, []
+    known, shuffled = inference.get("accuracies", {}), (inference.get("shuffled") or {}).get("cells", {})
+    for row in results.get("further_cells", []):
+        low, high = (known.get(row["cell"]) or {"interval": (None, None)})["interval"]
+        found.append({"cell": row["cell"], "test_acc": row["test_acc_mean"], "low": low, "high": high, "std_over_runs": row["test_acc_std"],
+                      "val_acc": row["val_acc_mean"], "train_acc": row["train_acc_mean"], "expected": shuffled.get(row["cell"], {}).get("expected"),
+                      "columns": row["feature_dim"]})
+    return found
+
+
+COLUMNS = {   # of a page's tables: heading, digits, factor
+    "run": ("run", None, None), "rows": ("LoRAs", 0, 1), "representation": ("representation", None, None), "layer_set": ("layer set", None, None),
+    "cell": ("cell", None, None), "test_acc": ("test, %", 1, 100), "interval": ("95 % interval", 1, 100), "drop": ("drop, points", 1, 100),
+    "p_holm": ("p (Holm)", 4, 1), "std_over_runs": ("± runs", 1, 100), "val_acc": ("val, %", 1, 100), "train_acc": ("train, %", 1, 100),
+    "test_f1": ("macro F1, %", 1, 100), "feature_dim": ("columns", 0, 1), "columns": ("columns", 0, 1), "best_epoch": ("best epoch", 0, 1),
+    "seconds_a_run": ("s a run", 2, 1), "expected": ("due by chance, %", 1, 100),
+}
+
+
+def page_table(name: str, title: str, note: str, rows: list[dict]) -> dict:
+    """Rows as the page shows and sorts them; `low` and `high` become one column, sorted by its width."""
+    columns = ["interval" if column == "low" else column for column in rows[0] if column != "high"]
+    lines = []
+    for row in rows:
+        interval = {"shown": "–", "value": "", "text": False}
+        if row["low"] is not None:
+            interval = {"shown": f"{100 * row['low']:.1f} – {100 * row['high']:.1f}", "value": repr(row["high"] - row["low"]), "text": False}
+        lines.append([interval if column == "interval" else text(row[column]) if COLUMNS[column][1] is None
+                      else number(row[column], *COLUMNS[column][1:], sign=column == "drop") for column in columns])
+    heads = [{"title": COLUMNS[column][0], "text": COLUMNS[column][1] is None} for column in columns]
+    return {"name": name, "title": title, "note": note, "columns": heads, "rows": lines}
+
+
+def page_tables(results: dict) -> list[dict]:
+    splits = (results.get("inference") or {}).get("splits", 1)
+    note = "± runs is the std over seeds: training noise, not the uncertainty of the accuracy."
+    if splits > 1:
+        note += f" Accuracy, interval and drop are over {splits} splits, all else is of the first."
+    tables = [page_table("cells", "The table", note, rows)] if (rows := cell_rows(results)) else []
+    if further := further_rows(results):
+        tables.append(page_table("further", "Beside the table", "Other splits, other classifiers and controls, each cell by itself.", further))
+    return tables
+
+
+def joint_rows(runs: list[dict]) -> list[dict]:
     """The cells of several runs, each line with its run and rows."""
-    tables = [main_table(results) for results in runs]
-    rows = [[text(results["name"]), number(results["data"].get("rows"), 0, 1), *row] for results, table in zip(runs, tables, strict=True)
-            for row in table["rows"]]
-    return tables[0] | {"columns": [{"title": "run", "text": True}, {"title": "LoRAs", "text": False}, *tables[0]["columns"]], "rows": rows}
+    return [{"run": results["name"], "rows": results["data"].get("rows"), **row} for results in runs for row in cell_rows(results)]
 
 
 def summary_rows(results: dict) -> tuple[list[str], list[list[str]]]:
@@ -149,11 +209,19 @@ def summary_rows(results: dict) -> tuple[list[str], list[list[str]]]:
         line = [name]
         for layer_set in sets:
             row = accuracies.get((name, layer_set))
-            half = "" if row is None or row["low"] is None else f" ± {50 * (row['high'] - row['low']):.1f}"
-            line.append("–" if row is None else f"{100 * row['accuracy']:.1f}{half}")
+            line.append("–" if row is None else f"{100 * row['accuracy']:.1f}{half_interval(row)}")
         entry = drops.get(name)
         lines.append(line + ["–" if entry is None else f"{100 * entry['drop']:+.1f}{stars(entry)}"])
     return ["representation", *(title_of(name) for name in sets), "drop"], lines
+
+
+def half_interval(row: dict) -> str:
+    """± half of it; where it ends at 0 or 100 %, and is not half as wide to that side, both ends."""
+    if row["low"] is None:
+        return ""
+    if row["low"] <= 0 or row["high"] >= 1:
+        return f" ({100 * row['low']:.1f} to {100 * row['high']:.1f})"
+    return f" ± {50 * (row['high'] - row['low']):.1f}"
 
 
 def stars(entry: dict) -> str:
@@ -163,9 +231,17 @@ def stars(entry: dict) -> str:
 
 
 def caption(results: dict) -> str:
-    margin = 100 * results.get("settings", {}).get("margin", 0.02)
-    return ("Test accuracy in percent ± half of its 95 % interval for new examples and runs; drop: all layers minus visual only, points; * p < 0.05, "
-            f"** p < 0.01, *** p < 0.001 after Holm's correction; = equal to within {margin:g} points (two one-sided tests, p < 0.05).")
+    """What the table's signs mean, of those that are in it."""
+    from figures import accuracy_rows, main_comparison
+
+    words = "Test accuracy in percent"
+    if any(row["low"] is not None for row in accuracy_rows(results)):
+        words += " ± half of its 95 % interval for new examples and runs, or both ends where it meets 0 or 100"
+    if main_comparison(results):
+        margin = 100 * main_comparison(results)[0]["margin"]
+        words += ("; drop: all layers minus visual only, points; * p < 0.05, ** p < 0.01, *** p < 0.001 after Holm's correction; = equal to within "
+                  f"{margin:g} points (two one-sided tests, p < 0.05)")
+    return words + "."
 
 
 LATEX = {"\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}", "~": r"\textasciitilde{}",
@@ -222,7 +298,8 @@ def sections_and_files(drawings: dict, formats: tuple[str, ...]) -> tuple[list[d
                     figure.savefig(out, format=kind, dpi=RESOLUTION, metadata={"CreationDate": None} if kind == "pdf" else {})
                 files[f"figures/{name}.{kind}"] = out.getvalue()
         if "html" in formats:
-            sections.append({"name": name, "title": title, "svg": Markup(inline_svg(figure, name, title)), "caption": CAPTIONS[name],
+            data = f" Data: tables/{name}.csv." if rows and "csv" in formats else ""
+            sections.append({"name": name, "title": title, "svg": Markup(inline_svg(figure, name, title)), "caption": CAPTIONS[name] + data,
                              "narrow": name in NARROW})
     return sections, files
 
@@ -230,13 +307,13 @@ def sections_and_files(drawings: dict, formats: tuple[str, ...]) -> tuple[list[d
 def inline_svg(figure, name: str, title: str) -> str:
     """An svg element whose text takes the page's colour, and whose ids are its own."""
     import matplotlib
-    from figures import INK
+    from figures import INK, PAPER
 
     out = io.StringIO()
     with matplotlib.rc_context({"svg.hashsalt": name, "svg.fonttype": "none"}):
         figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
     svg = out.getvalue()
-    svg = svg[svg.index("<svg"):].replace(INK, "currentColor")
+    svg = svg[svg.index("<svg"):].replace(INK, "currentColor").replace(PAPER, "var(--paper)")
     used = set(re.findall(r'(?:url\(#|href="#)([^")]+)', svg))
     svg = re.sub(r' id="([^"]+)"', lambda found: found.group(0) if found.group(1) in used else "", svg)
     svg = re.sub(r'( id="|url\(#|href="#)', rf"\g<1>{name}-", svg)
@@ -245,7 +322,7 @@ def inline_svg(figure, name: str, title: str) -> str:
     return re.sub(r"<svg ", f'<svg role="img" aria-label="{title}" fill="currentColor" ', svg, count=1)
 
 
-def page(runs: list[dict], sections: list[dict], tables: list[dict], blocks: list[dict], title: str, made_from: str, running: bool = False) -> bytes:
+def page(runs: list[dict], sections: list[dict], tables: list[dict], blocks: list[dict], title: str, running: bool = False) -> bytes:
     import jinja2
 
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined)
@@ -253,7 +330,7 @@ def page(runs: list[dict], sections: list[dict], tables: list[dict], blocks: lis
     shown = [{"name": results["name"], "verdict": results["verdict"], "suspect": bool(check and check["suspect"])}
              for results, check in zip(runs, checks, strict=True)]
     return environment.get_template("report.html.j2").render(
-        runs=shown, sections=sections, tables=tables, blocks=blocks, title=title, leading=LEADING, made_from=made_from, running=running).encode()
+        runs=shown, sections=sections, tables=tables, blocks=blocks, title=title, leading=LEADING, running=running).encode()
 
 
 def card_block(results: dict) -> dict:
@@ -298,64 +375,93 @@ def write_report(folder: Path, formats: tuple[str, ...] = FORMATS) -> list[Path]
 
     drawings = {name: (title, rows(results), draw(results)) for name, (title, rows, draw) in FIGURES.items()}
     sections, files = sections_and_files(drawings, formats)
+    if (results.get("inference") or {}).get("splits", 1) > 1:
+        for section in (section for section in sections if section["name"] not in OVER_SPLITS):
+            section["caption"] = f"Of the first split. {section['caption']}"
     if "html" in formats:
         blocks = [card_block(results), manifest_block(folder), failure_block(results)]
-        files["report.html"] = page([results], sections, [main_table(results)], list(filter(None, blocks)), f"Visual ablation: {results['dataset']}",
-                                    made_from(folder))
+        files["report.html"] = page([results], sections, page_tables(results), list(filter(None, blocks)), f"Visual ablation: {results['dataset']}")
     if "latex" in formats:
         files["tables/results.tex"] = latex_table(results).encode()
     if "markdown" in formats:
         files["tables/results.md"] = markdown_table(results).encode()
-    return write_files(folder, files)
+    for name, rows in (("cells", cell_rows(results)), ("further_cells", further_rows(results))):
+        if rows and "csv" in formats:
+            files[f"tables/{name}.csv"] = csv_text(rows).encode()
+    written = write_files(folder, files)
+    for name in FIGURES:                                                 # of an earlier report, and not of this one
+        for old in (f"figures/{name}.png", f"figures/{name}.pdf", f"tables/{name}.csv"):
+            if old not in files and KINDS[old.rpartition(".")[2]] in formats:
+                (folder / old).unlink(missing_ok=True)
+    stamp = {"made_from": results["made_from"], "formats": sorted(formats), "files": {name: hash_of(content) for name, content in files.items()}}
+    write_bytes(folder / STAMP, json.dumps(stamp).encode())
+    return written
 
 
-def made_from(folder: Path) -> str:
-    """Of what a page is made: the hash of results.json and of this program's own files."""
-    path = folder / "results.json"
-    own = [file.read_bytes().hex() for file in sorted(Path(__file__).parent.glob("report*")) if file.is_file()]
-    own.append((Path(__file__).parent / "figures.py").read_bytes().hex())
-    return hash_of([hash_of(path.read_bytes()) if path.exists() else "", hash_of(own)])
+STAMP = ".report.json"     # what a report was made from, and the hashes of its files
+KINDS = {"png": "png", "pdf": "pdf", "csv": "csv"}
+
+
+def made_from(content: bytes) -> str:
+    """The hash of results.json and of this program's own files."""
+    own = [*sorted(Path(__file__).parent.glob("report*")), Path(__file__).parent / "figures.py"]
+    return hash_of([hash_of(content), *(hash_of(file.read_bytes()) for file in own if file.is_file())])
 
 
 def is_current(folder: Path) -> bool:
-    """Whether report.html was made from what is in the folder now."""
-    path = folder / "report.html"
-    return path.exists() and f'name="made-from" content="{made_from(folder)}"' in path.read_text(errors="replace")
+    """Whether the whole report is there, as it was written, and made from what is in the folder now."""
+    try:
+        stamp = json.loads((folder / STAMP).read_bytes())
+        return (stamp["made_from"] == made_from((folder / "results.json").read_bytes()) and stamp["formats"] == sorted(FORMATS)
+                and all(hash_of((folder / name).read_bytes()) == of_file for name, of_file in stamp["files"].items()))
+    except (OSError, ValueError, KeyError):
+        return False
 
 
 def refresh(folder: Path, header: dict, records: dict[Cell, dict], failures: dict[Cell, str], total: int) -> None:
     """While a run goes on: the page with its table alone."""
-    results = partial_results(header, records, failures, folder) | {"name": folder_name(folder)}
-    results["verdict"] = f"Running: {len(records)} of {total} cells are finished. Figures, intervals and the verdict are made when the run ends."
+    results = partial_results(header, records, folder, failures) | {"name": folder.resolve().parent.name}
+    results["verdict"] = (f"Running: {len(records)} of {total} cells were finished at {utc_now()}. Figures, intervals and the verdict are made when "
+                          "the run ends. If that time is long past, it was ended: rerun the same command to resume.")
     blocks = [card_block(results), failure_block(results)]
     title = f"Visual ablation: {results['dataset']}"
-    write_bytes(folder / "report.html", page([results], [], [main_table(results)], list(filter(None, blocks)), title, "", running=True))
+    (folder / STAMP).unlink(missing_ok=True)
+    write_bytes(folder / "report.html", page([results], [], page_tables(results), list(filter(None, blocks)), title, running=True))
 
 
 def write_comparison(folders: list[Path], output: Path, formats: tuple[str, ...] = FORMATS) -> list[Path]:
-    """Several runs beside each other."""
-    from figures import scaling, scaling_rows
+    """Several runs beside each other. Lines join those that differ in nothing but the data set and its size."""
+    from figures import COMPARISONS
 
     runs = [load_results(folder) for folder in folders]
-    for results in runs:
-        places = ("dataset", "output_dir", "cache_dir")
-        results["settings_group"] = hash_of({name: value for name, value in flat(results["settings"]).items() if name not in places})
     names = [results["name"] for results in runs]
     for results, folder in zip(runs, folders, strict=True):
         if names.count(results["name"]) > 1:
-            results["name"] = f"{results['name']}/{folder.name}"
-    sections, files = sections_and_files({"scaling": ("Accuracy and size", scaling_rows(runs), scaling(runs))}, formats)
+            results["name"] = str(folder)
+    joined: list[tuple[str, set]] = []                                   # groups of runs, and their numbers of rows
+    for results in runs:
+        own = {name: value for name, value in flat(results["settings"]).items() if name not in OWN_SETTINGS}
+        kind = hash_of([own, results.get("label_mapping"), results.get("layer_names")]) if own else results["name"]
+        place = next((i for i, (other, sizes) in enumerate(joined) if other == kind and results["data"].get("rows") not in sizes), len(joined))
+        if place == len(joined):
+            joined.append((kind, set()))
+        joined[place][1].add(results["data"].get("rows"))
+        results["group"] = place
+    sections, files = sections_and_files({name: (title, rows(runs), draw(runs)) for name, (title, rows, draw) in COMPARISONS.items()}, formats)
+    rows = joint_rows(runs)
     if "html" in formats:
-        first = runs[0]["settings"]
-        blocks = [{"name": "differences", "title": "Settings that differ", "text": "", "entries": [
-            (f"{results['name']}: {name}", shown(value)) for results in runs for name, value in flat(results["settings"]).items()
-            if any(flat(other["settings"]).get(name) != value for other in runs)]}] if first else []
-        files["report.html"] = page(runs, sections, [joint_table(runs)], blocks, "Visual ablation: " + ", ".join(results["name"] for results in runs),
-                                    hash_of(names))
+        differing = [(f"{results['name']}: {name}", shown(value)) for results in runs for name, value in flat(results["settings"]).items()
+                     if any(flat(other["settings"]).get(name) != value for other in runs)]
+        blocks = [{"name": "differences", "title": "Settings that differ", "text": "", "entries": differing}]
+        blocks += [card_block(results) | {"name": f"data{i}", "title": f"Data set of {results['name']}"} for i, results in enumerate(runs)]
+        table = page_table("cells", "The tables", "± runs is the std over seeds: training noise, not the uncertainty of the accuracy.", rows)
+        files["report.html"] = page(runs, sections, [table], blocks, "Visual ablation: " + ", ".join(results["name"] for results in runs))
     if "csv" in formats:
-        table = joint_table(runs)
-        columns = [column["title"] for column in table["columns"]]
-        files["tables/cells.csv"] = csv_text([dict(zip(columns, (cell["value"] for cell in row), strict=True)) for row in table["rows"]]).encode()
+        files["tables/cells.csv"] = csv_text(rows).encode()
+    if "markdown" in formats:
+        files["tables/results.md"] = "\n".join(f"### {results['name']}\n\n{markdown_table(results)}" for results in runs).encode()
+    if "latex" in formats:
+        files["tables/results.tex"] = "\n".join(latex_table(results) for results in runs).encode()
     return write_files(output, files)
 
 

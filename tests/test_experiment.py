@@ -315,7 +315,7 @@ def test_a_product_that_fails_costs_its_cells_and_their_audits_only(run, place, 
     assert visible(folder(place) / "checkpoints") == sorted(
         f"{cell.name}.json" for cell in cells_of(("all_layers", "visual_only"), ("stats", "product_sketch"), ("gauge",)))
     assert log.count("product_norms FAILED: features of product_norms: RuntimeError: did not converge") == 2
-    assert log.count("product_norms.gauge FAILED: features of product_norms: RuntimeError: did not converge") == 2
+    assert log.count("product_norms.gauge FAILED: features of product_norms: RuntimeError: did not converge") == 2 * 2
     assert "4 cells FAILED" in log
     assert "all_layers_product_norms.gauge" in [entry["cell"] for entry in json.loads((folder(place) / "results.json").read_text())["failed_cells"]]
 
@@ -609,7 +609,7 @@ def test_the_page_follows_a_run_and_an_unchanged_one_leaves_it(run, place, monke
     monkeypatch.setattr(scripts.report, "refresh", lambda folder, *rest: (real(folder, *rest), pages.append((folder / "report.html").read_text())))
     chosen = ("--representations", "stats", "frequency", "--report")
     status, log = run(*chosen)
-    assert status == 0 and len(pages) == 4 and [f"Running: {n} of 4 cells are finished" in page for n, page in enumerate(pages, 1)] == [True] * 4
+    assert status == 0 and len(pages) == 4 and [f"Running: {n} of 4 cells were finished" in page for n, page in enumerate(pages, 1)] == [True] * 4
     assert "report.html" in log and visible(folder(place)) == ["checkpoints", "events.jsonl", "figures", "manifest.json", "predictions",
                                                                "report.html", "results.json", "results.txt", "tables"]
     assert {"accuracy.png", "accuracy.pdf", "drop.png"} <= set(visible(folder(place) / "figures"))
@@ -625,7 +625,7 @@ def test_a_report_that_cannot_be_made_costs_no_result(run, place, monkeypatch, w
     import scripts.report
     monkeypatch.setattr(scripts.report, what, lambda *rest: 1 / 0)
     status, log = run("--representations", "stats", "--report")
-    assert status == 0 and "is not written: ZeroDivisionError: division by zero; scripts/report.py makes it from the results" in log
+    assert status == 0 and "could not be written: ZeroDivisionError: division by zero; scripts/report.py makes it anew" in log
     assert len(checkpoints(place)) == 2 + 2 and (folder(place) / "results.json").exists()              # two of them hidden locks
 
 
@@ -1141,7 +1141,7 @@ def test_under_nohup_a_hangup_is_ignored_and_the_log_has_whole_lines(place):
     log = wait_for(process, "[1/18]")
     process.send_signal(signal.SIGHUP)
     log += process.communicate(timeout=120)[0]
-    assert process.returncode == 0 and "\r" not in log and "Results: " in log and log.endswith("results.txt\n")
+    assert process.returncode == 0 and "\r" not in log and "Results: " in log and log.endswith("report.html\n")
 
 
 def test_a_second_run_on_the_same_folder_ends_with_status_3(place):

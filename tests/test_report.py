@@ -59,10 +59,12 @@ def test_accuracies_stand_where_their_numbers_say(results):
         assert point.get_xdata() == pytest.approx([100 * entry["accuracy"]])
         assert list(interval.get_xdata()) == pytest.approx([100 * end for end in entry["interval"]])
         assert round(point.get_ydata()[0]) == ["stats", "frequency", "product_norms"].index(row["representation"])
-        assert to_hex(point.get_color()) == figures.colour_of(row["layer_set"], results).lower() == to_hex(interval.get_color())
+        assert to_hex(point.get_color()) == figures.colour_of(row["layer_set"]).lower() == to_hex(interval.get_color())
     (chance,) = parts(figure, "chance")
     assert chance.get_xdata()[0] == pytest.approx(100 * results["inference"]["chance"])
-    assert figures.colour_of("random_half.0", results) == figures.colour_of("random_half.1", results)
+    assert figures.colour_of("random_half.0") == figures.colour_of("random_half.1") and figures.colour_of("mine") in figures.FURTHER_COLOURS
+    results["inference"]["chance"] = 0.99
+    assert figures.accuracy(results).axes[0].get_xlim()[1] > 99                          # the line stays in sight
 
 
 def test_drops_are_sorted_and_filled_where_they_are_shown(results):
@@ -73,7 +75,7 @@ def test_drops_are_sorted_and_filled_where_they_are_shown(results):
     for y, (entry, point, interval) in enumerate(zip(ordered, parts(figure, "point"), parts(figure, "interval"), strict=True)):
         assert (point.get_xdata()[0], point.get_ydata()[0]) == pytest.approx((100 * entry["drop"], y))
         assert list(interval.get_xdata()) == pytest.approx([100 * end for end in entry["interval"]])
-        assert (to_hex(point.get_markerfacecolor()) != "#ffffff") == (entry["p_holm"] < 0.05)
+        assert (to_hex(point.get_markerfacecolor()) != figures.PAPER) == (entry["p_holm"] < 0.05)
     assert [text.get_text() for text in figure.axes[0].get_yticklabels()] == [entry["representation"] for entry in ordered]
 
 
@@ -109,18 +111,23 @@ def test_learning_curves_have_every_best_epoch_and_the_mean_of_the_runs(results)
 
 
 def test_confusion_matrices_are_shares_of_the_true_class(results):
-    figure = figures.confusion(results)
-    images = [axes.images[0].get_array() for axes in figure.axes if axes.images]
+    images = [axes.images[0].get_array() for axes in figures.confusion_all(results).axes if axes.images]
     assert len(images) == 9 and all(np.allclose(image.sum(1), 1) for image in images)
     total = np.array(results["all_layers_results"][0]["test_confusion_matrices"]).sum(0)
     assert np.allclose(images[0], total / total.sum(1, keepdims=True))
+    best = figures.rows_of(results, "text_only")[figures.best_representation(results)]
+    large = [axes for axes in figures.confusion(results).axes if axes.images]
+    assert len(large) == 3 and np.allclose(large[2].images[0].get_array(), figures.shares(best))
+    assert [label.get_text() for label in large[0].get_yticklabels()] == figures.shortened(list(results["label_mapping"]), 12)
+    absent = {"test_confusion_matrices": [[[2, 1], [0, 0]]]}
+    assert np.isnan(figures.shares(absent)[1]).all() and figures.shares(absent)[0].tolist() == [2 / 3, 1 / 3]
     rows = figures.confusion_rows(results)
     assert sum(row["count"] for row in rows if (row["layer_set"], row["representation"]) == ("all_layers", "stats")) == total.sum()
 
 
 def test_the_other_figures_draw_their_rows(results):
     table = {(row["layer_set"], row["representation"]): row["retention"] for row in figures.retention_rows(results)}
-    every, text = results["all_layers_results"][0]["test_acc_mean"], results["text_only_results"][0]["test_acc_mean"]
+    every, text = (results["inference"]["accuracies"][f"{layer_set}_stats"]["accuracy"] for layer_set in ("all_layers", "text_only"))
     assert table["text_only", "stats"] == pytest.approx(text / every)
     assert f"{100 * text / every:.0f}" in [shown.get_text() for shown in figures.retention(results).axes[0].texts]
     for part in figures.PARTS:
@@ -182,9 +189,12 @@ def test_a_run_ends_with_its_report_and_an_unchanged_one_leaves_it(finished):
         assert draw(report.load_results(finished)) is not None, name
         for kind, magic in (("png", b"\x89PNG"), ("pdf", b"%PDF")):
             assert (finished / "figures" / f"{name}.{kind}").read_bytes()[:4] == magic, name
+        expected = rows(report.load_results(finished))
+        if not expected:
+            assert not (finished / "tables" / f"{name}.csv").exists()
+            continue
         with (finished / "tables" / f"{name}.csv").open() as file:
             read = list(csv.DictReader(file))
-        expected = rows(report.load_results(finished))
         assert len(read) == len(expected) and list(read[0]) == list(expected[0])
         for column, value in expected[-1].items():
             assert read[-1][column] == ("" if value is None else str(value)), (name, column)          # all digits
@@ -212,7 +222,7 @@ def test_the_page_is_one_file_that_escapes_what_comes_from_data(finished, result
     text = (finished / "report.html").read_text()
     page = Page(text)
     assert all(link.startswith(("#", "data:image/png;base64,")) for link in page.links) and "<b>a &" not in text and "&lt;b&gt;a &amp;" in text
-    assert page.tags.count("tr") == 1 + 3 * (3 + 2 + 4) and page.tags.count("svg") == len(figures.FIGURES)
+    assert page.tags.count("tr") == 1 + 3 * (3 + 2 + 4) + 1 + 17 and page.tags.count("svg") == len(figures.FIGURES)
     words = " ".join("".join(page.text).split())
     assert " ".join(results["verdict"].split()) in words
     ids = re.findall(r'\bid="([^"]+)"', text)
@@ -225,7 +235,9 @@ def test_tables_for_a_paper_and_for_a_pull_request(finished, results):
     tex, markdown = ((finished / "tables" / f"results.{kind}").read_text() for kind in ("tex", "md"))
     entry, drop = results["inference"]["accuracies"]["all_layers_product_norms"], results["inference"]["comparisons"][0]["entries"][2]
     low, high = entry["interval"]
-    assert tex.count(r"\\") == 4 and r"\toprule" in tex and rf"product\_norms & {100 * entry['accuracy']:.1f} $\pm$ {50 * (high - low):.1f} & " in tex
+    half = rf" ({100 * low:.1f} to {100 * high:.1f})" if low <= 0 or high >= 1 else rf" $\pm$ {50 * (high - low):.1f}"
+    assert tex.count(r"\\") == 4 and r"\toprule" in tex and rf"product\_norms & {100 * entry['accuracy']:.1f}{half} & " in tex
+    assert report.half_interval({"low": 0.2, "high": 0.3}) == " ± 5.0" and report.half_interval({"low": 0.7, "high": 1.0}) == " (70.0 to 100.0)"
     assert f"{100 * drop['drop']:+.1f}{report.stars(drop)} " in tex and "Holm" in tex
     assert markdown.startswith("| representation | All Layers | Visual-Only | Text-Only | drop |") and results["verdict"] in markdown
     assert [report.stars({"p_holm": p, "p_equivalence_holm": q}) for p, q in ((1e-4, 1), (0.005, 1), (0.03, 1), (0.5, 0.01), (0.5, 0.5))] == [
@@ -258,11 +270,11 @@ def test_an_unfinished_run_and_one_with_failures_are_shown_as_they_are(finished,
 def test_the_page_is_refreshed_while_a_run_goes_on(finished, tmp_path):
     store = report.ResultStore(finished)
     records = {Cell(name, "all_layers"): store.load(Cell(name, "all_layers")) for name in ("stats", "frequency")}
-    header = {key: value for key, value in report.load_results(finished).items() if not key.endswith("_results")}
+    header = {key: value for key, value in report.load_results(finished).items() if not key.endswith(("_results", "_cells"))}
     began = time.perf_counter()
     report.refresh(tmp_path, header, records, {Cell("product_norms", "all_layers"): "lost"}, 18)
     text = (tmp_path / "report.html").read_text()
-    assert time.perf_counter() - began < 1 and "Running: 2 of 18 cells are finished" in text and 'http-equiv="refresh"' in text
+    assert time.perf_counter() - began < 1 and "Running: 2 of 18 cells were finished at 20" in text and 'http-equiv="refresh"' in text
     assert Page(text).tags.count("tr") == 3 and "lost" in text and not report.is_current(tmp_path)
 
 
@@ -275,14 +287,20 @@ def test_several_runs_stand_beside_each_other_and_are_never_averaged(finished, t
         path.write_text(json.dumps(changed))
     assert report.main([str(tmp_path / name) for name in ("results_1k", "results_10k", "other")] + ["--output", str(tmp_path / "both")]) == 0
     page = Page((tmp_path / "both" / "report.html").read_text())
-    assert page.tags.count("tr") == 1 + 3 * 3 * (3 + 2 + 4) and "other: patience" in page.text
+    assert page.tags.count("tr") == 1 + 3 * 3 * (3 + 2 + 4) and "other: patience" in page.text and page.tags.count("svg") == 3
+    with (tmp_path / "both" / "tables" / "scaling.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert {(row["run"], row["rows"], row["group"]) for row in rows} == {
+        ("results_1k", "1000", "0"), ("results_10k", "10000", "0"), ("other", "50000", "1")}
     runs = [report.load_results(tmp_path / name / finished.name) for name in ("results_1k", "results_10k", "other")]
-    for results, group in zip(runs, ("a", "a", "b"), strict=True):
-        results["settings_group"] = group
+    for results, group in zip(runs, (0, 0, 1), strict=True):
+        results["group"] = group
     curves = parts(figures.scaling(runs), "curve")
-    assert sorted({tuple(curve.get_xdata()) for curve in curves}) == [(1000, 10_000), (50_000,)]
+    assert {len(curve.get_xdata()) for curve in curves} == {1, 2}
     first = runs[0]["inference"]["accuracies"]["all_layers_stats"]["accuracy"]
     assert curves[0].get_ydata()[0] == pytest.approx(100 * first)
+    drops = parts(figures.scaling_drop(runs), "curve")[0].get_ydata()
+    assert drops[0] == pytest.approx(100 * runs[0]["inference"]["comparisons"][0]["entries"][0]["drop"])
 
 
 def test_scripts_for_the_origins_results_read_ours(finished):
@@ -317,6 +335,43 @@ def test_the_full_report_of_18_cells_takes_seconds(results, monkeypatch):
     assert time.perf_counter() - began < 15 and len(sections) >= 9 and len(files) >= 27
 
 
+def test_what_other_settings_left_in_the_folder_stays_out_and_is_said(tmp_path):
+    lora_dataset(n=40, signal=1.0).save_to_disk(tmp_path / "loras")
+    fixed = ["--dataset", str(tmp_path / "loras"), "--output-dir", str(tmp_path / "out"), "--cache-dir", str(tmp_path / "cache"), "--num-runs", "3",
+             "--max-epochs", "2", "--hidden-dim", "8", "--layer-sets", "all_layers"]
+    folder = tmp_path / "out" / "visual_ablation_loras"
+    assert experiment.main([*fixed, "--representations", "stats"]) == 0
+    assert experiment.main([*fixed, "--representations", "frequency", "--dropout", "0.1"]) == 0
+    results = report.load_results(folder)
+    assert [row["representation"] for row in results["all_layers_results"]] == ["frequency_all_layers"]
+    assert not results["verdict"].startswith("Not finished") and results["failed_cells"] == [
+        {"cell": "all_layers_stats", "error": "finished with other settings, and not among these results"}]
+    assert report.is_current(folder)
+    (folder / "figures" / "accuracy.png").write_bytes(b"older")
+    assert not report.is_current(folder)
+    report.write_report(folder)
+    assert report.is_current(folder)
+    report.write_report(folder, ("html",))
+    assert not report.is_current(folder)
+    assert experiment.main([*fixed, "--representations", "frequency", "--dropout", "0.1"]) == 0 and report.is_current(folder)
+    (folder / "results.json").write_text((folder / "results.json").read_text() + " ")
+    assert not report.is_current(folder)
+
+
+def test_names_from_data_are_text_and_stay_apart(results):
+    assert figures.shortened(["a class with number 1", "a class with number 2"]) == ["a class w…h number 1", "a class w…h number 2"]
+    long = [f"{i:03} is one of very many {i % 2}" for i in range(0, 100, 7)] + ["x" * 30, "x" * 15 + "y" + "x" * 14]
+    assert len(set(figures.shortened(long))) == 17 and max(map(len, figures.shortened(long))) == 20
+    odd = {"$x_{$": 0, r"$\\frac$": 1, "<b>": 2}
+    grown = results | {"label_mapping": odd}
+    for draw in (figures.class_drop, figures.confusion):
+        canvas = FigureCanvasAgg(draw(grown))
+        canvas.draw()
+    only_halves = {key: value for key, value in results.items() if not key.endswith("_results")} | {
+        "random_half.0_results": results["random_half.0_results"], "inference": results["inference"] | {"comparisons": []}}
+    assert [name for name, (_, _, draw) in figures.FIGURES.items() if draw(only_halves) is not None] == ["accuracy", "controls", "audits"]
+
+
 # --- in a browser
 
 
@@ -345,15 +400,16 @@ def opened(browser, finished):
 
 
 def test_the_table_sorts_on_click(opened):
-    column = opened.locator("table.sortable tbody tr td:nth-child(3)")
+    table = opened.locator("#cells table")
+    column = table.locator("tbody tr td:nth-child(3)")
     before = column.all_text_contents()
-    opened.get_by_role("button", name="test, %").click()
+    table.get_by_role("button", name="test, %").click()
     assert list(map(float, column.all_text_contents())) == sorted(map(float, before), reverse=True)
-    opened.get_by_role("button", name="test, %").click()
+    table.get_by_role("button", name="test, %").click()
     assert list(map(float, column.all_text_contents())) == sorted(map(float, before))
-    opened.get_by_role("button", name="representation").click()
-    names = opened.locator("table.sortable tbody tr td:nth-child(1)").all_text_contents()
-    assert names == sorted(names) and opened.locator("th[aria-sort]").count() == 1
+    table.get_by_role("button", name="representation").click()
+    names = table.locator("tbody tr td:nth-child(1)").all_text_contents()
+    assert names == sorted(names) and table.locator("th[aria-sort]").count() == 1
 
 
 @pytest.mark.parametrize("width", [375, 800, 1600])
