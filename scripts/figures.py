@@ -25,6 +25,7 @@ from settings import CHOICES, LAYER_SET_GROUPS, LAYER_SETS, group_of, title_of  
 
 WIDTH, WIDE = 3.4, 7.0                # inches: one column of a paper, and two
 INK, PAPER, FAINT = "#1b1e23", "#fefefe", "#9aa0a8"     # the page replaces INK and PAPER by its own colours
+LEADER = "#6b727c"                                      # of lines from a name to its point
 ON_DARK, ON_LIGHT = "#ffffff", "#000001"                # of numbers in coloured cells; not black, which SVG leaves to the page
 # Okabe and Ito's colours, which the colour-blind can tell apart: one for each layer set, everywhere
 COLOURS = {"all_layers": "#0072B2", "visual_only": "#D55E00", "text_only": "#009E73", "random_half": "#CC79A7", "by_block": "#E69F00"}
@@ -277,7 +278,7 @@ def confusion(results: dict) -> Figure | None:
     sets = [name for name in sets if best in rows_of(results, name)][:3]
     matrices = [shares(rows_of(results, name)[best]) for name in sets]
     classes = shortened(list(results.get("label_mapping", {})), 12)
-    figure = Figure((WIDE, 1.0 + 0.9 * WIDE / 3))
+    figure = Figure((WIDE, 1.3 + 0.95 * WIDE / 3))
     grid = figure.subplots(1, 3, squeeze=False)[0]
     high = max(float(np.nanmax(matrix)) for matrix in matrices)
     for axes in grid[len(sets):]:
@@ -413,10 +414,11 @@ def scatter(axes, rows: list[dict], x: Callable[[dict], float], y: Callable[[dic
     frame = axes.get_window_extent(renderer)
     for row in (row for row in rows if row["layer_set"] == rows[0]["layer_set"]):
         for shift in SHIFTS:
-            line = {"arrowstyle": "-", "linewidth": 0.4, "color": FAINT, "shrinkA": 0, "shrinkB": 2} if math.hypot(*shift) > 8 else None
+            line = {"arrowstyle": "-", "linewidth": 0.5, "color": LEADER, "shrinkA": 0, "shrinkB": 2} if math.hypot(*shift) > 8 else None
             text = axes.annotate(row["representation"], (x(row), y(row)), xytext=shift, textcoords="offset points", fontsize=6, arrowprops=line,
                                  ha="left" if shift[0] > 1 else "right" if shift[0] < -1 else "center", va="center")
-            box = matplotlib.text.Text.get_window_extent(text, renderer)
+            text.update_positions(renderer)
+            box = matplotlib.text.Text.get_window_extent(text, renderer)      # without its line
             inside = frame.x0 <= box.x0 and box.x1 <= frame.x1 and frame.y0 <= box.y0 and box.y1 <= frame.y1
             if inside and not any(box.overlaps(other) for other in boxes) and not any(box.contains(*point) for point in taken):
                 boxes.append(box)
@@ -525,7 +527,7 @@ def controls_rows(results: dict) -> list[dict]:
              "chance": found["chance"], "spread_of_chance": None} for entry in found.get("controls", [])]
     check = found.get("shuffled")
     return rows + ([{"cell": name, "accuracy": cell["accuracy"], "low": None, "high": None, "chance": cell["expected"],
-                     "spread_of_chance": cell["spread"]} for name, cell in check["cells"].items()] if check else [])
+                     "spread_of_chance": cell.get("spread")} for name, cell in check["cells"].items()] if check else [])
 
 
 @drawn
@@ -656,7 +658,7 @@ def scaling_rows(runs: list[dict]) -> list[dict]:
 def against_size(runs: list[dict], quantity: str, low: str, high: str, label: str) -> Figure | None:
     """A quantity of scaling_rows against the number of LoRAs, a panel for each representation."""
     with matplotlib.rc_context(STYLE):
-        rows = [row for row in scaling_rows(runs) if row[quantity] is not None and row["rows"]]
+        rows = [row for row in scaling_rows(runs) if row[quantity] is not None and row["rows"] and not group_of(row["layer_set"])]
         if not rows:
             return None
         names = [name for name in CHOICES if any(row["representation"] == name for row in rows)]
@@ -667,11 +669,11 @@ def against_size(runs: list[dict], quantity: str, low: str, high: str, label: st
         for axes in grid.flat[len(names):]:
             axes.set_axis_off()
         for axes, name in zip(grid.flat, names, strict=False):
-            for layer_set in sets:
+            for i, layer_set in enumerate(sets):
                 for number, group in enumerate(groups):
                     points = sorted((row for row in rows if (row["representation"], row["layer_set"], row["group"]) == (name, layer_set, group)),
                                     key=lambda row: row["rows"])
-                    colour, dodge = colour_of(layer_set), 1.05 ** (number - (len(groups) - 1) / 2)
+                    colour, dodge = colour_of(layer_set), 1.04 ** (number * len(sets) + i - (len(groups) * len(sets) - 1) / 2)
                     axes.plot([dodge * row["rows"] for row in points], [100 * row[quantity] for row in points], color=colour,
                               marker=MARKERS[number % len(MARKERS)], markersize=3, gid="curve")
                     for row in (row for row in points if row.get(low) is not None):

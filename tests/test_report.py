@@ -138,6 +138,8 @@ def test_the_other_figures_draw_their_rows(results):
         points = parts(getattr(figures, name)(results), "point")[:len(rows)]
         scale = 100 if x == "recall" else 1
         assert [(point.get_xdata()[0], point.get_ydata()[0]) for point in points] == [pytest.approx((scale * row[x], 100 * row[y])) for row in rows]
+        named = [text.get_text() for text in getattr(figures, name)(results).axes[0].texts]
+        assert named == ["stats", "frequency", "product_norms"], name
     assert len(parts(figures.blocks(results), "block")) == 4 == len({(row["block"], row["attention"]) for row in figures.blocks_rows(results)})
     shown = [point.get_xdata()[0] for point in parts(figures.controls(results), "point")]
     assert shown == pytest.approx([100 * row["accuracy"] for row in figures.controls_rows(results)]) and len(shown) == 1 + 3 + 2 + 2 + 9
