@@ -231,7 +231,10 @@ def run_cells(cells: list[Cell], number: str, features: Features, data, settings
             found = ", ".join(f"{part.title()}={record[f'{part}_acc_mean']:.4f}±{record[f'{part}_acc_std']:.4f}" for part in PARTS)
             log.info(f"Results: {found}, best epoch {record['best_epoch_mean']:.0f}, {trained.trained_dim} columns trained")
         store.save(one, record | provenance, arrays, made_with[one])
-        announce(store, "finished", cell=one.name, seconds=record["training_time_total"], test_acc=record["test_acc_mean"])
+        scores = {f"{part}_acc": record[f"{part}_acc_mean"] for part in PARTS} | {"test_acc_std": record["test_acc_std"]}
+        announce(store, "finished", cell=one.name, representation=one.representation, layer_set=one.layer_set, runs=len(trained.runs),
+                 seconds=record["training_time_total"], **scores, test_f1=record["test_f1_mean"], best_epoch=record["best_epoch_mean"],
+                 feature_dim=record["feature_dim"], trained_dim=record["trained_dim"])
 
 
 def train_cell(cell: Cell, x, also: dict, data, labels: dict, settings: Settings, device: str):

@@ -1,7 +1,6 @@
-"""Figures of a run, from results.json as a dict, and the rows that each is drawn from.
+"""Figures of a run, from results.json as a dict: `<name>(results)` draws `report_rows.<name>_rows(results)`.
 
-A function `<name>_rows(results)` gives a list of flat dicts, which `tables/<name>.csv` holds; `<name>(results)` draws them. Both
-give nothing, [] and None, where a run has nothing for them. Accuracies are fractions in rows and percent on axes.
+None where a run has nothing for a figure. Axes are in percent.
 """
 
 from __future__ import annotations
@@ -20,8 +19,32 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from settings import CHOICES, LAYER_SET_GROUPS, LAYER_SETS, group_of, title_of  # noqa: E402
+sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
+from report_rows import (  # noqa: E402
+    PARTS,
+    accuracy_rows,
+    audits_rows,
+    best_representation,
+    blocks_rows,
+    class_drop_rows,
+    confusion_rows,
+    controls_rows,
+    cost_rows,
+    drop_rows,
+    gaps_rows,
+    layer_sets,
+    learning_curves_rows,
+    precision_recall_rows,
+    representations,
+    retention_rows,
+    rows_of,
+    scaling_rows,
+    scatter_rows,
+    shares,
+    shortened,
+)
+
+from settings import CHOICES, LAYER_SET_GROUPS, group_of, title_of  # noqa: E402
 
 WIDTH, WIDE = 3.4, 7.0                # inches: one column of a paper, and two
 INK, PAPER, FAINT = "#1b1e23", "#fefefe", "#9aa0a8"     # the page replaces INK and PAPER by its own colours
@@ -42,36 +65,6 @@ def colour_of(layer_set: str) -> str:
     """The same for a group's sets, and wherever a set of that name that a user named is drawn."""
     name = group_of(layer_set) or layer_set
     return COLOURS.get(name) or FURTHER_COLOURS[sum(name.encode()) % len(FURTHER_COLOURS)]
-
-
-def layer_sets(results: dict) -> list[str]:
-    """Those with a finished cell, in the order of the results; single blocks are not among them."""
-    names = [key.removesuffix("_results") for key, rows in results.items() if key.endswith("_results") and rows]
-    return [name for name in dict.fromkeys([*LAYER_SETS, *names]) if name in names and group_of(name) != "by_block"]
-
-
-def rows_of(results: dict, layer_set: str) -> dict[str, dict]:
-    """Records of a layer set's finished cells by representation."""
-    return {row["representation"].removesuffix(f"_{layer_set}"): row for row in results.get(f"{layer_set}_results", [])}
-
-
-def accuracy_of(results: dict, layer_set: str, representation: str) -> float | None:
-    """Test accuracy of a cell: over all splits of the first kind, as the inference has it; without one, of the runs."""
-    known = (results.get("inference") or {}).get("accuracies", {}).get(f"{layer_set}_{representation}")
-    row = rows_of(results, layer_set).get(representation)
-    return known["accuracy"] if known else row["test_acc_mean"] if row else None
-
-
-def representations(results: dict) -> list[str]:
-    found = {name for layer_set in layer_sets(results) for name in rows_of(results, layer_set)}
-    return [name for name in CHOICES if name in found]
-
-
-def best_representation(results: dict) -> str:
-    """The one of the highest test accuracy with all layers; of whatever layer set there is, if that is not there."""
-    sets = layer_sets(results)
-    layer_set = "all_layers" if "all_layers" in sets else sets[0]
-    return max(rows_of(results, layer_set), key=lambda name: accuracy_of(results, layer_set, name))
 
 
 def drawn(function: Callable[[dict], Figure | None]) -> Callable[[dict], Figure | None]:
@@ -104,19 +97,6 @@ def name_rows(axes, names: list[str]) -> None:
 # --- accuracy and the drop
 
 
-def accuracy_rows(results: dict) -> list[dict]:
-    """Test accuracy of every cell of the table with its 95 % interval for new examples and runs."""
-    known = (results.get("inference") or {}).get("accuracies", {})
-    found = []
-    for layer_set in layer_sets(results):
-        for name, row in rows_of(results, layer_set).items():
-            entry = known.get(f"{layer_set}_{name}")
-            low, high = entry["interval"] if entry else (None, None)
-            found.append({"layer_set": layer_set, "representation": name, "accuracy": accuracy_of(results, layer_set, name), "low": low,
-                          "high": high, "std_over_runs": row["test_acc_std"]})
-    return found
-
-
 @drawn
 def accuracy(results: dict) -> Figure | None:
     """A point with its interval for each representation and layer set; the line is chance."""
@@ -143,21 +123,6 @@ def accuracy(results: dict) -> Figure | None:
     return figure
 
 
-def main_comparison(results: dict) -> list[dict]:
-    """Entries of all layers against visual only, by size."""
-    for comparison in (results.get("inference") or {}).get("comparisons", []):
-        if (comparison["first"], comparison["second"]) == ("all_layers", "visual_only"):
-            return sorted(comparison["entries"], key=lambda entry: -entry["drop"])
-    return []
-
-
-def drop_rows(results: dict) -> list[dict]:
-    """All layers minus visual only, the largest first."""
-    return [{"representation": entry["representation"], "drop": entry["drop"], "low": entry["interval"][0], "high": entry["interval"][1],
-             "p_holm": entry["p_holm"], "p_equivalence_holm": entry["p_equivalence_holm"], "margin": entry["margin"]}
-            for entry in main_comparison(results)]
-
-
 @drawn
 def drop(results: dict) -> Figure | None:
     """The drop without the text layers with its interval; filled where it is shown (p < 0.05 after Holm's correction)."""
@@ -182,42 +147,6 @@ def drop(results: dict) -> Figure | None:
 # --- classes
 
 
-def recalls(record: dict) -> tuple[np.ndarray, np.ndarray]:
-    """Mean recall over runs of each class of the test rows, (C,), NaN for a class without a row; and its number of rows."""
-    counts = np.array(record["test_confusion_matrices"], dtype=float).mean(0)            # (C, C)
-    support = counts.sum(1)
-    return np.divide(counts.diagonal(), support, out=np.full(len(support), np.nan), where=support > 0), support
-
-
-def class_drop_rows(results: dict) -> list[dict]:
-    """Recall of each class with all layers and with the visual ones, by representation, from the confusion matrices.
-
-    The interval is Newcombe's for two proportions of the class's test rows: of independent rows and independent predictions,
-    so too wide where both are right about the same rows, and too narrow where rows come in groups.
-    """
-    every, visual = rows_of(results, "all_layers"), rows_of(results, "visual_only")
-    classes, found = list(results.get("label_mapping", {})), []
-    for name in (name for name in representations(results) if name in every and name in visual):
-        (a, support), (b, _) = recalls(every[name]), recalls(visual[name])
-        for number, label in enumerate(classes):
-            if support[number] > 0:
-                low, high = newcombe(a[number], b[number], support[number])
-                found.append({"representation": name, "class": label, "test_rows": round(support[number]), "all_layers": a[number],
-                              "visual_only": b[number], "drop": a[number] - b[number], "low": low, "high": high})
-    return found
-
-
-def newcombe(a: float, b: float, n: float) -> tuple[float, float]:
-    """The 95 % interval of a difference of proportions, each of n (Newcombe 1998, method 10: from Wilson's intervals)."""
-    (a_low, a_high), (b_low, b_high) = wilson(a, n), wilson(b, n)
-    return a - b - math.hypot(a - a_low, b_high - b), a - b + math.hypot(a_high - a, b - b_low)
-
-
-def wilson(p: float, n: float, z: float = 1.959964) -> tuple[float, float]:
-    centre, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return (centre - half) / (1 + z * z / n), (centre + half) / (1 + z * z / n)
-
-
 @drawn
 def class_drop(results: dict) -> Figure | None:
     """By class, for the representation that is best with all layers; the largest drop first."""
@@ -236,31 +165,6 @@ def class_drop(results: dict) -> Figure | None:
     axes.tick_params(axis="y", labelsize=7 if len(rows) <= 30 else 5.5)
     axes.set_xlabel(f"{best}: recall,\nall layers − visual only, points")
     return figure
-
-
-def shortened(names: list[str], length: int = 20) -> list[str]:
-    """Long names without their middle; where two are then alike, with their number among all."""
-    short = [name if len(name) <= length else f"{name[:length // 2 - 1]}…{name[-(length // 2):]}" for name in names]
-    return [name if short.count(name) == 1 else f"{name[:length - 5]} ({number})" for number, name in enumerate(short)]
-
-
-def confusion_rows(results: dict) -> list[dict]:
-    """Counts summed over the runs, every pair of classes that occurred."""
-    found = []
-    classes = list(results.get("label_mapping", {}))
-    for layer_set in layer_sets(results):
-        for name, record in rows_of(results, layer_set).items():
-            total = np.array(record["test_confusion_matrices"]).sum(0)
-            found += [{"layer_set": layer_set, "representation": name, "true": classes[i], "predicted": classes[j], "count": int(total[i, j])}
-                      for i, j in np.argwhere(total)]
-    return found
-
-
-def shares(record: dict) -> np.ndarray:
-    """Of each true class's test rows, all runs together, the part that was given each class, (C, C); NaN for a class without a row."""
-    total = np.array(record["test_confusion_matrices"], dtype=float).sum(0)
-    support = total.sum(1, keepdims=True)
-    return np.divide(total, support, out=np.full_like(total, np.nan), where=support > 0)
 
 
 def colour_bar(figure: Figure, image, grid) -> None:
@@ -321,13 +225,6 @@ def confusion_all(results: dict) -> Figure | None:
 # --- what is retained, gaps, other scores
 
 
-def retention_rows(results: dict) -> list[dict]:
-    """Test accuracy of each layer set over that with all layers."""
-    every = {name: accuracy_of(results, "all_layers", name) for name in rows_of(results, "all_layers")}
-    return [{"representation": name, "layer_set": layer_set, "retention": accuracy_of(results, layer_set, name) / every[name]}
-            for layer_set in layer_sets(results) if layer_set != "all_layers" for name in rows_of(results, layer_set) if every.get(name, 0) > 0]
-
-
 @drawn
 def retention(results: dict) -> Figure | None:
     rows = retention_rows(results)
@@ -353,15 +250,6 @@ def retention(results: dict) -> Figure | None:
     return figure
 
 
-PARTS = ("train", "val", "test")
-
-
-def gaps_rows(results: dict) -> list[dict]:
-    """Mean accuracy of each part of the split."""
-    return [{"layer_set": layer_set, "representation": name, **{part: row[f"{part}_acc_mean"] for part in PARTS}}
-            for layer_set in layer_sets(results) if not group_of(layer_set) for name, row in rows_of(results, layer_set).items()]
-
-
 @drawn
 def gaps(results: dict) -> Figure | None:
     """Train, validation and test accuracy on one line: what was learned by heart."""
@@ -385,17 +273,6 @@ def gaps(results: dict) -> Figure | None:
                                        label={"val": "validation"}.get(part, part)) for part, marker in markers.items()]
     figure.legend(handles=handles, loc="outside upper right", ncols=3, frameon=False, handletextpad=0, columnspacing=1.0)
     return figure
-
-
-def scatter_rows(results: dict) -> list[dict]:
-    """What each cell's accuracy is set against: macro precision and recall, columns and seconds."""
-    return [{"layer_set": layer_set, "representation": name, "accuracy": row["test_acc_mean"], "precision": row["test_precision_mean"],
-             "recall": row["test_recall_mean"], "feature_dim": row["feature_dim"], "trained_dim": row["trained_dim"],
-             "seconds_a_run": row["training_time_mean"]}
-            for layer_set in layer_sets(results) if not group_of(layer_set) for name, row in rows_of(results, layer_set).items()]
-
-
-precision_recall_rows = cost_rows = scatter_rows
 
 
 SHIFTS = [(radius * math.cos(angle), radius * math.sin(angle)) for radius in (7, 14, 22, 31, 41)
@@ -472,15 +349,6 @@ def cost(results: dict) -> Figure | None:
 # --- learning
 
 
-def learning_curves_rows(results: dict) -> list[dict]:
-    """Validation accuracy and training loss of every run and epoch; epochs count from 1."""
-    return [{"layer_set": layer_set, "representation": name, "run": run, "epoch": epoch, "val_acc": value, "train_loss": loss,
-             "best": epoch == curve["best_epoch"]}
-            for layer_set in layer_sets(results) if not group_of(layer_set) for name, row in rows_of(results, layer_set).items()
-            for run, curve in enumerate(row["learning_curves"], 1)
-            for epoch, (value, loss) in enumerate(zip(curve["val_acc_history"], curve["train_loss_history"], strict=True), 1)]
-
-
 @drawn
 def learning_curves(results: dict) -> Figure | None:
     """Validation accuracy by epoch: runs faint, best epochs as points, bold the mean while at least half of the runs go on."""
@@ -520,16 +388,6 @@ def learning_curves(results: dict) -> Figure | None:
 # --- controls, audits, single blocks
 
 
-def controls_rows(results: dict) -> list[dict]:
-    """The null battery: accuracies, and what chance gives."""
-    found = results.get("inference") or {}
-    rows = [{"cell": entry["cell"], "accuracy": entry["accuracy"], "low": entry["interval"][0], "high": entry["interval"][1],
-             "chance": found["chance"], "spread_of_chance": None} for entry in found.get("controls", [])]
-    check = found.get("shuffled")
-    return rows + ([{"cell": name, "accuracy": cell["accuracy"], "low": None, "high": None, "chance": cell["expected"],
-                     "spread_of_chance": cell.get("spread")} for name, cell in check["cells"].items()] if check else [])
-
-
 @drawn
 def controls(results: dict) -> Figure | None:
     """Accuracy of each control with its interval and chance; of shuffled labels with the range that chance allows a single cell."""
@@ -555,13 +413,6 @@ def controls(results: dict) -> Figure | None:
     return figure
 
 
-def audits_rows(results: dict) -> list[dict]:
-    """Accuracy of the same runs on changed test rows, and the part of predictions that stay."""
-    return [{"audit": entry["audit"], "layer_set": entry["layer_set"], "representation": entry["representation"], "variant": variant,
-             "accuracy": found["test_acc_mean"], "agreement": found["agreement"], "unchanged": entry["test_acc_mean"]}
-            for entry in results.get("audits", []) for variant, found in entry["variants"].items()]
-
-
 @drawn
 def audits(results: dict) -> Figure | None:
     """Predictions that stay, all layers: under noise by its level, and after a change of gauge."""
@@ -581,13 +432,6 @@ def audits(results: dict) -> Figure | None:
         axes.set_title(f"{kind}: " + (", ".join(variants) + " (dark: more)" if len(variants) > 1 else variants[0]), loc="left", fontsize=6.5)
         axes.set_xlabel("predictions that stay, %")
     return figure
-
-
-def blocks_rows(results: dict) -> list[dict]:
-    """Accuracy of every block of the U-Net and kind of attention alone, by representation."""
-    names = [key.removesuffix("_results") for key in results if key.startswith("by_block.")]
-    return [{"block": name.removeprefix("by_block.").rpartition(".")[0], "attention": name.rpartition(".")[2], "representation": representation,
-             "accuracy": row["test_acc_mean"]} for name in names for representation, row in rows_of(results, name).items()]
 
 
 @drawn
@@ -639,20 +483,6 @@ MARKERS = "osD^vP*X"       # one for runs that a line may join
 
 
 # --- several runs: results with a `name` of their own, and a `group` that those share whose accuracies may be joined by a line
-
-
-def scaling_rows(runs: list[dict]) -> list[dict]:
-    """Accuracy of every cell of every run, what is lost against all layers, and what is retained."""
-    found = []
-    for results in runs:
-        drops = {row["representation"]: row for row in drop_rows(results)}
-        kept = {(row["representation"], row["layer_set"]): row["retention"] for row in retention_rows(results)}
-        for row in accuracy_rows(results):
-            drop_of = drops.get(row["representation"], {}) if row["layer_set"] == "visual_only" else {}
-            found.append({"run": results["name"], "group": results["group"], "rows": results["data"].get("rows"), **row,
-                          "drop": drop_of.get("drop"), "drop_low": drop_of.get("low"), "drop_high": drop_of.get("high"),
-                          "retention": kept.get((row["representation"], row["layer_set"]))})
-    return found
 
 
 def against_size(runs: list[dict], quantity: str, low: str, high: str, label: str) -> Figure | None:

@@ -17,6 +17,8 @@ import sys
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
+from report_rows import accuracy_of, accuracy_rows, layer_sets, main_comparison, representations  # noqa: E402
+
 from checkpointing import ResultStore, hash_of, utc_now, write_bytes  # noqa: E402
 from settings import Cell, InputError, TrainingSettings, group_of, title_of  # noqa: E402
 
@@ -129,8 +131,6 @@ def text(value: str) -> dict:
 
 def cell_rows(results: dict) -> list[dict]:
     """Every finished cell of the table, with all digits; accuracy, interval and drop are over all splits, the rest is of the first."""
-    from figures import accuracy_of, main_comparison
-
     inference, found = results.get("inference") or {}, []
     drops = {entry["representation"]: entry for entry in main_comparison(results)}
     for key in (key for key in results if key.endswith("_results")):
@@ -200,8 +200,6 @@ def joint_rows(runs: list[dict]) -> list[dict]:
 
 def summary_rows(results: dict) -> tuple[list[str], list[list[str]]]:
     """For a paper: a line a representation, accuracy ± half of its 95 % interval for each layer set, the drop and what it is worth."""
-    from figures import accuracy_rows, layer_sets, main_comparison, representations
-
     sets = [name for name in layer_sets(results) if not group_of(name)]
     accuracies = {(row["representation"], row["layer_set"]): row for row in accuracy_rows(results)}
     drops, lines = {entry["representation"]: entry for entry in main_comparison(results)}, []
@@ -232,8 +230,6 @@ def stars(entry: dict) -> str:
 
 def caption(results: dict) -> str:
     """What the table's signs mean, of those that are in it."""
-    from figures import accuracy_rows, main_comparison
-
     words = "Test accuracy in percent"
     if any(row["low"] is not None for row in accuracy_rows(results)):
         words += " ± half of its 95 % interval for new examples and runs, or both ends where it meets 0 or 100"
@@ -404,7 +400,7 @@ KINDS = {"png": "png", "pdf": "pdf", "csv": "csv"}
 
 def made_from(content: bytes) -> str:
     """The hash of results.json and of this program's own files."""
-    own = [*sorted(Path(__file__).parent.glob("report*")), Path(__file__).parent / "figures.py"]
+    own = [*sorted(Path(__file__).parent.glob("report*")), Path(__file__).parent / "figures.py"]   # report_rows.py and the page's template too
     return hash_of([hash_of(content), *(hash_of(file.read_bytes()) for file in own if file.is_file())])
 
 

@@ -3,18 +3,24 @@
 import csv
 import html.parser
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 import time
 
 import figures
 import numpy as np
 import pytest
 import report
+import report_rows
 from builders import lora_dataset
+from conftest import ROOT
 from datasets import Dataset
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex
+from matplotlib.text import Text
 from statsmodels.stats.proportion import confint_proportions_2indep
 
 import visual_ablation_experiment as experiment
@@ -52,7 +58,7 @@ def parts(figure, gid):
 
 
 def test_accuracies_stand_where_their_numbers_say(results):
-    figure, rows = figures.accuracy(results), figures.accuracy_rows(results)
+    figure, rows = figures.accuracy(results), report_rows.accuracy_rows(results)
     assert len(rows) == 3 * 5 and {row["layer_set"] for row in rows} == {*LAYER_SETS, "random_half.0", "random_half.1"}
     for row, point, interval in zip(rows, parts(figure, "point"), parts(figure, "interval"), strict=True):
         entry = results["inference"]["accuracies"][f"{row['layer_set']}_{row['representation']}"]
@@ -82,18 +88,18 @@ def test_drops_are_sorted_and_filled_where_they_are_shown(results):
 @pytest.mark.parametrize("a, b, n", [(0.9, 0.4, 20), (0.0, 0.0, 7), (1.0, 0.25, 8), (0.35, 0.6, 100)])
 def test_the_interval_of_a_class_is_newcombes(a, b, n):
     expected = confint_proportions_2indep(a * n, n, b * n, n, method="newcomb", compare="diff")
-    assert figures.newcombe(a, b, n) == pytest.approx(expected, abs=1e-6)
+    assert report_rows.newcombe(a, b, n) == pytest.approx(expected, abs=1e-6)
 
 
 def test_the_drop_by_class_is_counted_from_the_confusion_matrices(results):
-    rows = figures.class_drop_rows(results)
+    rows = report_rows.class_drop_rows(results)
     assert len(rows) == 3 * 3
     every = {row["representation"]: row for row in results["all_layers_results"]}
     for row in rows:
         number = results["label_mapping"][row["class"]]
         shares = [matrix[number][number] / sum(matrix[number]) for matrix in every[f"{row['representation']}_all_layers"]["test_confusion_matrices"]]
         assert row["all_layers"] == pytest.approx(np.mean(shares)) and row["low"] <= row["drop"] <= row["high"]
-    figure, best = figures.class_drop(results), figures.best_representation(results)
+    figure, best = figures.class_drop(results), report_rows.best_representation(results)
     shown = [point.get_xdata()[0] for point in parts(figure, "point")]
     assert shown == pytest.approx(sorted((100 * row["drop"] for row in rows if row["representation"] == best), reverse=True))
 
@@ -115,35 +121,35 @@ def test_confusion_matrices_are_shares_of_the_true_class(results):
     assert len(images) == 9 and all(np.allclose(image.sum(1), 1) for image in images)
     total = np.array(results["all_layers_results"][0]["test_confusion_matrices"]).sum(0)
     assert np.allclose(images[0], total / total.sum(1, keepdims=True))
-    best = figures.rows_of(results, "text_only")[figures.best_representation(results)]
+    best = report_rows.rows_of(results, "text_only")[report_rows.best_representation(results)]
     large = [axes for axes in figures.confusion(results).axes if axes.images]
-    assert len(large) == 3 and np.allclose(large[2].images[0].get_array(), figures.shares(best))
-    assert [label.get_text() for label in large[0].get_yticklabels()] == figures.shortened(list(results["label_mapping"]), 12)
+    assert len(large) == 3 and np.allclose(large[2].images[0].get_array(), report_rows.shares(best))
+    assert [label.get_text() for label in large[0].get_yticklabels()] == report_rows.shortened(list(results["label_mapping"]), 12)
     absent = {"test_confusion_matrices": [[[2, 1], [0, 0]]]}
-    assert np.isnan(figures.shares(absent)[1]).all() and figures.shares(absent)[0].tolist() == [2 / 3, 1 / 3]
-    rows = figures.confusion_rows(results)
+    assert np.isnan(report_rows.shares(absent)[1]).all() and report_rows.shares(absent)[0].tolist() == [2 / 3, 1 / 3]
+    rows = report_rows.confusion_rows(results)
     assert sum(row["count"] for row in rows if (row["layer_set"], row["representation"]) == ("all_layers", "stats")) == total.sum()
 
 
 def test_the_other_figures_draw_their_rows(results):
-    table = {(row["layer_set"], row["representation"]): row["retention"] for row in figures.retention_rows(results)}
+    table = {(row["layer_set"], row["representation"]): row["retention"] for row in report_rows.retention_rows(results)}
     every, text = (results["inference"]["accuracies"][f"{layer_set}_stats"]["accuracy"] for layer_set in ("all_layers", "text_only"))
     assert table["text_only", "stats"] == pytest.approx(text / every)
     assert f"{100 * text / every:.0f}" in [shown.get_text() for shown in figures.retention(results).axes[0].texts]
-    for part in figures.PARTS:
+    for part in report_rows.PARTS:
         shown = [point.get_xdata()[0] for point in parts(figures.gaps(results), part)]
-        assert shown == pytest.approx([100 * row[part] for row in figures.gaps_rows(results)])
-    rows = figures.scatter_rows(results)
+        assert shown == pytest.approx([100 * row[part] for row in report_rows.gaps_rows(results)])
+    rows = report_rows.scatter_rows(results)
     for name, x, y in (("precision_recall", "recall", "precision"), ("cost", "feature_dim", "accuracy")):
         points = parts(getattr(figures, name)(results), "point")[:len(rows)]
         scale = 100 if x == "recall" else 1
         assert [(point.get_xdata()[0], point.get_ydata()[0]) for point in points] == [pytest.approx((scale * row[x], 100 * row[y])) for row in rows]
         named = [text.get_text() for text in getattr(figures, name)(results).axes[0].texts]
         assert named == ["stats", "frequency", "product_norms"], name
-    assert len(parts(figures.blocks(results), "block")) == 4 == len({(row["block"], row["attention"]) for row in figures.blocks_rows(results)})
+    assert len(parts(figures.blocks(results), "block")) == 4 == len({(row["block"], row["attention"]) for row in report_rows.blocks_rows(results)})
     shown = [point.get_xdata()[0] for point in parts(figures.controls(results), "point")]
-    assert shown == pytest.approx([100 * row["accuracy"] for row in figures.controls_rows(results)]) and len(shown) == 1 + 3 + 2 + 2 + 9
-    noise = [row for row in figures.audits_rows(results) if row["layer_set"] == "all_layers" and row["variant"] == "20%"]
+    assert shown == pytest.approx([100 * row["accuracy"] for row in report_rows.controls_rows(results)]) and len(shown) == 1 + 3 + 2 + 2 + 9
+    noise = [row for row in report_rows.audits_rows(results) if row["layer_set"] == "all_layers" and row["variant"] == "20%"]
     assert [point.get_xdata()[0] for point in parts(figures.audits(results), "20%")] == pytest.approx([100 * row["agreement"] for row in noise])
 
 
@@ -165,7 +171,7 @@ def large(results, names, classes):
 @pytest.mark.parametrize("classes", [2, 100])
 def test_nothing_overlaps_with_twelve_long_names_and_many_classes(results, classes, monkeypatch):
     names = [f"representation_no_{i:03}" for i in range(12)]
-    monkeypatch.setattr(figures, "CHOICES", dict.fromkeys(names))
+    monkeypatch.setattr(report_rows, "CHOICES", dict.fromkeys(names))
     grown = large(results, names, classes)
     for name, (_, _, draw) in figures.FIGURES.items():
         figure = draw(grown)
@@ -176,7 +182,8 @@ def test_nothing_overlaps_with_twelve_long_names_and_many_classes(results, class
         frame = figure.bbox
         for axes in figure.axes:
             labels = [label for label in (*axes.get_yticklabels(), *axes.texts, axes.title, axes.xaxis.label) if label.get_text()]
-            boxes = [label.get_window_extent(canvas.get_renderer()) for label in labels if axes.axison or label in axes.texts]
+            labels = [label for label in labels if axes.axison or label in axes.texts]
+            boxes = [Text.get_window_extent(label, canvas.get_renderer()) for label in labels]           # a name without its line
             for i, box in enumerate(boxes):
                 assert not any(box.overlaps(other) for other in boxes[:i]), (name, labels[i].get_text())
                 assert frame.x0 - 1 <= box.x0 and box.x1 <= frame.x1 + 1, (name, labels[i].get_text())
@@ -265,7 +272,7 @@ def test_an_unfinished_run_and_one_with_failures_are_shown_as_they_are(finished,
     words = " ".join("".join(Page((copy / "report.html").read_text()).text).split())
     assert "Not finished: " in words and "The run has not ended" in words and "text_only_frequencyits files cannot be read" in words
     results = report.load_results(copy)
-    assert figures.accuracy_rows(results)[0]["low"] is None and figures.drop(results) is None and figures.class_drop(results) is None
+    assert report_rows.accuracy_rows(results)[0]["low"] is None and figures.drop(results) is None and figures.class_drop(results) is None
     assert len(parts(figures.accuracy(results), "interval")) == 0 and not report.is_current(finished.parent)
 
 
@@ -278,6 +285,18 @@ def test_the_page_is_refreshed_while_a_run_goes_on(finished, tmp_path):
     text = (tmp_path / "report.html").read_text()
     assert time.perf_counter() - began < 1 and "Running: 2 of 18 cells were finished at 20" in text and 'http-equiv="refresh"' in text
     assert Page(text).tags.count("tr") == 3 and "lost" in text and not report.is_current(tmp_path)
+
+
+def test_a_refreshed_page_needs_no_matplotlib(finished, tmp_path):
+    program = ("import json, sys; from pathlib import Path; import report; from settings import Cell\n"
+               "record = json.loads(Path(sys.argv[1]).read_text())\n"
+               "report.refresh(Path(sys.argv[2]), {}, {Cell('stats', 'all_layers'): record}, {}, 18)\n"
+               "assert report.is_current(Path(sys.argv[2])) is False and not {'matplotlib', 'torch', 'datasets', 'scipy'} & set(sys.modules)")
+    path = os.pathsep.join([str(ROOT / "scripts"), str(ROOT)])
+    done = subprocess.run([sys.executable, "-c", program, str(finished / "checkpoints" / "all_layers_stats.json"), str(tmp_path)],
+                          env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "Running: 1 of 18" in (tmp_path / "report.html").read_text()
 
 
 def test_several_runs_stand_beside_each_other_and_are_never_averaged(finished, tmp_path, capsys):
@@ -361,9 +380,9 @@ def test_what_other_settings_left_in_the_folder_stays_out_and_is_said(tmp_path):
 
 
 def test_names_from_data_are_text_and_stay_apart(results):
-    assert figures.shortened(["a class with number 1", "a class with number 2"]) == ["a class w…h number 1", "a class w…h number 2"]
+    assert report_rows.shortened(["a class with number 1", "a class with number 2"]) == ["a class w…h number 1", "a class w…h number 2"]
     long = [f"{i:03} is one of very many {i % 2}" for i in range(0, 100, 7)] + ["x" * 30, "x" * 15 + "y" + "x" * 14]
-    assert len(set(figures.shortened(long))) == 17 and max(map(len, figures.shortened(long))) == 20
+    assert len(set(report_rows.shortened(long))) == 17 and max(map(len, report_rows.shortened(long))) == 20
     odd = {"$x_{$": 0, r"$\\frac$": 1, "<b>": 2}
     grown = results | {"label_mapping": odd}
     for draw in (figures.class_drop, figures.confusion):
