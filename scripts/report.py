@@ -24,6 +24,7 @@ from settings import Cell, InputError, TrainingSettings, group_of, title_of  # n
 
 FORMATS = ("html", "png", "pdf", "latex", "csv", "markdown")
 RESOLUTION = 300           # dots an inch
+STAMP = ".report.json"     # what a report was made from, and the hashes of its files
 LEADING = ("accuracy", "drop", "scaling", "scaling_drop", "scaling_retention")     # stand above the table
 OVER_SPLITS = ("accuracy", "drop", "retention", "controls")               # speak of all splits, the other figures of the first
 # that two runs may differ in and yet be joined by a line
@@ -387,15 +388,13 @@ def write_report(folder: Path, formats: tuple[str, ...] = FORMATS) -> list[Path]
     written = write_files(folder, files)
     for name in FIGURES:                                                 # of an earlier report, and not of this one
         for old in (f"figures/{name}.png", f"figures/{name}.pdf", f"tables/{name}.csv"):
-            if old not in files and KINDS[old.rpartition(".")[2]] in formats:
+            if old not in files and old.rpartition(".")[2] in formats:
                 (folder / old).unlink(missing_ok=True)
     stamp = {"made_from": results["made_from"], "formats": sorted(formats), "files": {name: hash_of(content) for name, content in files.items()}}
     write_bytes(folder / STAMP, json.dumps(stamp).encode())
     return written
 
 
-STAMP = ".report.json"     # what a report was made from, and the hashes of its files
-KINDS = {"png": "png", "pdf": "pdf", "csv": "csv"}
 
 
 def made_from(content: bytes) -> str:

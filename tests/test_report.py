@@ -391,6 +391,13 @@ def test_names_from_data_are_text_and_stay_apart(results):
     only_halves = {key: value for key, value in results.items() if not key.endswith("_results")} | {
         "random_half.0_results": results["random_half.0_results"], "inference": results["inference"] | {"comparisons": []}}
     assert [name for name, (_, _, draw) in figures.FIGURES.items() if draw(only_halves) is not None] == ["accuracy", "controls", "audits"]
+    nothing = {key: value for key, value in results.items() if not key.endswith("_results")} | {"inference": {}, "audits": [], "further_cells": []}
+    only_blocks = nothing | {key: rows for key, rows in results.items() if key.startswith("by_block.")}
+    assert [name for name, (_, _, draw) in figures.FIGURES.items() if draw(only_blocks) is not None] == ["blocks"]
+    assert report.summary_rows(only_blocks) == (["representation", "drop"], []) and len(report.cell_rows(only_blocks)) == 3 * 4
+    only_text = nothing | {"text_only_results": results["text_only_results"][:1]}
+    assert [name for name, (_, _, draw) in figures.FIGURES.items() if draw(only_text) is not None] == [
+        "accuracy", "learning_curves", "confusion", "gaps", "precision_recall", "cost"]
 
 
 # --- in a browser
