@@ -120,7 +120,9 @@ def run_experiment(settings: Settings, action: argparse.Namespace) -> int:
     missing = [cell for cell in cells if store.state(cell, made_with[cell]).kind == "missing"]
     print_progress_summary(cells, missing)
     announce(store, "started", command=command(), cells=[cell.name for cell in missing])
-    finished = {cell: store.load(cell) for cell in cells if cell not in missing} if missing else {}
+    finished: dict[Cell, dict] = {}
+    with reporting_errors("the page"):
+        finished |= {cell: store.load(cell) for cell in cells if cell not in missing and missing}
 
     features, failures = load_or_extract(data, missing, settings, clock)      # each weight is read once
     disk_full = False
@@ -143,12 +145,11 @@ def run_experiment(settings: Settings, action: argparse.Namespace) -> int:
             log.error(f"{cell.name} FAILED: {failures[cell]}{trace}")
             announce(store, "failed", cell=cell.name, error=failures[cell])
             trace = ""
-        finished |= {cell: store.load(cell) for cell in group if cell not in failures and store.path(cell).exists()}
-        if action.tensorboard:
-            with reporting_errors("TensorBoard's files"):
+        with reporting_errors("the page"):
+            finished |= {cell: store.load(cell) for cell in group if cell not in failures and store.path(cell).exists()}
+            if action.tensorboard:
                 log_curves(store, {cell: finished[cell] for cell in group if cell in finished and not cell.audit})
-        if action.report and finished:
-            with reporting_errors("the page"):
+            if action.report and finished:
                 from scripts.report import refresh
 
                 refresh(store.folder, header_of(settings, data), finished, failures, len(cells))
@@ -441,7 +442,7 @@ def write_results(store: ResultStore, settings: Settings, data, made_with: dict,
 
 @contextlib.contextmanager
 def reporting_errors(what: str):
-    """A page that cannot be made costs its traceback in the log, and no result."""
+    """A page, or what it shows, that cannot be made costs its traceback in the log, and no result."""
     try:
         yield
     except Exception as error:
