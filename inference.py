@@ -210,7 +210,7 @@ def conclusion(first: list[np.ndarray], second: list[np.ndarray], spread: Spread
         "standard_error": spread.error if math.isfinite(spread.error) else None, "p_equivalence": equivalence, "margin": margin,
         "training_noise_interval": training_noise(np.mean([d.mean(1) for d in D], axis=0)),
         "cohens_h": 2 * (math.asin(math.sqrt(a)) - math.asin(math.sqrt(b))), "d_z": drop / scatter if scatter > 0 else None,
-        "smallest": min(1.0, half + power),
+        "smallest": min(1.0, half + power), "splits": len(D),
     }
 
 
@@ -397,7 +397,7 @@ def compared(samples: dict[Cell, Sample], representations: list[str], first: str
     adjust(entries)
     if 2 / 2**min(units, 64) * len(entries) >= LEVEL:                    # no flipping of so few signs is rare enough
         for entry in entries:
-            entry["smallest"] = entry["smallest"] if "drops" in entry else None
+            entry["smallest"] = entry["smallest"] if entry["splits"] > 1 else None
     return {"first": first, "second": second, "entries": entries}
 
 
@@ -418,11 +418,6 @@ def ranked(samples: dict[str, Sample]) -> list[dict]:
         pairs.append({"better": better, "worse": worse, "difference": mean, "p": p})
     adjust(pairs)
     return pairs
-
-
-def splits_of(entry: dict) -> int:
-    """How many splits a comparison is from."""
-    return len(entry.get("drops", [None]))
 
 
 def inflation(samples: dict[str, dict[Cell, Sample]], first: str) -> list[dict]:
@@ -528,7 +523,7 @@ def drop_verdict(found: dict) -> str:
     if found["runs"] < FEWEST_RUNS:
         return f"No verdict: {found['runs']} runs a cell do not tell how runs differ; --num-runs {FEWEST_RUNS} or more would."
     splits, kind = found["splits"], found["split"]
-    fewer = {entry["representation"]: splits_of(entry) for entry in main if splits_of(entry) < splits}
+    fewer = {entry["representation"]: entry["splits"] for entry in main if entry["splits"] < splits}
     cells = [found["accuracies"][f"all_layers_{entry['representation']}"] for entry in main]
     able = [entry for entry, p in zip(main, holm([cell["p_above_chance"] for cell in cells]), strict=True) if p < LEVEL]
     unable = [entry["representation"] for entry in main if entry not in able]

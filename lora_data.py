@@ -270,6 +270,8 @@ class LoraData:
 
         Raises InputError if that split is not possible.
         """
+        if split is None and not labels:
+            return self
         if (split, labels) not in self.others:
             shuffled = np.random.default_rng(SHUFFLE_SEED).permutation(self.labels) if labels == SHUFFLED else self.labels
             rows = self.split if split is None else split_rows(self.num_rows, split[1], split[0], self.labels, self.groups)

@@ -275,7 +275,7 @@ def general_lines(found: dict) -> list[str]:
 
 def over_splits(entries: list[dict]) -> str:
     """From how many splits a comparison's entries are."""
-    numbers = sorted({len(entry.get("drops", [None])) for entry in entries})
+    numbers = sorted({entry["splits"] for entry in entries})
     return "" if numbers == [1] else f", corrected for {' or '.join(map(str, numbers))} overlapping splits"
 
 

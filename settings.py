@@ -104,7 +104,7 @@ def title_of(layer_set: str) -> str:
     return LAYER_SETS[layer_set].title if layer_set in LAYER_SETS else CONTROL_SETS.get(layer_set, layer_set)
 
 
-INFERENCE_VERSION = 3   # raise it whenever a test, an interval or the verdict says something else of the same predictions
+INFERENCE_VERSION = 4   # raise it whenever a test, an interval or the verdict says something else of the same predictions
 TRAINING_VERSION = 2  # raise it whenever training gives other numbers from the same settings
 
 ALIASES = {

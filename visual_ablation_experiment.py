@@ -122,7 +122,7 @@ def run_experiment(settings: Settings, action: argparse.Namespace) -> int:
     announce(store, "started", command=command(), cells=[cell.name for cell in missing])
     finished: dict[Cell, dict] = {}
     with reporting_errors("the page"):
-        finished |= {cell: store.load(cell) for cell in cells if cell not in missing and missing}
+        finished |= {cell: store.load(cell) for cell in cells if action.report and missing and cell not in missing}
 
     features, failures = load_or_extract(data, missing, settings, clock)      # each weight is read once
     disk_full = False
@@ -146,7 +146,8 @@ def run_experiment(settings: Settings, action: argparse.Namespace) -> int:
             announce(store, "failed", cell=cell.name, error=failures[cell])
             trace = ""
         with reporting_errors("the page"):
-            finished |= {cell: store.load(cell) for cell in group if cell not in failures and store.path(cell).exists()}
+            if action.report or action.tensorboard:
+                finished |= {cell: store.load(cell) for cell in group if cell not in failures and store.path(cell).exists()}
             if action.tensorboard:
                 log_curves(store, {cell: finished[cell] for cell in group if cell in finished and not cell.audit})
             if action.report and finished:

@@ -61,10 +61,13 @@ STYLE = {
 }
 
 
+NAMED_COLOURS: dict[str, str] = {}    # of the sets that a user named, as they were first drawn
+
+
 def colour_of(layer_set: str) -> str:
-    """The same for a group's sets, and wherever a set of that name that a user named is drawn."""
+    """The same for a group's sets, and for a user's set wherever it is drawn."""
     name = group_of(layer_set) or layer_set
-    return COLOURS.get(name) or FURTHER_COLOURS[sum(name.encode()) % len(FURTHER_COLOURS)]
+    return COLOURS.get(name) or NAMED_COLOURS.setdefault(name, FURTHER_COLOURS[len(NAMED_COLOURS) % len(FURTHER_COLOURS)])
 
 
 def drawn(function: Callable[[dict], Figure | None]) -> Callable[[dict], Figure | None]:

@@ -69,6 +69,7 @@ def test_accuracies_stand_where_their_numbers_say(results):
     (chance,) = parts(figure, "chance")
     assert chance.get_xdata()[0] == pytest.approx(100 * results["inference"]["chance"])
     assert figures.colour_of("random_half.0") == figures.colour_of("random_half.1") and figures.colour_of("mine") in figures.FURTHER_COLOURS
+    assert len({figures.colour_of(name) for name in ("ab", "ba", "ab")}) == 2 and figures.colour_of("mine") == figures.colour_of("mine")
     results["inference"]["chance"] = 0.99
     assert figures.accuracy(results).axes[0].get_xlim()[1] > 99                          # the line stays in sight
 
