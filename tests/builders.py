@@ -5,10 +5,17 @@ import torch
 from datasets import Array2D, ClassLabel, Dataset, Features, List, Value
 
 import representations
+from ablation.collection import Columns, collect_rows
+from ablation.sources import open_dataset
+from ablation.splits import SplitSpec, split_rows
 
 LAYOUTS = ("nested", "array2d", "fixed", "large", "float16", "float64")
-MODULES = [f"unet.down_blocks.{i}.attentions.0.transformer_blocks.0.{kind}.{p}.lora"
-           for i in range(2) for kind in ("attn1", "attn2") for p in ("to_q", "to_v")]
+MODULES = [
+    f"unet.down_blocks.{i}.attentions.0.transformer_blocks.0.{kind}.{p}.lora"
+    for i in range(2)
+    for kind in ("attn1", "attn2")
+    for p in ("to_q", "to_v")
+]
 
 
 def matrix_feature(layout, rows, cols):
@@ -18,12 +25,15 @@ def matrix_feature(layout, rows, cols):
         return List(List(Value("float32"), length=cols), length=rows)
     if layout == "large":
         from datasets import LargeList
+
         return LargeList(LargeList(Value("float32")))
     return List(List(Value(layout if layout.startswith("float") else "float32")))
 
 
 def lora_columns(n=24, rank=2, width=6, seed=0, signal=None, knowing=("attn2",)):
-    """{column: (n, rows, cols) float32}; `signal` (n,) scales the matrices of the attention kinds `knowing`."""
+    """{column: (n, rows, cols) float32}; `signal` (n,) scales the matrices of the attention kinds
+    `knowing`.
+    """
     rng = np.random.default_rng(seed)
     columns = {}
     for module in MODULES:
@@ -53,15 +63,47 @@ def lora_dataset(n=24, layout="nested", label_kind="string", seed=0, signal=0.0,
     features = {name: matrix_feature(layout, *w.shape[1:]) for name, w in columns.items()}
     features |= {"category_label": feature, "group": Value("string")}
     rows = {name: w.tolist() for name, w in columns.items()}
-    return Dataset.from_dict(rows | {"category_label": labels, "group": [f"g{i % 5}" for i in range(n)]}, features=Features(features))
+    return Dataset.from_dict(
+        rows | {"category_label": labels, "group": [f"g{i % 5}" for i in range(n)]},
+        features=Features(features),
+    )
 
 
 def room_for(rows, sizes):
-    """`representations.describe` on a device with memory for so many; notes in `sizes` how many it was asked for."""
+    """`representations.describe` on a device with memory for so many; notes in `sizes` how many it was
+    asked for.
+    """
+
     def describe(w, names):
         sizes.append(len(w))
         if len(w) > rows:
             raise torch.OutOfMemoryError("pretended")
         return real(w, names)
+
     real = representations.describe
     return describe
+
+
+def split_of(n, seed, kind="random", labels=None, groups=None):
+    """The split of n rows by kind and seed."""
+    return split_rows(n, SplitSpec(kind, seed), labels, groups)
+
+
+def collect(
+    dataset,
+    name="x",
+    device="cpu",
+    *,
+    label_column="category_label",
+    group_column="",
+    metadata_columns=(),
+    split_seed=42,
+):
+    """The collection in an open data set."""
+    columns = Columns(label_column, group_column, metadata_columns)
+    return collect_rows(dataset, name, device, columns, SplitSpec("random", split_seed))
+
+
+def load(name, device="cpu", *, data_split="", revision="", **kwargs):
+    """The collection that a name means."""
+    return collect(open_dataset(name, data_split, revision), name, device, **kwargs)

@@ -1,4 +1,6 @@
-"""Slow, obvious twins of the fast code: float64, one matrix or one model at a time, written from the definitions."""
+"""Slow, obvious twins of the fast code: float64, one matrix or one model at a time, written from the
+definitions.
+"""
 
 import math
 
@@ -34,7 +36,15 @@ def rank_based(w):
 def stats(w):
     x = np.sort(w.ravel())
     median = x[(x.size - 1) // 2]
-    return [x.mean(), sample_std(x), median, x.min(), x.max(), standardised_moment(x, 3), standardised_moment(x, 4)]
+    return [
+        x.mean(),
+        sample_std(x),
+        median,
+        x.min(),
+        x.max(),
+        standardised_moment(x, 3),
+        standardised_moment(x, 4),
+    ]
 
 
 def spectral(w):
@@ -54,7 +64,15 @@ def spectral(w):
 def matrix_norms(w):
     frobenius, nuclear, spectral_norm = (np.linalg.norm(w, kind) for kind in ("fro", "nuc", 2))
     one, inf = np.linalg.norm(w, 1), np.linalg.norm(w, np.inf)
-    return [frobenius, nuclear, spectral_norm, one, inf, nuclear / (frobenius + EPS), spectral_norm / (frobenius + EPS)]
+    return [
+        frobenius,
+        nuclear,
+        spectral_norm,
+        one,
+        inf,
+        nuclear / (frobenius + EPS),
+        spectral_norm / (frobenius + EPS),
+    ]
 
 
 def distribution(w):
@@ -62,8 +80,14 @@ def distribution(w):
     p = np.percentile(x, (5, 10, 25, 50, 75, 90, 95))
     constant = x.max() == x.min()
     deviation = 0.0 if constant else np.abs(x - x.mean()).mean()
-    return [*p, p[4] - p[2], deviation, sample_std(x) / (abs(x.mean()) + EPS),
-            standardised_moment(x, 3), standardised_moment(x, 4)]
+    return [
+        *p,
+        p[4] - p[2],
+        deviation,
+        sample_std(x) / (abs(x.mean()) + EPS),
+        standardised_moment(x, 3),
+        standardised_moment(x, 4),
+    ]
 
 
 def frequency(w):
@@ -90,7 +114,17 @@ def ensemble(w):
 
 REPRESENTATIONS = {
     f.__name__: f
-    for f in (simple_stats, rank_based, stats, spectral, matrix_norms, distribution, frequency, info_theoretic, ensemble)
+    for f in (
+        simple_stats,
+        rank_based,
+        stats,
+        spectral,
+        matrix_norms,
+        distribution,
+        frequency,
+        info_theoretic,
+        ensemble,
+    )
 }
 
 
@@ -109,7 +143,7 @@ def profile(s):
 
 def product_spectral(down, up):
     w = up @ down
-    return profile(np.linalg.svd(w, compute_uv=False)[:min(len(down), *w.shape)])
+    return profile(np.linalg.svd(w, compute_uv=False)[: min(len(down), *w.shape)])
 
 
 def product_norms(down, up):
@@ -126,7 +160,11 @@ def product_moments(down, up):
 
 def product_quantiles(down, up):
     w = up @ down
-    return [np.percentile([np.linalg.norm(vector) for vector in vectors], q) for vectors in (w, w.T) for q in (0, 5, 10, 25, 50, 75, 90, 95, 100)]
+    return [
+        np.percentile([np.linalg.norm(vector) for vector in vectors], q)
+        for vectors in (w, w.T)
+        for q in (0, 5, 10, 25, 50, 75, 90, 95, 100)
+    ]
 
 
 def gaussian(side, count, size):
@@ -140,7 +178,9 @@ def product_sketch(down, up, k=16):
 
 
 def balanced(down, up):
-    """Rows sqrt(s_i) u_i and sqrt(s_i) v_i, signs fixed: the largest of 16 projections of u_i, in absolute value, is positive."""
+    """Rows sqrt(s_i) u_i and sqrt(s_i) v_i, signs fixed: the largest of 16 projections of u_i, in absolute
+    value, is positive.
+    """
     u, s, v = np.linalg.svd(up @ down, full_matrices=False)
     r = min(len(down), len(s))
     left, right = (u * np.sqrt(s)).T[:r], (v.T * np.sqrt(s)).T[:r]
@@ -161,7 +201,15 @@ def product_directions(down, up):
 
 
 PRODUCT_REPRESENTATIONS = {
-    f.__name__: f for f in (product_spectral, product_norms, product_moments, product_quantiles, product_sketch, product_directions)
+    f.__name__: f
+    for f in (
+        product_spectral,
+        product_norms,
+        product_moments,
+        product_quantiles,
+        product_sketch,
+        product_directions,
+    )
 }
 
 
@@ -179,15 +227,22 @@ def linear_kernel(modules):
 
 def dense_products(modules):
     """All entries of all products, (n, D)."""
-    return np.concatenate([(up.astype(np.float64) @ down.astype(np.float64)).reshape(len(up), -1) for down, up in modules], axis=1)
+    return np.concatenate(
+        [(up.astype(np.float64) @ down.astype(np.float64)).reshape(len(up), -1) for down, up in modules],
+        axis=1,
+    )
 
 
 def centroid_cosines(modules, labels, train, folds, num_classes):
-    """Row by row: of each module the first left, then right singular vector to every class's mean over the training rows of other folds."""
+    """Row by row: of each module the first left, then right singular vector to every class's mean over the
+    training rows of other folds.
+    """
     n, found = len(labels), []
     for down, up in modules:
         for side in (0, 1):
-            vectors = np.array([balanced(down[i].astype(np.float64), up[i].astype(np.float64))[side][0] for i in range(n)])
+            vectors = np.array(
+                [balanced(down[i].astype(np.float64), up[i].astype(np.float64))[side][0] for i in range(n)]
+            )
             vectors /= np.linalg.norm(vectors, axis=1)[:, None]
             cosines = np.zeros((n, num_classes))
             for i in range(n):
@@ -204,8 +259,8 @@ def centroid_cosines(modules, labels, train, folds, num_classes):
 def train_one_model(x, labels, train, val, num_classes, settings, seed, batches):
     """The plain training loop of one model at dropout 0, with torch's own modules, optimizer and scheduler.
 
-    `batches(epoch)` gives the epoch's list of row-number tensors. Returns the losses, accuracies, learning rates and
-    the best epoch's state, copied when it was reached.
+    `batches(epoch)` gives the epoch's list of row-number tensors. Returns the losses, accuracies, learning
+    rates and the best epoch's state, copied when it was reached.
     """
     torch.manual_seed(seed)
     layers, width = [], x.shape[1]
@@ -213,7 +268,9 @@ def train_one_model(x, labels, train, val, num_classes, settings, seed, batches)
         layers += [nn.Linear(width, settings.hidden_dim), nn.BatchNorm1d(settings.hidden_dim), nn.ReLU()]
         width = settings.hidden_dim
     model = nn.Sequential(*layers, nn.Linear(width, num_classes)).to(x.dtype)
-    optimizer = torch.optim.Adam(model.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay)
+    optimizer = torch.optim.Adam(
+        model.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay
+    )
     scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, mode="max", factor=0.5, patience=10)
     out = {"loss": [], "val_acc": [], "lr": [], "best_epoch": 0, "best": None}
     best = -1.0

@@ -1,5 +1,6 @@
 """The benchmark: that its yardsticks do the work that they stand for, and that it counts right."""
 
+import dataclasses
 import json
 
 import benchmark
@@ -7,10 +8,13 @@ import numpy as np
 import pytest
 import torch
 from builders import lora_dataset
-from test_training import SMALL, problem, tensors
+from test_training import SMALL, problem, train_runs
 from torch.utils.flop_counter import FlopCounterMode
 
-import training
+from ablation import mlp
+from ablation.benchmark import stages, timing, training_settings
+from ablation.benchmark.origin import describe_one_by_one, train_from_loader
+from ablation.training import standardise
 
 
 @pytest.fixture
@@ -25,10 +29,24 @@ def run(capsys, *flags):
 
 
 def test_every_stage_is_measured_beside_its_yardstick_and_its_limit(small_set, capsys):
-    report = run(capsys, "--dataset", small_set, "--repeats", "2", "--runs", "2", "--epochs", "1", "--origin-layers", "3")
+    report = run(
+        capsys,
+        "--dataset",
+        small_set,
+        "--repeats",
+        "2",
+        "--runs",
+        "2",
+        "--epochs",
+        "1",
+        "--origin-layers",
+        "3",
+    )
     assert [row["stage"] for row in report["stages"]] == ["read", "features", "features", "train", "train"]
     for row in report["stages"]:
-        assert row["times_faster_than_origin"] == pytest.approx(np.median(row["origin_all_seconds"]) / np.median(row["ours_all_seconds"]))
+        assert row["times_faster_than_origin"] == pytest.approx(
+            np.median(row["origin_all_seconds"]) / np.median(row["ours_all_seconds"])
+        )
         assert row["times_slower_than_limit"] > 1 and len(row["ours_all_seconds"]) == 2
     assert report["rates"]["float32"] > 1e8
 
@@ -36,72 +54,110 @@ def test_every_stage_is_measured_beside_its_yardstick_and_its_limit(small_set, c
 def test_one_stage_as_a_table_on_synthetic_rows(capsys):
     assert benchmark.main(["--stage", "read", "--rows", "5", "--repeats", "1", "--origin-layers", "1"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[1] == "5 rows" and lines[-1].startswith("| read | 128 layers, 0.00 GB |") and lines[-1].count("|") == lines[-2].count("|")
+    assert (
+        lines[1] == "5 rows"
+        and lines[-1].startswith("| read | 128 layers, 0.00 GB |")
+        and lines[-1].count("|") == lines[-2].count("|")
+    )
 
 
 def test_batch_sizes_and_precisions(small_set, capsys):
-    found = run(capsys, "--dataset", small_set, "--batch-sizes", "16", "8", "--representations", "stats", "--runs", "2")["batch_sizes"]
+    found = run(
+        capsys,
+        "--dataset",
+        small_set,
+        "--batch-sizes",
+        "16",
+        "8",
+        "--representations",
+        "stats",
+        "--runs",
+        "2",
+    )["batch_sizes"]
     assert [one["batch_size"] for one in found] == [16, 8]
-    assert all(16 <= one["epochs"] <= 300 and one["seconds"] > 0 and 0 <= one["test_accuracy"] <= 1 for one in found)
-    (found,) = run(capsys, "--dataset", small_set, "--precisions", "--representations", "stats", "--seeds", "3")["precisions"]
+    assert all(
+        16 <= one["epochs"] <= 300 and one["seconds"] > 0 and 0 <= one["test_accuracy"] <= 1 for one in found
+    )
+    (found,) = run(
+        capsys, "--dataset", small_set, "--precisions", "--representations", "stats", "--seeds", "3"
+    )["precisions"]
     assert found["difference"] == pytest.approx(found["bfloat16"] - found["float32"]) and found["seeds"] == 3
 
 
 def test_operations_are_those_that_torch_counts():
     x, labels, split = problem(n=100, dtype=torch.float32)
-    model = training.build_model(0, 10, 3, SMALL)
+    model = mlp.build_model(0, 10, 3, SMALL)
     with FlopCounterMode(display=False) as counter:
         loss = torch.nn.functional.cross_entropy(model(x[split.train]), torch.from_numpy(labels[split.train]))
         loss.backward()
         with torch.no_grad():
             model.eval()(x[split.val])
-    assert benchmark.operations_of(10, 3, split, SMALL) == counter.get_total_flops()
+    assert stages.operations_of(10, 3, split, SMALL) == counter.get_total_flops()
 
 
 def test_the_origins_loop_learns_what_ours_learns():
     x, labels, split = problem(noise=1.0, dtype=torch.float32)
-    standardised, y, parts = tensors(x, labels, split)
-    theirs = [benchmark.train_from_loader(standardised, y, split, 3, SMALL, seed) for seed in SMALL.seeds]
-    ours = training.train_runs(x, labels, split, 3, SMALL).runs
+    standardised, y = standardise(x, torch.from_numpy(split.train)), torch.from_numpy(labels)
+    theirs = [
+        train_from_loader(standardised, y, split, 3, dataclasses.replace(SMALL, seed=seed))
+        for seed in SMALL.seeds
+    ]
+    ours = train_runs(x, labels, split, 3, SMALL).runs
     truth = labels[split.test]
-    accuracy = [np.mean([(run.predictions["test"] == truth).mean() for run in runs]) for runs in (ours, theirs)]
+    accuracy = [
+        np.mean([(run.predictions["test"] == truth).mean() for run in runs]) for runs in (ours, theirs)
+    ]
     assert abs(accuracy[0] - accuracy[1]) < 0.1 and accuracy[1] > 0.6
     assert all(len(run.train_loss) <= SMALL.max_epochs for run in theirs)
 
 
 def test_the_origins_features_are_of_every_row():
     w = torch.randn(5, 2, 30)
-    assert all(len(part) == 5 for part in benchmark.describe_one_by_one(w))
+    assert all(len(part) == 5 for part in describe_one_by_one(w))
 
 
-@pytest.mark.parametrize("shift, spread, equivalent", [
-    (0.0, 0.01, True), (0.009, 0.01, False), (0.005, 0.001, True), (0.0, 0.2, False), (0.03, 0.001, False),
-])
+@pytest.mark.parametrize(
+    "shift, spread, equivalent",
+    [(0.0, 0.01, True), (0.009, 0.01, False), (0.005, 0.001, True), (0.0, 0.2, False), (0.03, 0.001, False)],
+)
 def test_equivalence_is_an_interval_within_the_margin(shift, spread, equivalent):
     rng = np.random.default_rng(0)
     noise = rng.normal(size=80)
-    found = benchmark.equivalence(shift + spread * (noise - noise.mean()) / noise.std(ddof=1))
-    assert found["equivalent"] == equivalent == (found["low"] > -benchmark.MARGIN and found["high"] < benchmark.MARGIN)
-    half = 1.6644 * spread / np.sqrt(80)   # Student's t, 79 degrees of freedom, 95% quantile
-    assert found["difference"] == pytest.approx(shift, abs=1e-12) and found["high"] - found["low"] == pytest.approx(2 * half, rel=1e-3)
+    found = training_settings.equivalence(shift + spread * (noise - noise.mean()) / noise.std(ddof=1))
+    assert (
+        found["equivalent"]
+        == equivalent
+        == (found["low"] > -training_settings.MARGIN and found["high"] < training_settings.MARGIN)
+    )
+    half = 1.6644 * spread / np.sqrt(80)  # Student's t, 79 degrees of freedom, 95% quantile
+    assert found["difference"] == pytest.approx(shift, abs=1e-12) and found["high"] - found[
+        "low"
+    ] == pytest.approx(2 * half, rel=1e-3)
 
 
 def test_equivalence_of_runs_that_all_differ_alike():
-    assert benchmark.equivalence(np.zeros(3))["equivalent"] and not benchmark.equivalence(np.full(3, 0.02))["equivalent"]
+    assert (
+        training_settings.equivalence(np.zeros(3))["equivalent"]
+        and not training_settings.equivalence(np.full(3, 0.02))["equivalent"]
+    )
 
 
 def test_refuses_what_it_cannot_measure(capsys):
-    for flags, reason in ((["--repeats", "0"], "--repeats is at least 1"), (["--seeds", "1"], "at least 2"), (["--batch-sizes", "0"], "at least 2"),
-                          (["--dataset", "./nowhere"], "no such file or folder")):
+    for flags, reason in (
+        (["--repeats", "0"], "--repeats is at least 1"),
+        (["--seeds", "1"], "at least 2"),
+        (["--batch-sizes", "0"], "at least 2"),
+        (["--dataset", "./nowhere"], "no such file or folder"),
+    ):
         with pytest.raises(SystemExit, match="2"):
             benchmark.main(flags)
         assert reason in capsys.readouterr().err
 
 
 def test_the_peak_of_memory_is_that_of_the_work_alone():
-    large = torch.ones(2**25)                                            # 128 MiB that is given back before
+    large = torch.ones(2**25)  # 128 MiB that is given back before
     del large
-    before = benchmark.start_of_peak("cpu")
-    work = torch.ones(2**24)                                             # 64 MiB
+    before = timing.start_of_peak("cpu")
+    work = torch.ones(2**24)  # 64 MiB
     del work
-    assert 0.9 * 2**26 < benchmark.peak("cpu") - before < 1.5 * 2**26
+    assert 0.9 * 2**26 < timing.peak("cpu") - before < 1.5 * 2**26

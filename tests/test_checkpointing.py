@@ -1,4 +1,6 @@
-"""Files that are whole or not there, identities, the feature cache, locks, and what a store makes of damage."""
+"""Files that are whole or not there, identities, the feature cache, locks, and what a store makes of
+damage.
+"""
 
 import json
 import os
@@ -12,16 +14,29 @@ import pytest
 from conftest import ROOT
 
 import checkpointing
-from checkpointing import FeatureCache, Held, ResultStore, differences, hash_of, holding, identify, replacing, write_bytes, write_json
-from settings import Cell, InputError
+from checkpointing import (
+    FeatureCache,
+    Held,
+    Refused,
+    ResultStore,
+    differences,
+    hash_of,
+    holding,
+    identify,
+    replacing,
+    write_bytes,
+    write_json,
+)
 
-CELL = Cell("stats", "all_layers")
+CELL = "all_layers_stats"
 MADE_WITH = {"num_runs": 3, "data": "abc", "dropout": 0.5}
 
 
 def saved(tmp_path, cell=CELL, made_with=MADE_WITH):
     store = ResultStore(tmp_path)
-    store.save(cell, {"test_acc_mean": 0.25, "curve": [0.1, 1 / 3]}, {"test_predictions": np.arange(6)}, made_with)
+    store.save(
+        cell, {"test_acc_mean": 0.25, "curve": [0.1, 1 / 3]}, {"test_predictions": np.arange(6)}, made_with
+    )
     return store
 
 
@@ -42,8 +57,11 @@ def test_a_writer_that_fails_leaves_the_old_file_and_no_other(tmp_path):
 def test_a_writer_that_is_killed_leaves_the_old_file_and_a_hidden_one_that_goes_later(tmp_path):
     path = tmp_path / "a.json"
     write_json(path, {"old": 1})
-    code = (f"import sys; sys.path.insert(0, {str(ROOT)!r}); import os, pathlib, checkpointing\n"
-            f"with checkpointing.replacing(pathlib.Path({str(path)!r})) as t:\n t.write_text('half'); os.kill(os.getpid(), 9)")
+    code = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); import os, pathlib, checkpointing\n"
+        f"with checkpointing.replacing(pathlib.Path({str(path)!r})) as t:\n t.write_text('half'); "
+        "os.kill(os.getpid(), 9)"
+    )
     assert subprocess.run([sys.executable, "-c", code]).returncode == -9
     (leftover,) = [name for name in os.listdir(tmp_path) if name != "a.json"]
     assert leftover.startswith(".") and json.loads(path.read_text()) == {"old": 1}
@@ -52,7 +70,9 @@ def test_a_writer_that_is_killed_leaves_the_old_file_and_a_hidden_one_that_goes_
     running = tmp_path / f".a.json.{socket.gethostname()}.{os.getppid()}.tmp"
     running.write_text("half")
     write_json(path, {"new": 2})
-    assert sorted(os.listdir(tmp_path)) == sorted([elsewhere.name, running.name, "a.json"]), "others may be writing those"
+    assert sorted(os.listdir(tmp_path)) == sorted([elsewhere.name, running.name, "a.json"]), (
+        "others may be writing those"
+    )
     os.utime(elsewhere, (time.time() - 7200,) * 2)
     write_json(path, {"new": 3})
     assert sorted(os.listdir(tmp_path)) == sorted([running.name, "a.json"])
@@ -64,7 +84,7 @@ def test_an_event_after_one_that_was_cut_off_has_a_line_of_its_own(tmp_path):
     with path.open("a") as file:
         file.write('{"event": "b')
     checkpointing.append_event(path, event="c")
-    events = [line.rpartition("\"event\": ")[2] for line in path.read_text().splitlines()]
+    events = [line.rpartition('"event": ')[2] for line in path.read_text().splitlines()]
     assert events == ['"a"}', '"b', '"c"}']
 
 
@@ -84,7 +104,13 @@ def counted(tmp_path):
     settle(file)
 
     def identity(which=(), cache_dir=tmp_path / "cache", files=None):
-        return identify([str(file)] if files is None else files, list(which), lambda: (calls.append(1), hash_of(file.read_bytes()))[1], cache_dir)
+        return identify(
+            [str(file)] if files is None else files,
+            list(which),
+            lambda: (calls.append(1), hash_of(file.read_bytes()))[1],
+            cache_dir,
+        )
+
     return file, identity, calls
 
 
@@ -130,9 +156,13 @@ def test_a_damaged_memory_is_not_believed(counted, tmp_path):
 # --- feature cache
 
 
+def version_one(representation):
+    return {"version": 1}
+
+
 @pytest.fixture
 def cache(tmp_path):
-    return FeatureCache(tmp_path, "identity", ["a", "b"])
+    return FeatureCache(tmp_path, "identity", ["a", "b"], version_one)
 
 
 def test_features_come_back_bit_for_bit(cache, tmp_path):
@@ -141,14 +171,16 @@ def test_features_come_back_bit_for_bit(cache, tmp_path):
     cache.save("stats", features)
     found, problem = cache.load("stats")
     assert problem == "" and found.dtype == np.float32 and np.array_equal(found, features)
-    assert [path.name for path in cache.folder.iterdir() if not path.name.startswith(".")] == ["stats.safetensors"]
-    assert FeatureCache(tmp_path, "other", ["a", "b"]).load("stats")[0] is None
+    assert [path.name for path in cache.folder.iterdir() if not path.name.startswith(".")] == [
+        "stats.safetensors"
+    ]
+    assert FeatureCache(tmp_path, "other", ["a", "b"], version_one).load("stats")[0] is None
 
 
-def test_features_of_other_layers_or_versions_are_not_used(cache, tmp_path, monkeypatch):
+def test_features_of_other_layers_or_versions_are_not_used(cache, tmp_path):
     cache.save("stats", np.zeros((2, 14), np.float32))
-    assert "another version" in FeatureCache(tmp_path, "identity", ["a", "c"]).load("stats")[1]
-    monkeypatch.setitem(checkpointing.REPRESENTATIONS, "stats", checkpointing.REPRESENTATIONS["stats"]._replace(version=99))
+    assert "another version" in FeatureCache(tmp_path, "identity", ["a", "c"], version_one).load("stats")[1]
+    cache.description_of = lambda representation: {"version": 99}
     assert "another version" in cache.load("stats")[1]
 
 
@@ -173,7 +205,10 @@ def test_damaged_features_are_not_used(cache, damage):
 
 def test_a_saved_cell_is_done_and_comes_back(tmp_path):
     store = saved(tmp_path)
-    assert store.state(CELL, MADE_WITH).kind == "done" and store.state(Cell("stats", "visual_only"), MADE_WITH).kind == "missing"
+    assert (
+        store.state(CELL, MADE_WITH).kind == "done"
+        and store.state("visual_only_stats", MADE_WITH).kind == "missing"
+    )
     assert store.load(CELL)["curve"] == [0.1, 1 / 3]
     with np.load(store.predictions_path(CELL), allow_pickle=False) as arrays:
         assert arrays["test_predictions"].tolist() == list(range(6))
@@ -182,7 +217,10 @@ def test_a_saved_cell_is_done_and_comes_back(tmp_path):
 def test_a_cell_from_before_there_were_other_splits_has_a_random_one(tmp_path):
     store = saved(tmp_path)
     assert store.state(CELL, MADE_WITH | {"split_kind": "random"}).kind == "done"
-    assert store.state(CELL, MADE_WITH | {"split_kind": "grouped"}).why == "split_kind was random, is now grouped"
+    assert (
+        store.state(CELL, MADE_WITH | {"split_kind": "grouped"}).why
+        == "split_kind was random, is now grouped"
+    )
 
 
 def test_every_flipped_bit_of_a_checkpoint_is_noticed(tmp_path):
@@ -195,18 +233,27 @@ def test_every_flipped_bit_of_a_checkpoint_is_noticed(tmp_path):
             bad[position] ^= 1 << bit
             path.write_bytes(bad)
             state = store.state(CELL, MADE_WITH)
-            if state.kind == "done":   # the bit made no difference to the value, such as a space that became a tab
+            if (
+                state.kind == "done"
+            ):  # the bit made no difference to the value, such as a space that became a tab
                 assert json.loads(bad) == json.loads(good)
     path.write_bytes(good)
     assert store.state(CELL, MADE_WITH).kind == "done"
 
 
-@pytest.mark.parametrize("damage", ["empty", "truncated", "not json", "a list", "no predictions", "flipped predictions", "another cell's"])
+@pytest.mark.parametrize(
+    "damage",
+    ["empty", "truncated", "not json", "a list", "no predictions", "flipped predictions", "another cell's"],
+)
 def test_damaged_cells_are_set_aside_with_the_reason(tmp_path, damage):
     store = saved(tmp_path)
     path, predictions = store.path(CELL), store.predictions_path(CELL)
     if damage in ("empty", "truncated", "not json", "a list"):
-        path.write_bytes({"empty": b"", "truncated": path.read_bytes()[:-30], "not json": b"\xff\xfe", "a list": b"[]"}[damage])
+        path.write_bytes(
+            {"empty": b"", "truncated": path.read_bytes()[:-30], "not json": b"\xff\xfe", "a list": b"[]"}[
+                damage
+            ]
+        )
     elif damage == "no predictions":
         predictions.unlink()
     elif damage == "flipped predictions":
@@ -214,7 +261,7 @@ def test_damaged_cells_are_set_aside_with_the_reason(tmp_path, damage):
         content[40] ^= 1
         predictions.write_bytes(content)
     else:
-        other = Cell("stats", "text_only")
+        other = "text_only_stats"
         saved(tmp_path, other)
         os.replace(store.path(other), path)
     assert store.state(CELL, MADE_WITH).kind == "damaged"
@@ -231,26 +278,38 @@ def test_damaged_cells_are_set_aside_with_the_reason(tmp_path, damage):
 def test_stale_cells_stop_the_run_unless_told_otherwise(tmp_path):
     store = saved(tmp_path)
     wanted = MADE_WITH | {"num_runs": 10, "data": "xyz"}
-    with pytest.raises(InputError, match=r"1 finished cells in .* were made with other settings \(num_runs was 3, is now 10; the weights of the "
-                                         r"data set changed\): choose another --output-dir, or give --rerun-stale"):
+    with pytest.raises(
+        Refused,
+        match=r"1 finished cells in .* were made with other settings \(num_runs was 3, is now 10; the weights of the "
+        r"data set changed\): choose another --output-dir, or give --rerun-stale",
+    ):
         store.clear({CELL: wanted}, [CELL], rerun_stale=False)
     assert store.path(CELL).exists()
     assert store.clear({CELL: wanted}, [], rerun_stale=False) == [], "a cell that nobody asked for stays"
     (line,) = store.clear({CELL: wanted}, [CELL], rerun_stale=True)
-    assert "stale" in line and not store.path(CELL).exists() and (tmp_path / "set_aside" / "all_layers_stats.1.npz").exists()
+    assert (
+        "stale" in line
+        and not store.path(CELL).exists()
+        and (tmp_path / "set_aside" / "all_layers_stats.1.npz").exists()
+    )
 
 
 def test_differences_are_told_only_for_what_is_known():
     assert differences(MADE_WITH, {"dropout": 0.5}) == []
-    assert differences(MADE_WITH, {"dropout": 0.1, "new": 1}) == ["dropout was 0.5, is now 0.1", "new was None, is now 1"]
+    assert differences(MADE_WITH, {"dropout": 0.1, "new": 1}) == [
+        "dropout was 0.5, is now 0.1",
+        "new was None, is now 1",
+    ]
 
 
 # --- locks
 
 
 def test_a_folder_is_held_by_one_process_at_a_time(tmp_path):
-    code = (f"import sys; sys.path.insert(0, {str(ROOT)!r}); import pathlib, checkpointing\n"
-            f"with checkpointing.holding(pathlib.Path({str(tmp_path)!r})): print('held')")
+    code = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); import pathlib, checkpointing\n"
+        f"with checkpointing.holding(pathlib.Path({str(tmp_path)!r})): print('held')"
+    )
     with holding(tmp_path):
         other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
         assert other.returncode == 1 and "another process holds" in other.stderr
@@ -265,4 +324,6 @@ def test_the_lock_of_a_cell_is_not_seen_by_ls(tmp_path):
     with checkpointing.locked(store.path(CELL)):
         assert [name for name in os.listdir(store.checkpoints) if not name.startswith(".")] == []
     write_bytes(store.path(CELL), b"x")
-    assert [name for name in os.listdir(store.checkpoints) if not name.startswith(".")] == ["all_layers_stats.json"]
+    assert [name for name in os.listdir(store.checkpoints) if not name.startswith(".")] == [
+        "all_layers_stats.json"
+    ]

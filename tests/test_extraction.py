@@ -2,43 +2,52 @@
 
 import pytest
 import torch
-from builders import lora_dataset, room_for
+from builders import collect, lora_dataset, room_for
 
-import extraction
 import representations
-from extraction import extract_features
-from lora_data import LoraData, from_dataset
-from settings import NINE, REPRESENTATION_GROUPS, REPRESENTATIONS
+from ablation import extraction
+from ablation.catalogue import NINE, REPRESENTATION_GROUPS, REPRESENTATIONS
+from ablation.collection import LoraCollection
+from ablation.extraction import Request, extract_features
 
 NAMES = [*(name for name in NINE if name != "ensemble"), *REPRESENTATION_GROUPS["product"]]
 WIDTHS = {name: REPRESENTATIONS[name].width for name in NAMES}
 
 
 @pytest.fixture
-def data() -> LoraData:
-    return from_dataset(lora_dataset(n=40, signal=True), "x")
+def data() -> LoraCollection:
+    return collect(lora_dataset(n=40, signal=True), "x")
 
 
 def features_of(data, widths=WIDTHS):
-    found = extract_features(data, widths)
+    found = extract_features(Request(data, widths))
     assert not found.errors
     return found.features
 
 
 def test_features_stand_layer_by_layer_and_module_by_module(data):
     found = features_of(data)
-    layers = [data.read_layer(layer, 0, 40) for layer in data.layers]
-    assert torch.allclose(found["stats"], torch.cat([representations.stats(w) for w in layers], dim=1), rtol=1e-6)
-    assert [module.name for module in data.modules] == [layer.replace("lora.down", "lora.*") for layer in data.layers if "lora.down" in layer]
+    layers = [data.weights.read_layer(layer, 0, 40) for layer in data.layers.names]
+    assert torch.allclose(
+        found["stats"], torch.cat([representations.stats(w) for w in layers], dim=1), rtol=1e-6
+    )
+    assert [module.name for module in data.layers.modules] == [
+        layer.replace("lora.down", "lora.*") for layer in data.layers.names if "lora.down" in layer
+    ]
     for name in REPRESENTATION_GROUPS["product"]:
-        of_modules = [representations.describe_module(layers[module.down], layers[module.up], [name])[0][name] for module in data.modules]
+        of_modules = [
+            representations.describe_module(layers[module.down], layers[module.up], [name])[0][name]
+            for module in data.layers.modules
+        ]
         assert torch.allclose(found[name], torch.cat(of_modules, dim=1), rtol=1e-5, atol=1e-7), name
 
 
 def test_what_else_is_wanted_changes_nothing(data):
     whole = features_of(data)
     for name in NAMES:
-        assert torch.allclose(features_of(data, {name: WIDTHS[name]})[name], whole[name], rtol=1e-6, atol=1e-7), name
+        assert torch.allclose(
+            features_of(data, {name: WIDTHS[name]})[name], whole[name], rtol=1e-6, atol=1e-7
+        ), name
 
 
 def test_blocks_do_not_change_a_number(data, monkeypatch):
@@ -53,7 +62,10 @@ def test_blocks_do_not_change_a_number(data, monkeypatch):
 
 def test_the_way_of_a_gpu_gives_the_same_features(data):
     """Layers read ahead by threads and described in turn; `cpu:0` is a CPU that takes that way."""
-    ours, theirs = features_of(data), extract_features(from_dataset(data.dataset, "x", "cpu:0"), WIDTHS)
+    ours, theirs = (
+        features_of(data),
+        extract_features(Request(collect(data.weights.dataset, "x", "cpu:0"), WIDTHS)),
+    )
     assert theirs.reading > 0 and theirs.computing > 0
     for name in NAMES:
         assert torch.equal(ours[name], theirs.features[name]), name
@@ -64,7 +76,7 @@ def test_layers_are_counted_as_they_are_done(data, monkeypatch):
     for device in ("cpu", "cpu:0"):
         for widths in (WIDTHS, {"stats": 7}, {"product_norms": 7}):
             done = []
-            extract_features(from_dataset(data.dataset, "x", device), widths, done.append)
+            extract_features(Request(collect(data.weights.dataset, "x", device), widths), done.append)
             assert sum(done) == pytest.approx(16)
 
 
@@ -73,7 +85,7 @@ def test_a_layer_that_a_gpu_has_no_room_for_is_described_in_halves(data, monkeyp
     real, sizes = torch.Tensor.copy_, []
 
     def copy_(self, source, non_blocking=False):
-        if non_blocking:                                                 # the upload
+        if non_blocking:  # the upload
             raise torch.OutOfMemoryError("pretended")
         return real(self, source)
 
@@ -86,7 +98,7 @@ def test_a_layer_that_a_gpu_has_no_room_for_is_described_in_halves(data, monkeyp
     monkeypatch.setattr(torch.Tensor, "copy_", copy_)
     monkeypatch.setattr(representations, "describe", room_for(20, sizes))
     monkeypatch.setattr(representations, "describe_module", describe_module)
-    theirs = features_of(from_dataset(data.dataset, "x", "cpu:0"))
+    theirs = features_of(collect(data.weights.dataset, "x", "cpu:0"))
     assert {40, 20} == set(sizes)
     for name in NAMES:
         assert torch.allclose(ours[name], theirs[name], rtol=1e-6, atol=1e-7), name

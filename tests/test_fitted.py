@@ -9,37 +9,58 @@ import oracles
 import pytest
 import sklearn.decomposition
 import torch
-from builders import lora_columns
+from builders import collect, lora_columns
 from conftest import ROOT
 from datasets import Dataset
 
-import controls
-import fitted
-import training
-from controls import GaugeAudit, NoiseAudit
-from fitted import FEATURES, FIT_SEED, FOLDS, Fit, train_kernel_ridge
-from lora_data import LoraData, Split, from_dataset
-from settings import REPRESENTATION_GROUPS
+from ablation import audits, classifiers, fitted
+from ablation.audits import GaugeAudit, NoiseAudit
+from ablation.catalogue import REPRESENTATION_GROUPS
+from ablation.classifiers import train_kernel_ridge
+from ablation.collection import LoraCollection
+from ablation.fitted import FIT_SEED, FITTED, FOLDS
+from ablation.mlp import Listener, Task, TrainingError
+from ablation.reading import WeightReader
+from ablation.splits import Split
 
 N = 60
 
 
-def make_data(seed=0, rank=2, labels=None) -> LoraData:
+def make_data(seed=0, rank=2, labels=None) -> LoraCollection:
     columns = lora_columns(n=N, rank=rank, seed=seed)
     labels = np.arange(N) % 3 if labels is None else labels
-    data = from_dataset(Dataset.from_dict({name: w.tolist() for name, w in columns.items()} | {"category_label": labels.tolist()}), "x")
+    data = collect(
+        Dataset.from_dict(
+            {name: w.tolist() for name, w in columns.items()} | {"category_label": labels.tolist()}
+        ),
+        "x",
+    )
     rows = np.random.default_rng(1).permutation(N)
     data.split = Split(rows[:40], rows[40:48], rows[48:], False)
     return data
 
 
+def Fit(data, layer_set, **kwargs):
+    """The fit of the collection's own split and labels."""
+    return fitted.Fit(data, data.view(), layer_set, **kwargs)
+
+
 def modules_of(data, layer_set):
-    read = lambda position: data.read_layer(data.layers[position], 0, N).numpy()  # noqa: E731
-    return [(read(data.modules[i].down), read(data.modules[i].up)) for i in data.modules_of(layer_set)]
+    read = lambda position: data.weights.read_layer(data.layers.names[position], 0, N).numpy()
+    return [
+        (read(data.layers.modules[i].down), read(data.layers.modules[i].up))
+        for i in data.layers.module_positions(layer_set)
+    ]
 
 
 def flat(data, layer_set):
-    return np.concatenate([data.read_layer(data.layers[i], 0, N).numpy().reshape(N, -1) for i in data.layers_of(layer_set)], axis=1)
+    return np.concatenate(
+        [
+            data.weights.read_layer(data.layers.names[i], 0, N).numpy().reshape(N, -1)
+            for i in data.layers.positions(layer_set)
+        ],
+        axis=1,
+    )
 
 
 @pytest.fixture(params=["all_layers", "visual_only"])
@@ -48,7 +69,7 @@ def layer_set(request):
 
 
 def test_the_registry_is_the_one_of_the_settings():
-    assert list(FEATURES) == [*REPRESENTATION_GROUPS["fitted"], "metadata"]
+    assert list(FITTED) == [*REPRESENTATION_GROUPS["fitted"], "metadata"]
 
 
 OF_WEIGHTS = REPRESENTATION_GROUPS["fitted"]
@@ -56,33 +77,41 @@ OF_WEIGHTS = REPRESENTATION_GROUPS["fitted"]
 
 def test_metadata_are_centred_and_what_is_not_there_says_nothing_itself():
     data = make_data()
-    data.metadata = {"num_images": np.arange(N, dtype=float), "step_loss": np.where(np.arange(N) % 3 == 0, np.nan, 5.0)}
-    found, train = FEATURES["metadata"](Fit(data, "no_layers")).numpy(), data.split.train
+    data.metadata = {
+        "num_images": np.arange(N, dtype=float),
+        "step_loss": np.where(np.arange(N) % 3 == 0, np.nan, 5.0),
+    }
+    found, train = FITTED["metadata"](Fit(data, "no_layers")).numpy(), data.split.train
     assert np.allclose(found[:, 0], np.arange(N) - train.mean()) and np.allclose(found[:, 1], 0)
     assert found[:, 2].tolist() == [1] * N and found[:, 3].tolist() == (np.arange(N) % 3 != 0).tolist()
 
 
 def test_flat_vec_is_all_weights(layer_set):
     data = make_data()
-    assert np.array_equal(FEATURES["flat_vec"](Fit(data, layer_set)).numpy(), flat(data, layer_set))
+    assert np.array_equal(FITTED["flat_vec"](Fit(data, layer_set)).numpy(), flat(data, layer_set))
 
 
 @pytest.mark.parametrize("name", OF_WEIGHTS)
 def test_changed_rows_follow_the_rows_and_move_none(name, monkeypatch):
     """What is fitted does not depend on them; a changed row that did not change has its row's features."""
     monkeypatch.setattr(fitted, "BLOCK_ROWS", 16)
-    monkeypatch.setattr(controls, "BLOCK_ROWS", 16)
+    monkeypatch.setattr(audits, "BLOCK_ROWS", 16)
     data = make_data()
-    noise, gauge = NoiseAudit(data, data.split.test), GaugeAudit(data, data.split.test)
-    alone, together = FEATURES[name](Fit(data, "all_layers")), FEATURES[name](Fit(data, "all_layers", audits=(noise, gauge)))
+    noise, gauge = NoiseAudit.of_test_rows(N, data.split.test), GaugeAudit.of_test_rows(N, data.split.test)
+    alone, together = (
+        FITTED[name](Fit(data, "all_layers")),
+        FITTED[name](Fit(data, "all_layers", audits=(noise, gauge))),
+    )
     assert together.shape == (N + len(noise.rows) + N, alone.shape[1])
     assert torch.equal(together[:N], alone)
     slightly = together[N:][noise.positions("1%", data.split.test)] - alone[data.split.test]
     strongly = together[N:][noise.positions("20%", data.split.test)] - alone[data.split.test]
     assert 0 < slightly.abs().mean() < 0.2 * strongly.abs().mean()
-    regauged = together[N + len(noise.rows):]
+    regauged = together[N + len(noise.rows) :]
     invariant = name in ("centroid_cosine", "kernel_pca", "kernel_ridge")
-    assert ((regauged - alone).abs().max() < 1e-4 * alone.abs().max()) == invariant     # of training rows, too: they keep their folds
+    assert (
+        (regauged - alone).abs().max() < 1e-4 * alone.abs().max()
+    ) == invariant  # of training rows, too: they keep their folds
 
 
 def test_the_kernel_is_that_of_the_dense_products(layer_set, monkeypatch):
@@ -90,7 +119,7 @@ def test_the_kernel_is_that_of_the_dense_products(layer_set, monkeypatch):
     expected = oracles.linear_kernel(modules_of(data, layer_set))[:, data.split.train]
     for tile in (fitted.KERNEL_TILE, 9 * 40 * 7):
         monkeypatch.setattr(fitted, "KERNEL_TILE", tile)
-        found = FEATURES["kernel_ridge"](Fit(data, layer_set)).numpy()
+        found = FITTED["kernel_ridge"](Fit(data, layer_set)).numpy()
         assert np.abs(found - expected).max() < 1e-5 * np.abs(expected).max()
 
 
@@ -101,10 +130,12 @@ def aligned(found, expected):
 
 @pytest.mark.parametrize("components", [5, 30])
 def test_pca_of_few_rows_is_exact(layer_set, components):
-    """40 training rows span fewer directions than are looked at from 20 components on; below, what is lost is bounded."""
+    """40 training rows span fewer directions than are looked at from 20 components on; below, what is lost is
+    bounded.
+    """
     data = make_data()
     x, train = flat(data, layer_set), data.split.train
-    found = FEATURES["pca"](Fit(data, layer_set, components=components)).numpy()
+    found = FITTED["pca"](Fit(data, layer_set, components=components)).numpy()
     exact = sklearn.decomposition.PCA(components, svd_solver="full").fit(x[train])
     assert found.shape == (N, components)
     if components == 30:
@@ -119,18 +150,20 @@ def test_pca_of_few_rows_is_exact(layer_set, components):
 def test_pca_finds_what_stands_out_and_needs_two_readings(monkeypatch):
     data = make_data()
     signal = np.random.default_rng(3).normal(size=(N, 3)) * [30, 20, 10]
-    reads, real = [], LoraData.read_on_host
+    reads, real = [], WeightReader.read_on_host
 
     def read_on_host(self, layer, start, stop, buffer=None):
         reads.append(layer)
         w = real(self, layer, start, stop, buffer)
-        directions = torch.from_numpy(np.random.default_rng(len(layer) + self.layers.index(layer)).normal(size=(3, w[0].numel())))
+        directions = torch.from_numpy(
+            np.random.default_rng(len(layer) + self.layers.names.index(layer)).normal(size=(3, w[0].numel()))
+        )
         return w + (torch.from_numpy(signal[start:stop]) @ directions).view(w.shape).float()
 
-    monkeypatch.setattr(LoraData, "read_on_host", read_on_host)
-    found = FEATURES["pca"](Fit(data, "all_layers", components=4)).numpy()
-    assert sorted(reads) == sorted(2 * data.layers)
-    x = FEATURES["flat_vec"](Fit(data, "all_layers")).numpy().astype(np.float64)
+    monkeypatch.setattr(WeightReader, "read_on_host", read_on_host)
+    found = FITTED["pca"](Fit(data, "all_layers", components=4)).numpy()
+    assert sorted(reads) == sorted(2 * data.layers.names)
+    x = FITTED["flat_vec"](Fit(data, "all_layers")).numpy().astype(np.float64)
     expected = sklearn.decomposition.PCA(3, svd_solver="full").fit(x[data.split.train]).transform(x)
     assert np.abs(aligned(found[:, :3], expected) - expected).max() < 0.02 * np.abs(expected).max()
 
@@ -138,72 +171,86 @@ def test_pca_finds_what_stands_out_and_needs_two_readings(monkeypatch):
 def test_pca_has_no_more_components_than_there_are():
     data = make_data()
     data.split = Split(np.arange(5), np.arange(5, 9), np.arange(9, 20), False)
-    found = FEATURES["pca"](Fit(data, "all_layers", components=128))
+    found = FITTED["pca"](Fit(data, "all_layers", components=128))
     assert found.shape == (N, 4) and found.isfinite().all()
-    assert FEATURES["kernel_pca"](Fit(data, "all_layers", components=128)).shape == (N, 4)
+    assert FITTED["kernel_pca"](Fit(data, "all_layers", components=128)).shape == (N, 4)
 
 
 def test_kernel_pca_is_pca_of_the_dense_products(layer_set):
     data = make_data()
     x = oracles.dense_products(modules_of(data, layer_set))
-    found = FEATURES["kernel_pca"](Fit(data, layer_set, components=8)).numpy()
+    found = FITTED["kernel_pca"](Fit(data, layer_set, components=8)).numpy()
     expected = sklearn.decomposition.PCA(8, svd_solver="full").fit(x[data.split.train]).transform(x)
     assert np.abs(aligned(found, expected) - expected).max() < 1e-3 * np.abs(expected).max()
 
 
 def test_kernel_ridge_is_ridge_regression_on_the_dense_products(layer_set, monkeypatch):
-    monkeypatch.setattr(fitted, "RIDGE_PENALTIES", (0.1,))
+    monkeypatch.setattr(classifiers, "RIDGE_PENALTIES", (0.1,))
     data = make_data()
-    kernel, runs = FEATURES["kernel_ridge"](Fit(data, layer_set)), []
-    also = {"again": kernel[data.split.test[:5]]}
-    trained = train_kernel_ridge(kernel, data.labels, data.split, 3, lambda run, number: runs.append(number), also)
+    kernel, runs = FITTED["kernel_ridge"](Fit(data, layer_set)), []
+    extra = {"again": kernel[data.split.test[:5]]}
+    task = Task(kernel, data.labels, data.split, 3, extra)
+    trained = train_kernel_ridge(task, Listener(lambda run, number: runs.append(number)))
     x, train = oracles.dense_products(modules_of(data, layer_set)), data.split.train
     x = x - x[train].mean(0)
     targets = np.eye(3)[data.labels[train]]
     penalty = 0.1 * (x[train] ** 2).sum() / len(train)
-    weights = x[train].T @ np.linalg.solve(x[train] @ x[train].T + penalty * np.eye(len(train)), targets - targets.mean(0))
+    weights = x[train].T @ np.linalg.solve(
+        x[train] @ x[train].T + penalty * np.eye(len(train)), targets - targets.mean(0)
+    )
     expected = (x @ weights + targets.mean(0)).argmax(1)
     (run,) = trained.runs
     for part in ("train", "val", "test"):
         assert np.array_equal(run.predictions[part], expected[getattr(data.split, part)])
-    assert np.array_equal(run.predictions["again"], run.predictions["test"][:5]) and runs == [1] and trained.trained_dim == 40
+    assert (
+        np.array_equal(run.predictions["again"], run.predictions["test"][:5])
+        and runs == [1]
+        and trained.trained_dim == 40
+    )
 
 
 def test_kernel_ridge_takes_the_penalty_that_the_validation_rows_like():
     data = make_data()
-    kernel = FEATURES["kernel_ridge"](Fit(data, "all_layers"))
+    kernel = FITTED["kernel_ridge"](Fit(data, "all_layers"))
     alone = []
     with pytest.MonkeyPatch.context() as patch:
-        for penalty in sorted(fitted.RIDGE_PENALTIES, reverse=True):
-            patch.setattr(fitted, "RIDGE_PENALTIES", (penalty,))
-            alone.append(train_kernel_ridge(kernel, data.labels, data.split, 3, lambda *_: None, {}).runs[0].predictions)
+        for penalty in sorted(classifiers.RIDGE_PENALTIES, reverse=True):
+            patch.setattr(classifiers, "RIDGE_PENALTIES", (penalty,))
+            alone.append(
+                train_kernel_ridge(Task(kernel, data.labels, data.split, 3), Listener()).runs[0].predictions
+            )
     accuracy = [np.mean(one["val"] == data.labels[data.split.val]) for one in alone]
-    chosen = train_kernel_ridge(kernel, data.labels, data.split, 3, lambda *_: None, {}).runs[0].predictions
+    chosen = train_kernel_ridge(Task(kernel, data.labels, data.split, 3), Listener()).runs[0].predictions
     assert len(set(accuracy)) > 1 and np.array_equal(chosen["test"], alone[int(np.argmax(accuracy))]["test"])
 
 
 def test_products_that_do_not_differ_are_nothing_to_learn_from():
     data = make_data()
     for kernel in (torch.zeros(N, 40, dtype=torch.float64), torch.full((N, 40), 3.7, dtype=torch.float64)):
-        with pytest.raises(training.TrainingError, match="nothing to learn from"):
-            train_kernel_ridge(kernel, data.labels, data.split, 3, lambda *_: None, {})
+        with pytest.raises(TrainingError, match="nothing to learn from"):
+            train_kernel_ridge(Task(kernel, data.labels, data.split, 3), Listener())
 
 
 PEAK = """
 import resource, sys
 sys.path.insert(0, {root!r})
-import numpy as np, torch, fitted
-from lora_data import Matrices, Split
+import numpy as np, torch
+from ablation import fitted
+from ablation.collection import View
+from ablation.layers import ColumnLayout, Layers
+from ablation.splits import Split
+
+names = ["layer_" + letter + ".lora.down.weight" for letter in "abcdefgh"]
 
 class Generated:
-    device, num_rows, layers = "cpu", 20_000, "abcdefgh"
-    matrices = {{name: Matrices(name, 1, 1000, "float", True) for name in layers}}
-    split = Split(np.arange(14_000), None, None, False)
-    noise = torch.randn(1024, 1, 1000)
-    def layers_of(self, layer_set): return range(8)
-    def read_on_host(self, layer, start, stop, buffer=None): return self.noise[:stop - start] * ord(layer)
+    num_rows = 20_000
+    layers = Layers(names, {{name: ColumnLayout(name, 1, 1000, "float", True) for name in names}})
+    class weights:
+        device, noise = "cpu", torch.randn(1024, 1, 1000)
+        @classmethod
+        def read_on_host(cls, layer, start, stop, buffer=None): return cls.noise[:stop - start] * ord(layer[6])
 
-fit = fitted.Fit(Generated(), "all_layers", 4)
+fit = fitted.Fit(Generated(), View(None, Split(np.arange(14_000), None, None, False)), "all_layers", 4)
 a, b = torch.randn(2, 1000, 1000); a @ b                                  # what the first product takes
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 before = peak()
@@ -227,23 +274,25 @@ def folds_of(train):
 
 def test_centroid_cosines_equal_the_loop_over_rows(layer_set):
     data = make_data()
-    found = FEATURES["centroid_cosine"](Fit(data, layer_set)).numpy()
-    expected = oracles.centroid_cosines(modules_of(data, layer_set), data.labels, data.split.train, folds_of(data.split.train), 3)
-    assert found.shape == expected.shape == (N, 2 * 3 * len(data.modules_of(layer_set)))
+    found = FITTED["centroid_cosine"](Fit(data, layer_set)).numpy()
+    expected = oracles.centroid_cosines(
+        modules_of(data, layer_set), data.labels, data.split.train, folds_of(data.split.train), 3
+    )
+    assert found.shape == expected.shape == (N, 2 * 3 * len(data.layers.module_positions(layer_set)))
     assert np.abs(found - expected).max() < 1e-5
 
 
 def with_labels(data, labels):
-    return dataclasses.replace(data, labels=labels)
+    return dataclasses.replace(data, labels=labels, views={})
 
 
 def test_a_training_row_never_sees_its_own_label():
     data = make_data()
     row = data.split.train[7]
-    before = FEATURES["centroid_cosine"](Fit(data, "all_layers"))
+    before = FITTED["centroid_cosine"](Fit(data, "all_layers"))
     labels = data.labels.copy()
     labels[row] = (labels[row] + 1) % 3
-    after = FEATURES["centroid_cosine"](Fit(with_labels(data, labels), "all_layers"))
+    after = FITTED["centroid_cosine"](Fit(with_labels(data, labels), "all_layers"))
     folds = folds_of(data.split.train)
     of_its_fold = data.split.train[folds == folds[7]]
     others = np.setdiff1d(np.arange(N), of_its_fold)
@@ -257,20 +306,20 @@ def test_no_label_or_weight_of_another_row_than_the_training_rows_is_seen(name):
     outside = np.concatenate([data.split.val, data.split.test])
     labels = data.labels.copy()
     labels[outside] = (labels[outside] + 1) % 3
-    before = FEATURES[name](Fit(data, "all_layers"))
-    assert torch.equal(FEATURES[name](Fit(with_labels(data, labels), "all_layers")), before)
+    before = FITTED[name](Fit(data, "all_layers"))
+    assert torch.equal(FITTED[name](Fit(with_labels(data, labels), "all_layers")), before)
     foreign = make_data(seed=9)
     foreign.split = data.split
-    real = LoraData.read_on_host
+    real = WeightReader.read_on_host
 
     def read_on_host(self, layer, start, stop, buffer=None):
         w = real(self, layer, start, stop, buffer)
-        w[data.split.test] = 100 * real(foreign, layer, start, stop)[data.split.test]
+        w[data.split.test] = 100 * real(foreign.weights, layer, start, stop)[data.split.test]
         return w
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(LoraData, "read_on_host", read_on_host)
-        after = FEATURES[name](Fit(data, "all_layers"))
+        patch.setattr(WeightReader, "read_on_host", read_on_host)
+        after = FITTED[name](Fit(data, "all_layers"))
     kept = np.setdiff1d(np.arange(N), data.split.test)
     assert torch.allclose(after[kept], before[kept], rtol=1e-4, atol=1e-5 * float(before.abs().max()))
     assert not torch.allclose(after[data.split.test], before[data.split.test], rtol=1e-2)
@@ -282,9 +331,12 @@ def test_labels_that_mean_nothing_are_not_found_again_in_the_training_rows():
     for seed in range(5):
         data = make_data(seed=seed, labels=rng.integers(0, 3, N))
         train = data.split.train
-        unfolded = [np.nan] * len(train)                                   # unequal to itself: every row meets its own label
+        unfolded = [np.nan] * len(train)  # unequal to itself: every row meets its own label
         naive = oracles.centroid_cosines(modules_of(data, "visual_only"), data.labels, train, unfolded, 3)
-        for found, hits in ((FEATURES["centroid_cosine"](Fit(data, "visual_only")).numpy(), ours), (naive, leaky)):
+        for found, hits in (
+            (FITTED["centroid_cosine"](Fit(data, "visual_only")).numpy(), ours),
+            (naive, leaky),
+        ):
             hits.append(np.mean(found.reshape(N, -1, 3).sum(1)[train].argmax(1) == data.labels[train]))
     assert np.mean(leaky) > 0.7
     assert np.mean(ours) < 1 / 3 + 3 * np.sqrt(2 / 9 / (5 * 40))

@@ -6,23 +6,31 @@ import numpy as np
 import pytest
 import scipy.stats
 import simulate_inference
-from simulate_inference import experiment
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.weightstats import ttost_paired
 
-import inference
-from inference import (
-    Sample,
+from ablation import estimators, inference, simulation
+from ablation.cells import Cell
+from ablation.estimators import (
+    SplitRows,
+    binomial_error,
     chance_level,
     difference,
     difference_over_splits,
     holm,
     sign_flip_test,
-    spread_of_mean,
+    standard_error,
     training_noise,
     two_level_bootstrap,
 )
-from settings import Cell
+from ablation.samples import Sample
+from ablation.simulation import World
+from ablation.verdict import verdict
+
+
+def experiment(rng, **world):
+    return simulation.experiment(rng, World(**world))
+
 
 # --- against scipy and statsmodels
 
@@ -33,26 +41,42 @@ def test_the_sign_flip_test_is_scipys_permutation_test_of_paired_samples(seed):
     few, many = rng.normal(0.4, 1, 11), rng.normal(0.1, 1, 60)
     exact = scipy.stats.permutation_test((few,), np.sum, permutation_type="samples", n_resamples=np.inf)
     assert sign_flip_test(few) == pytest.approx(exact.pvalue)
-    approximate = scipy.stats.permutation_test((many,), np.sum, permutation_type="samples", n_resamples=99_999, rng=rng)
+    approximate = scipy.stats.permutation_test(
+        (many,), np.sum, permutation_type="samples", n_resamples=99_999, rng=rng
+    )
     assert sign_flip_test(many) == pytest.approx(approximate.pvalue, abs=4 * math.sqrt(0.25 / 9999))
 
 
 def test_groups_flip_as_one_and_examples_without_a_difference_do_not_count():
     d, groups = np.array([1.0, 1, 1, -1, 0, 0, 1]), np.array([5, 5, 7, 7, 7, 9, 9])
     assert sign_flip_test(d, groups) == pytest.approx(sign_flip_test(np.array([2.0, 1.0]))) == 0.5
-    assert sign_flip_test(np.concatenate([d, np.zeros(50)])) == sign_flip_test(d) and sign_flip_test(np.zeros(9)) == 1
+    assert (
+        sign_flip_test(np.concatenate([d, np.zeros(50)])) == sign_flip_test(d)
+        and sign_flip_test(np.zeros(9)) == 1
+    )
 
 
 def test_one_run_is_the_paired_t_test_and_its_equivalence_test():
     first, second, _ = experiment(np.random.default_rng(0), runs=1, drop=0.08)
     found, d = difference(first, second, 0.05), first[0].astype(float) - second[0]
-    expected, error = scipy.stats.ttest_1samp(d, 0), math.sqrt(scipy.stats.sem(d) ** 2 + 200 / 201**3)     # with one that differs more
+    expected, error = (
+        scipy.stats.ttest_1samp(d, 0),
+        math.sqrt(scipy.stats.sem(d) ** 2 + 200 / 201**3),
+    )  # with one that differs more
     assert found["standard_error"] == pytest.approx(error)
-    assert found["p_examples_and_runs"] == pytest.approx(2 * scipy.stats.t.sf(d.mean() / error, 200)) == pytest.approx(expected.pvalue, abs=0.005)
+    assert (
+        found["p_examples_and_runs"]
+        == pytest.approx(2 * scipy.stats.t.sf(d.mean() / error, 200))
+        == pytest.approx(expected.pvalue, abs=0.005)
+    )
     equal = ttost_paired(first[0].astype(float), second[0].astype(float), -0.05, 0.05)[0]
     assert found["p_equivalence"] == pytest.approx(equal, abs=0.005)
     low, high = expected.confidence_interval()
-    assert found["interval"][0] <= low and found["interval"][1] >= high and found["training_noise_interval"] is None
+    assert (
+        found["interval"][0] <= low
+        and found["interval"][1] >= high
+        and found["training_noise_interval"] is None
+    )
     assert found["d_z"] == pytest.approx(d.mean() / d.std(ddof=1))
 
 
@@ -64,11 +88,13 @@ def test_the_spread_is_that_of_two_way_mean_squares(groups):
     mean = sum(D[r, i] for r in range(R) for i in range(n)) / (R * n)
     rows, columns = [sum(D[r]) / n for r in range(R)], [sum(D[:, i]) / R for i in range(n)]
     runs = n * sum((row - mean) ** 2 for row in rows) / (R - 1)
-    rest = sum((D[r, i] - rows[r] - columns[i] + mean) ** 2 for r in range(R) for i in range(n)) / ((n - 1) * (R - 1))
+    rest = sum((D[r, i] - rows[r] - columns[i] + mean) ** 2 for r in range(R) for i in range(n)) / (
+        (n - 1) * (R - 1)
+    )
     group = np.arange(n) if group is None else group
     names = sorted(set(group))
     sizes = [sum(group == name) for name in names]
-    left_out = []                                                          # how far the mean moves when a unit is left out, times n
+    left_out = []  # how far the mean moves when a unit is left out, times n
     for name in names:
         others = [columns[i] for i in range(n) if group[i] != name]
         left_out.append((mean - sum(others) / len(others)) * n)
@@ -76,16 +102,18 @@ def test_the_spread_is_that_of_two_way_mean_squares(groups):
     examples = R / n * (sum(move**2 for move in left_out) + (n / G) ** 2) * (G - 1) / G
     freedom = n**2 / sum(size**2 for size in sizes) - 1
     total = max(examples + runs - rest, examples, runs)
-    found = spread_of_mean(D, group)
+    found = standard_error(D, group)
     assert found.error == pytest.approx(math.sqrt(total / (n * R)))
-    assert found.freedom == pytest.approx(total**2 / (examples**2 / freedom + runs**2 / (R - 1) + rest**2 / ((n - 1) * (R - 1))))
+    assert found.dof == pytest.approx(
+        total**2 / (examples**2 / freedom + runs**2 / (R - 1) + rest**2 / ((n - 1) * (R - 1)))
+    )
 
 
 def test_groups_of_one_are_no_groups():
     first, second, _ = experiment(np.random.default_rng(2), n=30)
     D = first.astype(float) - second
     alone = np.random.default_rng(0).permutation(30)
-    assert spread_of_mean(D, alone).error == pytest.approx(spread_of_mean(D).error)
+    assert standard_error(D, alone).error == pytest.approx(standard_error(D).error)
     assert sign_flip_test(D.mean(0), alone) == pytest.approx(sign_flip_test(D.mean(0)), abs=0.02)
 
 
@@ -105,7 +133,7 @@ def test_training_noise_is_scipys_bca_over_runs_and_says_nothing_of_one():
 
 def test_chance_is_the_largest_class_of_the_test_rows():
     assert chance_level(np.array([0, 0, 2, 1, 0])) == 0.6
-    assert inference.binomial_error(0.5, 201) == pytest.approx(0.0353, abs=1e-4)
+    assert binomial_error(0.5, 201) == pytest.approx(0.0353, abs=1e-4)
 
 
 def test_nothing_is_claimed_where_nothing_differs():
@@ -113,7 +141,9 @@ def test_nothing_is_claimed_where_nothing_differs():
     found = difference(same, same, 0.02)
     assert (found["drop"], found["p"], found["d_z"], found["cohens_h"]) == (0, 1, None, 0)
     assert found["p_equivalence"] == pytest.approx(0.98**50)
-    bound = scipy.stats.binomtest(0, 50).proportion_ci(method="exact").high                # what 50 examples alike leave open
+    bound = (
+        scipy.stats.binomtest(0, 50).proportion_ci(method="exact").high
+    )  # what 50 examples alike leave open
     assert found["interval"] == pytest.approx((-bound, bound)) and found["smallest"] >= bound
     one = difference(np.ones((3, 1), bool), np.zeros((3, 1), bool), 0.02)
     assert one["p"] == 1 and one["p_equivalence"] == 1 and one["interval"] == (-1, 1) and one["smallest"] == 1
@@ -129,15 +159,25 @@ def allowed(experiments):
 
 @pytest.fixture
 def quick(monkeypatch):
-    monkeypatch.setattr(inference, "FLIPS", 499)
-    for function in (inference.sign_flip_test, inference.two_level_bootstrap):
-        monkeypatch.setattr(inference, function.__name__, lambda *a, f=function: f(*a, 499 if f is sign_flip_test else 400))
-    monkeypatch.setattr(inference, "training_noise", lambda drops: None)
+    monkeypatch.setattr(estimators, "FLIPS", 499)
+    for function in (estimators.sign_flip_test, estimators.two_level_bootstrap):
+        monkeypatch.setattr(
+            estimators, function.__name__, lambda *a, f=function: f(*a, 499 if f is sign_flip_test else 400)
+        )
+    monkeypatch.setattr(estimators, "training_noise", lambda drops: None)
 
 
-@pytest.mark.parametrize("setting, experiments", [
-    ({"run_sd": 0.02}, 1000), ({"groups": 40, "run_sd": 0.02}, 400), ({}, 300), ({"runs": 3, "run_sd": 0.02}, 300),
-    ({"runs": 2, "run_sd": 0.02, "n": 1000}, 300)], ids=str)
+@pytest.mark.parametrize(
+    "setting, experiments",
+    [
+        ({"run_sd": 0.02}, 1000),
+        ({"groups": 40, "run_sd": 0.02}, 400),
+        ({}, 300),
+        ({"runs": 3, "run_sd": 0.02}, 300),
+        ({"runs": 2, "run_sd": 0.02, "n": 1000}, 300),
+    ],
+    ids=str,
+)
 def test_without_an_effect_a_drop_is_claimed_no_oftener_than_promised(quick, setting, experiments):
     rng, claimed, missed = np.random.default_rng(7), 0, 0
     for _ in range(experiments):
@@ -175,33 +215,50 @@ def test_groups_too_few_for_any_claim_are_said():
     cells = predictions(np.random.default_rng(16), {"stats": 0.5}, n=50, base=0.9)
     groups = np.concatenate([np.arange(50) // 10, np.arange(100) + 10])
     found = inference.infer(cells, groups, 0.02)
-    assert found["comparisons"][0]["entries"][0]["smallest"] is None and found["comparisons"][0]["entries"][0]["p"] >= 2 / 2**5
-    text = inference.verdict(found)
-    assert "this run cannot tell: with 5 groups of test rows no drop of any size could pass a test of 1 at once" in text
+    assert (
+        found["comparisons"][0]["entries"][0]["smallest"] is None
+        and found["comparisons"][0]["entries"][0]["p"] >= 2 / 2**5
+    )
+    text = verdict(found)
+    assert (
+        "this run cannot tell. With 5 groups of test rows no drop of any size could pass a test of 1 at once"
+        in text
+    )
 
 
 def test_too_few_runs_give_no_verdict():
     for runs in (1, 2):
         found = inference.infer(predictions(np.random.default_rng(17), {"stats": 0.4}, runs=runs), None, 0.02)
-        assert inference.verdict(found).startswith("No verdict: ") and "--num-runs 3 or more" in inference.verdict(found)
+        assert verdict(found).startswith("No verdict: ") and "--num-runs 3 or more" in verdict(found)
 
 
 def test_what_is_not_above_chance_is_neither_equal_nor_lost():
-    cells = predictions(np.random.default_rng(18), {"stats": 0.3}) | predictions(np.random.default_rng(18), {"spectral": 0.0}, base=0.25)
-    text = inference.verdict(inference.infer(cells, None, 0.3))
-    assert "With all layers spectral is not shown to be above chance" in text and "equal" not in text and "falls for 1 of 2" in text
+    cells = predictions(np.random.default_rng(18), {"stats": 0.3}) | predictions(
+        np.random.default_rng(18), {"spectral": 0.0}, base=0.25
+    )
+    text = verdict(inference.infer(cells, None, 0.3))
+    assert (
+        "With all layers spectral is not shown to be above chance" in text
+        and "equal" not in text
+        and "falls for 1 of 2" in text
+    )
 
 
 def test_a_difference_as_large_as_the_margin_is_not_called_equivalent_oftener_than_promised(quick):
     rng = np.random.default_rng(8)
-    wrong = sum(difference(*experiment(rng, n=1000, drop=0.05, run_sd=0.01)[:2], 0.05)["p_equivalence"] < 0.05 for _ in range(300))
+    wrong = sum(
+        difference(*experiment(rng, n=1000, drop=0.05, run_sd=0.01)[:2], 0.05)["p_equivalence"] < 0.05
+        for _ in range(300)
+    )
     assert wrong / 300 <= allowed(300)
 
 
 def test_the_smallest_difference_is_found_as_often_as_it_says(quick):
     rng = np.random.default_rng(9)
     smallest = np.median([difference(*experiment(rng, run_sd=0.01)[:2], 0.02)["smallest"] for _ in range(50)])
-    found = [difference(*experiment(rng, drop=smallest, run_sd=0.01)[:2], 0.02)["p"] < 0.05 for _ in range(300)]
+    found = [
+        difference(*experiment(rng, drop=smallest, run_sd=0.01)[:2], 0.02)["p"] < 0.05 for _ in range(300)
+    ]
     assert 0.7 < np.mean(found) < 0.92
 
 
@@ -229,7 +286,7 @@ def test_many_examples_are_bootstrapped_as_few(monkeypatch, groups):
     first, second, group = experiment(np.random.default_rng(13), n=900, run_sd=0.02, groups=groups)
     D = first.astype(float) - second
     drawn = two_level_bootstrap(D, group, 20_000)
-    monkeypatch.setattr(inference, "MANY", 100)
+    monkeypatch.setattr(estimators, "MANY_UNITS", 100)
     assert two_level_bootstrap(D, group, 20_000) == pytest.approx(drawn, abs=0.05 * (drawn[1] - drawn[0]))
 
 
@@ -246,29 +303,31 @@ def test_bootstraps_of_groups_draw_whole_groups():
 
 def test_the_corrected_test_over_splits_is_written_from_its_definition():
     rng = np.random.default_rng(21)
-    first, second, tests = simulate_inference.split_experiment(rng, rows=200, splits=6, lost=0.3)
-    found = difference_over_splits(first, second, 0.02, tests, 2 / 7)
+    first, second, tests = simulation.split_experiment(rng, rows=200, splits=6, lost=0.3)
+    found = difference_over_splits(first, second, 0.02, SplitRows(tests, 2 / 7))
     drops = [a.mean() - b.mean() for a, b in zip(first, second, strict=True)]
     units = len(set(np.concatenate(tests).tolist()))
     error = math.sqrt(np.var(drops, ddof=1) * (1 / 6 + 2 / 7) + 1 / units**2)
     assert found["drops"] == pytest.approx(drops) and found["drop"] == pytest.approx(np.mean(drops))
     assert found["standard_error"] == pytest.approx(error)
     assert found["p"] == pytest.approx(2 * scipy.stats.t.sf(abs(np.mean(drops)) / error, 5))
-    assert found["interval"] == pytest.approx(scipy.stats.t.interval(0.95, 5, loc=np.mean(drops), scale=error))
+    assert found["interval"] == pytest.approx(
+        scipy.stats.t.interval(0.95, 5, loc=np.mean(drops), scale=error)
+    )
 
 
 @pytest.mark.parametrize("rows, splits", [(100, 3), (200, 5), (200, 10)])
 def test_over_splits_of_nothing_a_drop_is_claimed_no_oftener_than_promised(rows, splits, monkeypatch):
-    monkeypatch.setattr(inference, "training_noise", lambda drops: None)
-    found = simulate_inference.simulate_splits(rows, 0.0, splits, 400, seed=1)
+    monkeypatch.setattr(estimators, "training_noise", lambda drops: None)
+    found = simulation.simulate_splits(rows, 0.0, splits, 400, seed=1)
     assert found["claimed"] <= allowed(400) and found["covered"] >= 1 - allowed(400)
-    assert found["plain"] > 0.1                                          # what the correction is for
-    assert simulate_inference.simulate_splits(rows, 0.6, splits, 100, seed=1)["claimed"] > 0.2
+    assert found["plain"] > 0.1  # what the correction is for
+    assert simulation.simulate_splits(rows, 0.6, splits, 100, seed=1)["claimed"] > 0.2
 
 
 def test_splits_that_all_agree_claim_neither_a_drop_nor_equality_they_cannot_show():
     right, tests = [np.ones((3, 20), bool)] * 4, [np.arange(k, k + 20) for k in range(4)]
-    found = difference_over_splits(right, right, 0.02, tests, 2 / 7)
+    found = difference_over_splits(right, right, 0.02, SplitRows(tests, 2 / 7))
     assert found["p"] == 1 and found["interval"][1] >= 1 - 0.025 ** (1 / 23) and found["p_equivalence"] > 0.05
 
 
@@ -279,7 +338,9 @@ def with_splits(rng, splits, **kwargs):
         rows = rng.permutation(3 * kwargs.get("n", 400))
         for cell, arrays in predictions(rng, **kwargs).items():
             cells[cell._replace(split=f"random{number}" if number else "")] = arrays | {
-                "test_rows": rows[:len(arrays["test_rows"])], "train_rows": rows[len(arrays["test_rows"]):]}
+                "test_rows": rows[: len(arrays["test_rows"])],
+                "train_rows": rows[len(arrays["test_rows"]) :],
+            }
     return cells
 
 
@@ -287,39 +348,65 @@ def test_a_run_of_several_splits_speaks_of_all_of_them():
     cells = with_splits(np.random.default_rng(22), 5, drops={"stats": 0.3, "spectral": 0.0}, n=300)
     found = inference.infer(cells, None, 0.02)
     (main,) = found["comparisons"]
-    of = {layer_set: [cells[cell] for cell in cells if cell.representation == "stats" and cell.layer_set == layer_set]
-          for layer_set in ("all_layers", "visual_only")}
-    right = {layer_set: [arrays["test_predictions"] == arrays["test_labels"] for arrays in of_set] for layer_set, of_set in of.items()}
-    alone = difference_over_splits(*right.values(), 0.02, [arrays["test_rows"] for arrays in of["all_layers"]], 0.5)
+    of = {
+        layer_set: [
+            cells[cell] for cell in cells if cell.representation == "stats" and cell.layer_set == layer_set
+        ]
+        for layer_set in ("all_layers", "visual_only")
+    }
+    right = {
+        layer_set: [arrays["test_predictions"] == arrays["test_labels"] for arrays in of_set]
+        for layer_set, of_set in of.items()
+    }
+    alone = difference_over_splits(
+        *right.values(), 0.02, SplitRows([arrays["test_rows"] for arrays in of["all_layers"]], 0.5)
+    )
     assert found["splits"] == 5 and {key: main["entries"][0][key] for key in alone} == alone
-    assert found["accuracies"]["all_layers_stats"]["accuracy"] == pytest.approx(np.mean([part.mean() for part in right["all_layers"]]))
+    assert found["accuracies"]["all_layers_stats"]["accuracy"] == pytest.approx(
+        np.mean([part.mean() for part in right["all_layers"]])
+    )
     assert set(found["accuracies"]) == {cell.name for cell in cells if not cell.split}
-    text = inference.verdict(found)
-    assert "on 5 random splits" in text and "falls for 1 of 2" in text and "with 300 test rows in each of 5 splits" in text
-    assert "degrees of freedom: 1" in inference.verdict(inference.infer(with_splits(np.random.default_rng(23), 2, drops={"stats": 0.3}), None, 0.02))
-    del cells[Cell("stats", "visual_only", split="random3")]             # a cell that failed
+    text = verdict(found)
+    assert (
+        "on 5 random splits" in text
+        and "falls for 1 of 2" in text
+        and "With 300 test rows in each of 5 splits" in text
+    )
+    assert "degrees of freedom: 1" in verdict(
+        inference.infer(with_splits(np.random.default_rng(23), 2, drops={"stats": 0.3}), None, 0.02)
+    )
+    del cells[Cell("stats", "visual_only", split="random3")]  # a cell that failed
     entry = inference.infer(cells, None, 0.02)["comparisons"][0]["entries"][0]
     assert len(entry["drops"]) == 4
-    assert "on 5 random splits (stats: 4)" in inference.verdict(inference.infer(cells, None, 0.02))
+    assert "on 5 random splits (stats: 4)" in verdict(inference.infer(cells, None, 0.02))
 
 
 def test_random_splits_of_groups_are_no_narrower_than_groups_allow():
-    """What a group has in common every random split has alike: the first split's groups say how much that may be."""
+    """What a group has in common every random split has alike: the first split's groups say how much that
+    may be.
+    """
     rng = np.random.default_rng(24)
     groups = np.arange(900) // 15
-    lucky = rng.random(60) < 0.5                                         # the groups that the visual layers know
+    lucky = rng.random(60) < 0.5  # the groups that the visual layers know
     cells = with_splits(rng, 5, drops={"stats": 0.0}, n=300)
     for cell, arrays in cells.items():
         wrong = (cell.layer_set == "visual_only") & ~lucky[groups[arrays["test_rows"]]]
-        arrays["test_predictions"] = np.where(wrong, arrays["test_labels"] + 1, arrays["test_labels"]) * np.ones((5, 1), int)
-    with_groups, without = (inference.infer(cells, of, 0.02)["comparisons"][0]["entries"][0] for of in (groups, None))
+        arrays["test_predictions"] = np.where(
+            wrong, arrays["test_labels"] + 1, arrays["test_labels"]
+        ) * np.ones((5, 1), int)
+    with_groups, without = (
+        inference.infer(cells, of, 0.02)["comparisons"][0]["entries"][0] for of in (groups, None)
+    )
     assert np.ptp(without["interval"]) < 0.15 < 0.24 < np.ptp(with_groups["interval"]) and without["p"] < 1e-3
 
 
 def test_what_a_random_split_has_above_a_grouped_one_is_the_inflation():
     rng = np.random.default_rng(25)
     cells = predictions(rng, {"stats": 0.1}, base=0.8, n=400)
-    cells |= {cell._replace(split="grouped0"): arrays for cell, arrays in predictions(rng, {"stats": 0.1}, base=0.4, n=300).items()}
+    cells |= {
+        cell._replace(split="grouped0"): arrays
+        for cell, arrays in predictions(rng, {"stats": 0.1}, base=0.4, n=300).items()
+    }
     groups = np.arange(1200) % 60
     found = inference.infer(cells, groups, 0.02)
     assert [entry["cell"] for entry in found["inflation"]] == ["all_layers_stats", "visual_only_stats"]
@@ -329,13 +416,21 @@ def test_what_a_random_split_has_above_a_grouped_one_is_the_inflation():
         shares = [(arrays["test_predictions"] == arrays["test_labels"]).mean() for arrays in two]
         assert entry["inflation"] == pytest.approx(shares[0] - shares[1]) and entry["interval"][0] > 0.2
     mean = 100 * np.mean([entry["inflation"] for entry in found["inflation"]])
-    assert f"accuracy came out {mean:.1f} points lower in the mean of 2 cells; it is shown to be lower for 2 of them" in inference.verdict(found)
-    other_way = {cell._replace(split="" if cell.split else "random0"): arrays for cell, arrays in cells.items()}
+    assert (
+        f"accuracy came out {mean:.1f} points lower in the mean of 2 cells; it is shown to be lower for 2 of "
+        "them" in verdict(found)
+    )
+    other_way = {
+        cell._replace(split="" if cell.split else "random0"): arrays for cell, arrays in cells.items()
+    }
     as_main = inference.infer(other_way, groups, 0.02, "grouped")
     assert as_main["inflation"] == found["inflation"] and as_main["split"] == "grouped"
     none = predictions(rng, {"stats": 0.1}, n=400)
-    none |= {cell._replace(split="grouped0"): arrays for cell, arrays in predictions(rng, {"stats": 0.1}, n=400).items()}
-    assert "it is shown to be lower for none of them" in inference.verdict(inference.infer(none, groups, 0.02))
+    none |= {
+        cell._replace(split="grouped0"): arrays
+        for cell, arrays in predictions(rng, {"stats": 0.1}, n=400).items()
+    }
+    assert "it is shown to be lower for none of them" in verdict(inference.infer(none, groups, 0.02))
 
 
 def test_the_first_split_under_another_name_is_not_a_second_one():
@@ -349,43 +444,73 @@ def test_the_first_split_under_another_name_is_not_a_second_one():
 
 
 def shuffled_predictions(rng, cells, runs=3, n=150, classes=5, know=0.0):
-    """Of cells trained on shuffled labels: predictions that have nothing to do with the test labels, but for a part `know` in the first cell."""
+    """Of cells trained on shuffled labels: predictions that have nothing to do with the test labels, but for
+    a part `know` in the first cell.
+    """
     labels = rng.choice(classes, n, p=[0.4, 0.3, 0.1, 0.1, 0.1])
     found = {}
     for i, cell in enumerate(cells):
-        guess = np.where(rng.random((runs, n)) < 0.7, rng.integers(0, classes, n), rng.integers(0, classes, (runs, n)))   # runs that agree
+        guess = np.where(
+            rng.random((runs, n)) < 0.7, rng.integers(0, classes, n), rng.integers(0, classes, (runs, n))
+        )  # runs that agree
         knows = (rng.random((runs, n)) < know) & (i == 0)
-        found[cell] = {"test_rows": np.arange(n), "train_rows": np.arange(n, 4 * n), "test_labels": labels,
-                       "test_predictions": np.where(knows, labels, guess)}
+        found[cell] = {
+            "test_rows": np.arange(n),
+            "train_rows": np.arange(n, 4 * n),
+            "test_labels": labels,
+            "test_predictions": np.where(knows, labels, guess),
+        }
     return found
 
 
-SHUFFLED = [Cell(name, layer_set, labels="shuffled") for name in ("stats", "spectral", "frequency") for layer_set in ("all_layers", "visual_only")]
+SHUFFLED = [
+    Cell(name, layer_set, labels="shuffled")
+    for name in ("stats", "spectral", "frequency")
+    for layer_set in ("all_layers", "visual_only")
+]
 
 
 def test_runs_without_a_fault_are_called_suspect_no_oftener_than_promised(monkeypatch):
     monkeypatch.setattr(inference, "SHUFFLES", 399)
     rng = np.random.default_rng(26)
-    p_values = np.array([inference.shuffled_labels(shuffled_predictions(rng, SHUFFLED, n=60))["p"] for _ in range(400)])
-    assert (p_values < 0.01).mean() <= 0.01 + 3 * math.sqrt(0.01 * 0.99 / 400) and (p_values < 0.05).mean() <= allowed(400)
-    assert (p_values < 0.5).mean() > 0.4                                 # and it is not conservative either
+    p_values = np.array(
+        [inference.check_shuffled_labels(shuffled_predictions(rng, SHUFFLED, n=60))["p"] for _ in range(400)]
+    )
+    assert (p_values < 0.01).mean() <= 0.01 + 3 * math.sqrt(0.01 * 0.99 / 400) and (
+        p_values < 0.05
+    ).mean() <= allowed(400)
+    assert (p_values < 0.5).mean() > 0.4  # and it is not conservative either
 
 
 def test_one_cell_is_tested_as_scipys_permutation_test_does():
-    (cell, arrays), = shuffled_predictions(np.random.default_rng(27), SHUFFLED[:1], know=0.06).items()
+    ((cell, arrays),) = shuffled_predictions(np.random.default_rng(27), SHUFFLED[:1], know=0.06).items()
     expected = scipy.stats.permutation_test(
-        (arrays["test_labels"],), lambda labels: (arrays["test_predictions"] == labels).mean(), permutation_type="pairings", n_resamples=4000,
-        alternative="greater", random_state=np.random.default_rng(0)).pvalue
-    assert inference.shuffled_labels({cell: arrays})["p"] == pytest.approx(expected, abs=0.02) and expected < 0.2
+        (arrays["test_labels"],),
+        lambda labels: (arrays["test_predictions"] == labels).mean(),
+        permutation_type="pairings",
+        n_resamples=4000,
+        alternative="greater",
+        random_state=np.random.default_rng(0),
+    ).pvalue
+    assert (
+        inference.check_shuffled_labels({cell: arrays})["p"] == pytest.approx(expected, abs=0.02)
+        and expected < 0.2
+    )
 
 
 def test_labels_that_leak_into_one_cell_make_the_run_suspect():
-    cells = predictions(np.random.default_rng(28), {"stats": 0.0}) | shuffled_predictions(np.random.default_rng(28), SHUFFLED, know=0.2)
+    cells = predictions(np.random.default_rng(28), {"stats": 0.0}) | shuffled_predictions(
+        np.random.default_rng(28), SHUFFLED, know=0.2
+    )
     found = inference.infer(cells, None, 0.02)
-    assert found["shuffled"]["suspect"] and inference.verdict(found).startswith("SUSPECT: trained on shuffled labels, all_layers_stats.shuffled (")
+    assert found["shuffled"]["suspect"] and verdict(found).startswith(
+        "SUSPECT: trained on shuffled labels, all_layers_stats.shuffled ("
+    )
     assert not any("shuffled" in name for name in found["accuracies"])
     fine = inference.infer(cells | shuffled_predictions(np.random.default_rng(29), SHUFFLED), None, 0.02)
-    assert not fine["shuffled"]["suspect"] and inference.verdict(fine).startswith("With shuffled labels no cell is shown to be above chance (p = 0.")
+    assert not fine["shuffled"]["suspect"] and verdict(fine).startswith(
+        "With shuffled labels no cell is shown to be above chance (p = 0."
+    )
 
 
 def test_controls_and_classifiers_stand_beside_the_table_and_not_in_it():
@@ -397,29 +522,46 @@ def test_controls_and_classifiers_stand_beside_the_table_and_not_in_it():
     cells[Cell("norms", "all_layers")] = cells[Cell("stats", "visual_only")]
     cells[Cell("stats", "up_only")] = cells[Cell("stats", "visual_only")]
     found = inference.infer(cells, None, 0.02)
-    assert [entry["representation"] for entry in found["comparisons"][0]["entries"]] == ["stats"] and found["ranking"] == []
-    assert [entry["cell"] for entry in found["controls"]] == ["no_layers_metadata", "all_layers_norms", "up_only_stats"]
+    assert [entry["representation"] for entry in found["comparisons"][0]["entries"]] == ["stats"] and found[
+        "ranking"
+    ] == []
+    assert [entry["cell"] for entry in found["controls"]] == [
+        "no_layers_metadata",
+        "all_layers_norms",
+        "up_only_stats",
+    ]
     (linear,) = found["classifiers"]
     right = [arrays["test_predictions"] == arrays["test_labels"] for arrays in others.values()]
-    assert linear["classifier"] == "linear" and linear["entries"][0]["p"] == difference(*right, 0.02)["p"] < 0.001
+    assert (
+        linear["classifier"] == "linear"
+        and linear["entries"][0]["p"] == difference(*right, 0.02)["p"] < 0.001
+    )
     assert found["accuracies"]["all_layers_stats.linear"]["accuracy"] == pytest.approx(right[0].mean())
-    assert "The metadata columns alone, without any weight, give" in inference.verdict(found)
-    cells[Cell("metadata", "no_layers")] = predictions(rng, {"stats": 0.0}, n=300, base=0.25)[Cell("stats", "all_layers")]
-    assert "are not shown to tell the class" in inference.verdict(inference.infer(cells, None, 0.02))
+    assert "The metadata columns alone, without any weight, give" in verdict(found)
+    cells[Cell("metadata", "no_layers")] = predictions(rng, {"stats": 0.0}, n=300, base=0.25)[
+        Cell("stats", "all_layers")
+    ]
+    assert "are not shown to tell the class" in verdict(inference.infer(cells, None, 0.02))
 
 
 # --- a whole run
 
 
 def predictions(rng, drops: dict[str, float], n=400, runs=5, base=0.6, classes=4):
-    """Saved predictions of a run: every representation with all layers right with chance `base`, with the visual ones with base - drop."""
+    """Saved predictions of a run: every representation with all layers right with chance `base`, with the
+    visual ones with base - drop.
+    """
     labels = rng.integers(0, classes, n)
     cells = {}
     for name, drop in drops.items():
         first, second, _ = experiment(rng, n=n, runs=runs, drop=drop, base=base)
         for layer_set, right in (("all_layers", first), ("visual_only", second)):
-            cells[Cell(name, layer_set)] = {"test_rows": np.arange(n), "test_labels": labels, "train_rows": np.arange(n, 3 * n),
-                                            "test_predictions": np.where(right, labels, (labels + 1) % classes)}
+            cells[Cell(name, layer_set)] = {
+                "test_rows": np.arange(n),
+                "test_labels": labels,
+                "train_rows": np.arange(n, 3 * n),
+                "test_predictions": np.where(right, labels, (labels + 1) % classes),
+            }
     return cells
 
 
@@ -427,51 +569,77 @@ def test_the_whole_run_says_of_each_representation_what_its_own_data_say():
     cells = predictions(np.random.default_rng(0), {"stats": 0.3, "spectral": 0.0, "frequency": -0.2})
     found = inference.infer(cells, None, 0.02)
     (main,) = found["comparisons"]
-    assert (main["first"], main["second"]) == ("all_layers", "visual_only") and found["groups"] is None and found["test_rows"] == 400
+    assert (
+        (main["first"], main["second"]) == ("all_layers", "visual_only")
+        and found["groups"] is None
+        and found["test_rows"] == 400
+    )
     for entry in main["entries"]:
-        a, b = (cells[Cell(entry["representation"], layer_set)] for layer_set in ("all_layers", "visual_only"))
+        a, b = (
+            cells[Cell(entry["representation"], layer_set)] for layer_set in ("all_layers", "visual_only")
+        )
         right = [one["test_predictions"] == one["test_labels"] for one in (a, b)]
         alone = difference(*right, 0.02)
         assert {key: entry[key] for key in alone} == alone
         accuracy = found["accuracies"][f"visual_only_{entry['representation']}"]
         assert accuracy["accuracy"] == pytest.approx(right[1].mean())
-        assert accuracy["binomial_error"] == pytest.approx(math.sqrt(right[1].mean() * (1 - right[1].mean()) / 400))
+        assert accuracy["binomial_error"] == pytest.approx(
+            math.sqrt(right[1].mean() * (1 - right[1].mean()) / 400)
+        )
         assert accuracy["interval"][0] < right[1].mean() < accuracy["interval"][1]
     assert [entry["p_holm"] for entry in main["entries"]] == holm([entry["p"] for entry in main["entries"]])
     assert found["chance"] == chance_level(cells[Cell("stats", "all_layers")]["test_labels"])
     assert len(found["ranking"]) == 3 and all(pair["difference"] >= 0 for pair in found["ranking"])
-    text = inference.verdict(found)
-    assert "accuracy falls for 1 of 3 representations (p < 0.05 after Holm's correction): stats (+" in text and "It rises for 1: frequency (-" in text
-    assert "For spectral this run cannot tell: with 400 test rows a drop is found with 80 % probability only from" in text
+    text = verdict(found)
+    assert "accuracy falls for 1 of 3 representations (p < 0.05 after Holm's correction). stats: +" in text
+    assert "accuracy rises for 1 of 3. frequency: -" in text
+    assert (
+        "For spectral this run cannot tell. With 400 test rows a drop is found with 80 % probability only "
+        "from" in text
+    )
 
 
 def test_groups_that_training_rows_share_are_counted_and_taken_whole():
     cells = predictions(np.random.default_rng(1), {"stats": 0.1}, n=60)
-    groups = np.concatenate([np.arange(60) // 6, np.arange(120) // 6 + 5])       # test rows have groups 0 to 9, training rows 5 to 24
+    groups = np.concatenate(
+        [np.arange(60) // 6, np.arange(120) // 6 + 5]
+    )  # test rows have groups 0 to 9, training rows 5 to 24
     found = inference.infer(cells, groups, 0.02)
     assert found["groups"] == 10 and found["test_rows_that_share_a_group_with_training"] == 30
     (entry,) = found["comparisons"][0]["entries"]
     a, b = (cells[Cell("stats", layer_set)] for layer_set in ("all_layers", "visual_only"))
-    D = (a["test_predictions"] == a["test_labels"]).astype(float) - (b["test_predictions"] == b["test_labels"])
-    assert entry["standard_error"] == pytest.approx(spread_of_mean(D, groups[:60]).error)
-    assert "30 of 60 test rows share their group with a training row" in inference.verdict(found)
+    D = (a["test_predictions"] == a["test_labels"]).astype(float) - (
+        b["test_predictions"] == b["test_labels"]
+    )
+    assert entry["standard_error"] == pytest.approx(standard_error(D, groups[:60]).error)
+    assert "30 of 60 test rows share their group with a training row" in verdict(found)
 
 
 def test_the_verdict_is_never_stronger_than_the_numbers():
     nothing = inference.infer(predictions(np.random.default_rng(2), {"stats": 0.0}, base=0.25), None, 0.02)
-    assert "no representation is shown to be above chance" in inference.verdict(nothing)
+    assert "no representation is shown to be above chance" in verdict(nothing)
     equal = inference.infer(predictions(np.random.default_rng(3), {"stats": 0.0}, n=20_000), None, 0.05)
-    assert "For stats the two are equal to within 5 points" in inference.verdict(equal)
-    assert inference.verdict({}).startswith("No verdict") and inference.infer({}, None, 0.02) == {}
-    one_set = {cell: arrays for cell, arrays in predictions(np.random.default_rng(4), {"stats": 0.1}).items() if cell.layer_set == "all_layers"}
-    assert inference.verdict(inference.infer(one_set, None, 0.02)).startswith("No verdict: no representation was run with all layers and")
+    assert "For stats the two are equal to within 5 points" in verdict(equal)
+    assert verdict({}).startswith("No verdict") and inference.infer({}, None, 0.02) == {}
+    one_set = {
+        cell: arrays
+        for cell, arrays in predictions(np.random.default_rng(4), {"stats": 0.1}).items()
+        if cell.layer_set == "all_layers"
+    }
+    assert verdict(inference.infer(one_set, None, 0.02)).startswith(
+        "No verdict: no representation was run with all layers and"
+    )
 
 
 def test_over_many_experiments_no_verdict_claims_a_drop_that_is_not_there(quick):
     rng, claims = np.random.default_rng(5), 0
     for _ in range(200):
-        found = inference.infer(predictions(rng, dict.fromkeys(("stats", "spectral", "frequency"), 0.0), n=150, runs=3), None, 0.02)
-        claims += "accuracy falls" in inference.verdict(found)
+        found = inference.infer(
+            predictions(rng, dict.fromkeys(("stats", "spectral", "frequency"), 0.0), n=150, runs=3),
+            None,
+            0.02,
+        )
+        claims += "accuracy falls" in verdict(found)
     assert claims / 200 <= allowed(200)
 
 
@@ -480,7 +648,9 @@ def test_a_run_with_one_run_beside_others_is_ranked_too():
     one = cells[Cell("stats", "all_layers")]
     one["test_predictions"] = one["test_predictions"][:1]
     found = inference.infer(cells, None, 0.02)
-    assert [entry["representation"] for entry in found["comparisons"][0]["entries"]] == ["spectral"] and len(found["ranking"]) == 1
+    assert [entry["representation"] for entry in found["comparisons"][0]["entries"]] == ["spectral"] and len(
+        found["ranking"]
+    ) == 1
 
 
 def test_the_table_of_the_readme_is_made_by_its_command(capsys):
@@ -497,13 +667,15 @@ def test_the_table_of_the_readme_is_made_by_its_command(capsys):
 def test_two_runs_leave_one_degree_of_freedom():
     first, second, _ = experiment(np.random.default_rng(19), n=1000, runs=2)
     D = first.astype(float) - second
-    assert spread_of_mean(D).freedom <= 1 < spread_of_mean(np.vstack([D, D])).freedom
+    assert standard_error(D).dof <= 1 < standard_error(np.vstack([D, D])).dof
 
 
 @pytest.mark.parametrize("many", [10, 10_000])
 def test_a_bootstrap_of_runs_alone_is_as_wide_as_their_standard_error(monkeypatch, many):
-    """Every example alike: what is drawn again are the runs, and what drawing from R of them takes away is given back."""
-    monkeypatch.setattr(inference, "MANY", many)
+    """Every example alike: what is drawn again are the runs, and what drawing from R of them takes away is
+    given back.
+    """
+    monkeypatch.setattr(estimators, "MANY_UNITS", many)
     runs = np.random.default_rng(20).normal(0, 0.03, 5)
     low, high = two_level_bootstrap(np.tile(runs[:, None], (1, 200)), resamples=40_000)
     assert (high - low) / 2 == pytest.approx(1.96 * scipy.stats.sem(runs), rel=0.06)

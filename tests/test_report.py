@@ -1,4 +1,6 @@
-"""Figures against the numbers that they draw, the report's files, and the page in a browser where there is one."""
+"""Figures against the numbers that they draw, the report's files, and the page in a browser where there
+is one.
+"""
 
 import csv
 import html.parser
@@ -8,13 +10,10 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 
-import figures
 import numpy as np
 import pytest
 import report
-import report_rows
 from builders import lora_dataset
 from conftest import ROOT
 from datasets import Dataset
@@ -24,157 +23,288 @@ from matplotlib.text import Text
 from statsmodels.stats.proportion import confint_proportions_2indep
 
 import visual_ablation_experiment as experiment
-from settings import NINE, Cell
+from ablation.catalogue import NINE
+from ablation.cells import Cell
+from ablation.report import (
+    accuracy_figures,
+    comparison_figures,
+    control_figures,
+    figures,
+    style,
+    tables,
+    training_figures,
+    write,
+)
+from ablation.report import load as load_module
+from ablation.report import rows as rows_module
+from ablation.splits import PARTS
+from checkpointing import ResultStore
+
+DRAWS = {name: drawing.draw for name, drawing in figures.FIGURES.items()}
 
 LAYER_SETS = ("all_layers", "visual_only", "text_only")
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """The folder of a small run with everything that a report has a section for, and a class whose name is not fit for HTML."""
+    """The folder of a small run with everything that a report has a section for, and a class whose name is
+    not fit for HTML.
+    """
     place = tmp_path_factory.mktemp("report")
     rows = lora_dataset(n=90, signal=1.0).to_dict()
-    rows["category_label"] = ["<b>a & 'b'</b>" if label == "cat" else label for label in rows["category_label"]]
+    rows["category_label"] = [
+        "<b>a & 'b'</b>" if label == "cat" else label for label in rows["category_label"]
+    ]
     rows["num_images"] = [i % 4 for i in range(90)]
     Dataset.from_dict(rows).save_to_disk(place / "loras")
-    arguments = ["--dataset", str(place / "loras"), "--output-dir", str(place / "out"), "--cache-dir", str(place / "cache"), "--num-runs", "3",
-                 "--max-epochs", "6", "--hidden-dim", "16", "--batch-size", "16", "--representations", "stats", "frequency", "product_norms",
-                 "--layer-sets", *LAYER_SETS, "random_half", "by_block", "--random-halves", "2", "--audit", "gauge", "noise", "--controls"]
+    arguments = [
+        "--dataset",
+        str(place / "loras"),
+        "--output-dir",
+        str(place / "out"),
+        "--cache-dir",
+        str(place / "cache"),
+        "--num-runs",
+        "3",
+        "--max-epochs",
+        "6",
+        "--hidden-dim",
+        "16",
+        "--batch-size",
+        "16",
+        "--representations",
+        "stats",
+        "frequency",
+        "product_norms",
+        "--layer-sets",
+        *LAYER_SETS,
+        "random_half",
+        "by_block",
+        "--random-halves",
+        "2",
+        "--audit",
+        "gauge",
+        "noise",
+        "--controls",
+    ]
     assert experiment.main(arguments) == 0
     return place / "out" / "visual_ablation_loras"
 
 
 @pytest.fixture
 def results(finished):
-    return report.load_results(finished)
+    return load_module.load_results(finished)
 
 
 def parts(figure, gid):
     """What a figure drew under a name, in order of drawing."""
-    return [artist for axes in figure.axes for artist in (*axes.lines, *axes.patches) if artist.get_gid() == gid]
+    return [
+        artist for axes in figure.axes for artist in (*axes.lines, *axes.patches) if artist.get_gid() == gid
+    ]
 
 
 # --- figures
 
 
 def test_accuracies_stand_where_their_numbers_say(results):
-    figure, rows = figures.accuracy(results), report_rows.accuracy_rows(results)
-    assert len(rows) == 3 * 5 and {row["layer_set"] for row in rows} == {*LAYER_SETS, "random_half.0", "random_half.1"}
+    figure, rows = accuracy_figures.accuracy(results), rows_module.accuracy_rows(results)
+    assert len(rows) == 3 * 5 and {row["layer_set"] for row in rows} == {
+        *LAYER_SETS,
+        "random_half.0",
+        "random_half.1",
+    }
     for row, point, interval in zip(rows, parts(figure, "point"), parts(figure, "interval"), strict=True):
         entry = results["inference"]["accuracies"][f"{row['layer_set']}_{row['representation']}"]
         assert point.get_xdata() == pytest.approx([100 * entry["accuracy"]])
         assert list(interval.get_xdata()) == pytest.approx([100 * end for end in entry["interval"]])
-        assert round(point.get_ydata()[0]) == ["stats", "frequency", "product_norms"].index(row["representation"])
-        assert to_hex(point.get_color()) == figures.colour_of(row["layer_set"]).lower() == to_hex(interval.get_color())
+        assert round(point.get_ydata()[0]) == ["stats", "frequency", "product_norms"].index(
+            row["representation"]
+        )
+        assert (
+            to_hex(point.get_color())
+            == style.colour_of(row["layer_set"]).lower()
+            == to_hex(interval.get_color())
+        )
     (chance,) = parts(figure, "chance")
     assert chance.get_xdata()[0] == pytest.approx(100 * results["inference"]["chance"])
-    assert figures.colour_of("random_half.0") == figures.colour_of("random_half.1") and figures.colour_of("mine") in figures.FURTHER_COLOURS
-    assert len({figures.colour_of(name) for name in ("ab", "ba", "ab")}) == 2 and figures.colour_of("mine") == figures.colour_of("mine")
+    assert (
+        style.colour_of("random_half.0") == style.colour_of("random_half.1")
+        and style.colour_of("mine") in style.FURTHER_COLOURS
+    )
+    assert len({style.colour_of(name) for name in ("ab", "ba", "ab")}) == 2 and style.colour_of(
+        "mine"
+    ) == style.colour_of("mine")
     results["inference"]["chance"] = 0.99
-    assert figures.accuracy(results).axes[0].get_xlim()[1] > 99                          # the line stays in sight
+    assert accuracy_figures.accuracy(results).axes[0].get_xlim()[1] > 99  # the line stays in sight
 
 
 def test_drops_are_sorted_and_filled_where_they_are_shown(results):
     entries = results["inference"]["comparisons"][0]["entries"]
     for entry, p in zip(entries, (0.5, 0.001, 0.04), strict=True):
         entry["p_holm"] = p
-    figure, ordered = figures.drop(results), sorted(entries, key=lambda entry: -entry["drop"])
-    for y, (entry, point, interval) in enumerate(zip(ordered, parts(figure, "point"), parts(figure, "interval"), strict=True)):
+    figure, ordered = accuracy_figures.drop(results), sorted(entries, key=lambda entry: -entry["drop"])
+    for y, (entry, point, interval) in enumerate(
+        zip(ordered, parts(figure, "point"), parts(figure, "interval"), strict=True)
+    ):
         assert (point.get_xdata()[0], point.get_ydata()[0]) == pytest.approx((100 * entry["drop"], y))
         assert list(interval.get_xdata()) == pytest.approx([100 * end for end in entry["interval"]])
-        assert (to_hex(point.get_markerfacecolor()) != figures.PAPER) == (entry["p_holm"] < 0.05)
-    assert [text.get_text() for text in figure.axes[0].get_yticklabels()] == [entry["representation"] for entry in ordered]
+        assert (to_hex(point.get_markerfacecolor()) != style.PAPER) == (entry["p_holm"] < 0.05)
+    assert [text.get_text() for text in figure.axes[0].get_yticklabels()] == [
+        entry["representation"] for entry in ordered
+    ]
 
 
 @pytest.mark.parametrize("a, b, n", [(0.9, 0.4, 20), (0.0, 0.0, 7), (1.0, 0.25, 8), (0.35, 0.6, 100)])
 def test_the_interval_of_a_class_is_newcombes(a, b, n):
     expected = confint_proportions_2indep(a * n, n, b * n, n, method="newcomb", compare="diff")
-    assert report_rows.newcombe(a, b, n) == pytest.approx(expected, abs=1e-6)
+    assert rows_module.newcombe(a, b, n) == pytest.approx(expected, abs=1e-6)
 
 
 def test_the_drop_by_class_is_counted_from_the_confusion_matrices(results):
-    rows = report_rows.class_drop_rows(results)
+    rows = rows_module.class_drop_rows(results)
     assert len(rows) == 3 * 3
     every = {row["representation"]: row for row in results["all_layers_results"]}
     for row in rows:
         number = results["label_mapping"][row["class"]]
-        shares = [matrix[number][number] / sum(matrix[number]) for matrix in every[f"{row['representation']}_all_layers"]["test_confusion_matrices"]]
-        assert row["all_layers"] == pytest.approx(np.mean(shares)) and row["low"] <= row["drop"] <= row["high"]
-    figure, best = figures.class_drop(results), report_rows.best_representation(results)
+        shares = [
+            matrix[number][number] / sum(matrix[number])
+            for matrix in every[f"{row['representation']}_all_layers"]["test_confusion_matrices"]
+        ]
+        assert (
+            row["all_layers"] == pytest.approx(np.mean(shares)) and row["low"] <= row["drop"] <= row["high"]
+        )
+    figure, best = accuracy_figures.class_drop(results), rows_module.best_representation(results)
     shown = [point.get_xdata()[0] for point in parts(figure, "point")]
-    assert shown == pytest.approx(sorted((100 * row["drop"] for row in rows if row["representation"] == best), reverse=True))
+    assert shown == pytest.approx(
+        sorted((100 * row["drop"] for row in rows if row["representation"] == best), reverse=True)
+    )
 
 
 def test_learning_curves_have_every_best_epoch_and_the_mean_of_the_runs(results):
-    figure = figures.learning_curves(results)
+    figure = training_figures.learning_curves(results)
     best = parts(figure, "best")
     assert len(best) == 3 * 3 * 3
     record = results["all_layers_results"][0]
     histories = [curve["val_acc_history"] for curve in record["learning_curves"]]
     mean = parts(figure, "mean")[0].get_ydata()
     assert mean[0] == pytest.approx(100 * np.mean([history[0] for history in histories]))
-    assert [point.get_xdata()[0] for point in best[:3]] == [curve["best_epoch"] for curve in record["learning_curves"]]
+    assert [point.get_xdata()[0] for point in best[:3]] == [
+        curve["best_epoch"] for curve in record["learning_curves"]
+    ]
     assert best[0].get_ydata()[0] == pytest.approx(100 * max(histories[0]))
 
 
 def test_confusion_matrices_are_shares_of_the_true_class(results):
-    images = [axes.images[0].get_array() for axes in figures.confusion_all(results).axes if axes.images]
+    images = [
+        axes.images[0].get_array() for axes in training_figures.confusion_all(results).axes if axes.images
+    ]
     assert len(images) == 9 and all(np.allclose(image.sum(1), 1) for image in images)
     total = np.array(results["all_layers_results"][0]["test_confusion_matrices"]).sum(0)
     assert np.allclose(images[0], total / total.sum(1, keepdims=True))
-    best = report_rows.rows_of(results, "text_only")[report_rows.best_representation(results)]
-    large = [axes for axes in figures.confusion(results).axes if axes.images]
-    assert len(large) == 3 and np.allclose(large[2].images[0].get_array(), report_rows.shares(best))
-    assert [label.get_text() for label in large[0].get_yticklabels()] == report_rows.shortened(list(results["label_mapping"]), 12)
+    best = rows_module.rows_of(results, "text_only")[rows_module.best_representation(results)]
+    large = [axes for axes in training_figures.confusion(results).axes if axes.images]
+    assert len(large) == 3 and np.allclose(large[2].images[0].get_array(), rows_module.shares(best))
+    assert [label.get_text() for label in large[0].get_yticklabels()] == rows_module.shortened(
+        list(results["label_mapping"]), 12
+    )
     absent = {"test_confusion_matrices": [[[2, 1], [0, 0]]]}
-    assert np.isnan(report_rows.shares(absent)[1]).all() and report_rows.shares(absent)[0].tolist() == [2 / 3, 1 / 3]
-    rows = report_rows.confusion_rows(results)
-    assert sum(row["count"] for row in rows if (row["layer_set"], row["representation"]) == ("all_layers", "stats")) == total.sum()
+    assert np.isnan(rows_module.shares(absent)[1]).all() and rows_module.shares(absent)[0].tolist() == [
+        2 / 3,
+        1 / 3,
+    ]
+    rows = rows_module.confusion_rows(results)
+    assert (
+        sum(
+            row["count"]
+            for row in rows
+            if (row["layer_set"], row["representation"]) == ("all_layers", "stats")
+        )
+        == total.sum()
+    )
 
 
 def test_the_other_figures_draw_their_rows(results):
-    table = {(row["layer_set"], row["representation"]): row["retention"] for row in report_rows.retention_rows(results)}
-    every, text = (results["inference"]["accuracies"][f"{layer_set}_stats"]["accuracy"] for layer_set in ("all_layers", "text_only"))
+    table = {
+        (row["layer_set"], row["representation"]): row["retention"]
+        for row in rows_module.retention_rows(results)
+    }
+    every, text = (
+        results["inference"]["accuracies"][f"{layer_set}_stats"]["accuracy"]
+        for layer_set in ("all_layers", "text_only")
+    )
     assert table["text_only", "stats"] == pytest.approx(text / every)
-    assert f"{100 * text / every:.0f}" in [shown.get_text() for shown in figures.retention(results).axes[0].texts]
-    for part in report_rows.PARTS:
-        shown = [point.get_xdata()[0] for point in parts(figures.gaps(results), part)]
-        assert shown == pytest.approx([100 * row[part] for row in report_rows.gaps_rows(results)])
-    rows = report_rows.scatter_rows(results)
+    assert f"{100 * text / every:.0f}" in [
+        shown.get_text() for shown in accuracy_figures.retention(results).axes[0].texts
+    ]
+    for part in PARTS:
+        shown = [point.get_xdata()[0] for point in parts(training_figures.gaps(results), part)]
+        assert shown == pytest.approx([100 * row[part] for row in rows_module.gaps_rows(results)])
+    rows = rows_module.scatter_rows(results)
     for name, x, y in (("precision_recall", "recall", "precision"), ("cost", "feature_dim", "accuracy")):
-        points = parts(getattr(figures, name)(results), "point")[:len(rows)]
+        points = parts(DRAWS[name](results), "point")[: len(rows)]
         scale = 100 if x == "recall" else 1
-        assert [(point.get_xdata()[0], point.get_ydata()[0]) for point in points] == [pytest.approx((scale * row[x], 100 * row[y])) for row in rows]
-        named = [text.get_text() for text in getattr(figures, name)(results).axes[0].texts]
+        assert [(point.get_xdata()[0], point.get_ydata()[0]) for point in points] == [
+            pytest.approx((scale * row[x], 100 * row[y])) for row in rows
+        ]
+        named = [text.get_text() for text in DRAWS[name](results).axes[0].texts]
         assert named == ["stats", "frequency", "product_norms"], name
-    assert len(parts(figures.blocks(results), "block")) == 4 == len({(row["block"], row["attention"]) for row in report_rows.blocks_rows(results)})
-    shown = [point.get_xdata()[0] for point in parts(figures.controls(results), "point")]
-    assert shown == pytest.approx([100 * row["accuracy"] for row in report_rows.controls_rows(results)]) and len(shown) == 1 + 3 + 2 + 2 + 9
-    noise = [row for row in report_rows.audits_rows(results) if row["layer_set"] == "all_layers" and row["variant"] == "20%"]
-    assert [point.get_xdata()[0] for point in parts(figures.audits(results), "20%")] == pytest.approx([100 * row["agreement"] for row in noise])
+    assert (
+        len(parts(control_figures.blocks(results), "block"))
+        == 4
+        == len({(row["block"], row["attention"]) for row in rows_module.blocks_rows(results)})
+    )
+    shown = [point.get_xdata()[0] for point in parts(control_figures.controls(results), "point")]
+    assert (
+        shown == pytest.approx([100 * row["accuracy"] for row in rows_module.controls_rows(results)])
+        and len(shown) == 1 + 3 + 2 + 2 + 9
+    )
+    noise = [
+        row
+        for row in rows_module.audits_rows(results)
+        if row["layer_set"] == "all_layers" and row["variant"] == "20%"
+    ]
+    assert [point.get_xdata()[0] for point in parts(control_figures.audits(results), "20%")] == pytest.approx(
+        [100 * row["agreement"] for row in noise]
+    )
 
 
 def large(results, names, classes):
     """Results with other representations, all like the first, and that many classes."""
     rng = np.random.default_rng(0)
     labels = {f"a class with number {i}": i for i in range(classes)}
-    grown = {key: value for key, value in results.items() if not key.endswith("_results")} | {"label_mapping": labels, "num_classes": classes}
+    grown = {key: value for key, value in results.items() if not key.endswith("_results")} | {
+        "label_mapping": labels,
+        "num_classes": classes,
+    }
     for layer_set in LAYER_SETS:
-        grown[f"{layer_set}_results"] = [results[f"{layer_set}_results"][0] | {
-            "representation": f"{name}_{layer_set}", "test_confusion_matrices": rng.integers(0, 4, (3, classes, classes)).tolist()} for name in names]
+        grown[f"{layer_set}_results"] = [
+            results[f"{layer_set}_results"][0]
+            | {
+                "representation": f"{name}_{layer_set}",
+                "test_confusion_matrices": rng.integers(0, 4, (3, classes, classes)).tolist(),
+            }
+            for name in names
+        ]
     first = results["inference"]["accuracies"]["all_layers_stats"]
     accuracies = {f"{layer_set}_{name}": first for layer_set in LAYER_SETS for name in names}
-    entries = [results["inference"]["comparisons"][0]["entries"][0] | {"representation": name} for name in names]
-    return grown | {"inference": results["inference"] | {
-        "accuracies": accuracies, "comparisons": [{"first": "all_layers", "second": "visual_only", "entries": entries}]}}
+    entries = [
+        results["inference"]["comparisons"][0]["entries"][0] | {"representation": name} for name in names
+    ]
+    return grown | {
+        "inference": results["inference"]
+        | {
+            "accuracies": accuracies,
+            "comparisons": [{"first": "all_layers", "second": "visual_only", "entries": entries}],
+        }
+    }
 
 
 @pytest.mark.parametrize("classes", [2, 100])
 def test_nothing_overlaps_with_twelve_long_names_and_many_classes(results, classes, monkeypatch):
     names = [f"representation_no_{i:03}" for i in range(12)]
-    monkeypatch.setattr(report_rows, "CHOICES", dict.fromkeys(names))
+    monkeypatch.setattr(rows_module, "CHOICES", dict.fromkeys(names))
     grown = large(results, names, classes)
-    for name, (_, _, draw) in figures.FIGURES.items():
+    for name, draw in DRAWS.items():
         figure = draw(grown)
         if figure is None:
             continue
@@ -182,9 +312,15 @@ def test_nothing_overlaps_with_twelve_long_names_and_many_classes(results, class
         canvas.draw()
         frame = figure.bbox
         for axes in figure.axes:
-            labels = [label for label in (*axes.get_yticklabels(), *axes.texts, axes.title, axes.xaxis.label) if label.get_text()]
+            labels = [
+                label
+                for label in (*axes.get_yticklabels(), *axes.texts, axes.title, axes.xaxis.label)
+                if label.get_text()
+            ]
             labels = [label for label in labels if axes.axison or label in axes.texts]
-            boxes = [Text.get_window_extent(label, canvas.get_renderer()) for label in labels]           # a name without its line
+            boxes = [
+                Text.get_window_extent(label, canvas.get_renderer()) for label in labels
+            ]  # a name without its line
             for i, box in enumerate(boxes):
                 assert not any(box.overlaps(other) for other in boxes[:i]), (name, labels[i].get_text())
                 assert frame.x0 - 1 <= box.x0 and box.x1 <= frame.x1 + 1, (name, labels[i].get_text())
@@ -195,11 +331,11 @@ def test_nothing_overlaps_with_twelve_long_names_and_many_classes(results, class
 
 def test_a_run_ends_with_its_report_and_an_unchanged_one_leaves_it(finished):
     assert {"report.html", "figures", "tables"} <= {path.name for path in finished.iterdir()}
-    for name, (_, rows, draw) in figures.FIGURES.items():
-        assert draw(report.load_results(finished)) is not None, name
+    for name, rows, draw in ((name, drawing.rows, drawing.draw) for name, drawing in figures.FIGURES.items()):
+        assert draw(load_module.load_results(finished)) is not None, name
         for kind, magic in (("png", b"\x89PNG"), ("pdf", b"%PDF")):
             assert (finished / "figures" / f"{name}.{kind}").read_bytes()[:4] == magic, name
-        expected = rows(report.load_results(finished))
+        expected = rows(load_module.load_results(finished))
         if not expected:
             assert not (finished / "tables" / f"{name}.csv").exists()
             continue
@@ -207,9 +343,9 @@ def test_a_run_ends_with_its_report_and_an_unchanged_one_leaves_it(finished):
             read = list(csv.DictReader(file))
         assert len(read) == len(expected) and list(read[0]) == list(expected[0])
         for column, value in expected[-1].items():
-            assert read[-1][column] == ("" if value is None else str(value)), (name, column)          # all digits
-    assert report.is_current(finished)
-    assert b"/FontFile2" in (finished / "figures" / "accuracy.pdf").read_bytes()                  # TrueType, embedded
+            assert read[-1][column] == ("" if value is None else str(value)), (name, column)  # all digits
+    assert write.is_current(finished)
+    assert b"/FontFile2" in (finished / "figures" / "accuracy.pdf").read_bytes()  # TrueType, embedded
 
 
 class Page(html.parser.HTMLParser):
@@ -231,174 +367,322 @@ class Page(html.parser.HTMLParser):
 def test_the_page_is_one_file_that_escapes_what_comes_from_data(finished, results):
     text = (finished / "report.html").read_text()
     page = Page(text)
-    assert all(link.startswith(("#", "data:image/png;base64,")) for link in page.links) and "<b>a &" not in text and "&lt;b&gt;a &amp;" in text
-    assert page.tags.count("tr") == 1 + 3 * (3 + 2 + 4) + 1 + 17 and page.tags.count("svg") == len(figures.FIGURES)
+    assert (
+        all(link.startswith(("#", "data:image/png;base64,")) for link in page.links)
+        and "<b>a &" not in text
+        and "&lt;b&gt;a &amp;" in text
+    )
+    assert page.tags.count("tr") == 1 + 3 * (3 + 2 + 4) + 1 + 17 and page.tags.count("svg") == len(
+        figures.FIGURES
+    )
     words = " ".join("".join(page.text).split())
     assert " ".join(results["verdict"].split()) in words
     ids = re.findall(r'\bid="([^"]+)"', text)
     assert len(ids) == len(set(ids)) and "@import" not in text and "http-equiv" not in text
     first = results["inference"]["accuracies"]["all_layers_stats"]
-    assert f"<td data-value=\"{first['accuracy']!r}\">{100 * first['accuracy']:.1f}</td>" in text
+    assert f'<td data-value="{first["accuracy"]!r}">{100 * first["accuracy"]:.1f}</td>' in text
 
 
 def test_tables_for_a_paper_and_for_a_pull_request(finished, results):
     tex, markdown = ((finished / "tables" / f"results.{kind}").read_text() for kind in ("tex", "md"))
-    entry, drop = results["inference"]["accuracies"]["all_layers_product_norms"], results["inference"]["comparisons"][0]["entries"][2]
+    entry, drop = (
+        results["inference"]["accuracies"]["all_layers_product_norms"],
+        results["inference"]["comparisons"][0]["entries"][2],
+    )
     low, high = entry["interval"]
-    half = rf" ({100 * low:.1f} to {100 * high:.1f})" if low <= 0 or high >= 1 else rf" $\pm$ {50 * (high - low):.1f}"
-    assert tex.count(r"\\") == 4 and r"\toprule" in tex and rf"product\_norms & {100 * entry['accuracy']:.1f}{half} & " in tex
-    assert report.half_interval({"low": 0.2, "high": 0.3}) == " ± 5.0" and report.half_interval({"low": 0.7, "high": 1.0}) == " (70.0 to 100.0)"
-    assert f"{100 * drop['drop']:+.1f}{report.stars(drop)} " in tex and "Holm" in tex
-    assert markdown.startswith("| representation | All Layers | Visual-Only | Text-Only | drop |") and results["verdict"] in markdown
-    assert [report.stars({"p_holm": p, "p_equivalence_holm": q}) for p, q in ((1e-4, 1), (0.005, 1), (0.03, 1), (0.5, 0.01), (0.5, 0.5))] == [
-        "***", "**", "*", "=", ""]
+    half = (
+        rf" ({100 * low:.1f} to {100 * high:.1f})"
+        if low <= 0 or high >= 1
+        else rf" $\pm$ {50 * (high - low):.1f}"
+    )
+    assert (
+        tex.count(r"\\") == 4
+        and r"\toprule" in tex
+        and rf"product\_norms & {100 * entry['accuracy']:.1f}{half} & " in tex
+    )
+    assert (
+        tables.half_interval({"low": 0.2, "high": 0.3}) == " ± 5.0"
+        and tables.half_interval({"low": 0.7, "high": 1.0}) == " (70.0 to 100.0)"
+    )
+    assert f"{100 * drop['drop']:+.1f}{tables.stars(drop)} " in tex and "Holm" in tex
+    assert (
+        markdown.startswith("| representation | All Layers | Visual-Only | Text-Only | drop |")
+        and results["verdict"] in markdown
+    )
+    assert [
+        tables.stars({"p_holm": p, "p_equivalence_holm": q})
+        for p, q in ((1e-4, 1), (0.005, 1), (0.03, 1), (0.5, 0.01), (0.5, 0.5))
+    ] == ["***", "**", "*", "=", ""]
 
 
 def test_only_what_was_asked_for_is_written(finished, tmp_path, capsys):
     copy = tmp_path / "out" / finished.name
     shutil.copytree(finished, copy, ignore=shutil.ignore_patterns("report.html", "figures", "tables"))
     assert report.main([str(tmp_path / "out"), "--format", "png,csv"]) == 0
-    assert not (copy / "report.html").exists() and not list(copy.glob("figures/*.pdf")) and list(copy.glob("figures/*.png"))
-    assert report.main([str(tmp_path / "out"), "--format", "docx"]) == 2 and "unknown --format 'docx'" in capsys.readouterr().err
+    assert (
+        not (copy / "report.html").exists()
+        and not list(copy.glob("figures/*.pdf"))
+        and list(copy.glob("figures/*.png"))
+    )
+    assert (
+        report.main([str(tmp_path / "out"), "--format", "docx"]) == 2
+        and "unknown --format 'docx'" in capsys.readouterr().err
+    )
     assert report.main([str(tmp_path / "nothing")]) == 2 and "holds no results" in capsys.readouterr().err
 
 
 def test_an_unfinished_run_and_one_with_failures_are_shown_as_they_are(finished, tmp_path):
     copy = tmp_path / "out" / finished.name
-    shutil.copytree(finished, copy, ignore=shutil.ignore_patterns("results.*", "manifest.json", "report.html"))
+    shutil.copytree(
+        finished, copy, ignore=shutil.ignore_patterns("results.*", "manifest.json", "report.html")
+    )
     for path in [*copy.glob("checkpoints/visual_only_*.json"), copy / "checkpoints" / "text_only_stats.json"]:
         path.unlink()
     (copy / "checkpoints" / "text_only_frequency.json").write_text("{")
-    report.write_report(copy)
+    write.write_report(copy)
     words = " ".join("".join(Page((copy / "report.html").read_text()).text).split())
-    assert "Not finished: " in words and "The run has not ended" in words and "text_only_frequencyits files cannot be read" in words
-    results = report.load_results(copy)
-    assert report_rows.accuracy_rows(results)[0]["low"] is None and figures.drop(results) is None and figures.class_drop(results) is None
-    assert len(parts(figures.accuracy(results), "interval")) == 0 and not report.is_current(finished.parent)
+    assert (
+        "Not finished: " in words
+        and "The run has not ended" in words
+        and "text_only_frequencyits files cannot be read" in words
+    )
+    results = load_module.load_results(copy)
+    assert (
+        rows_module.accuracy_rows(results)[0]["low"] is None
+        and accuracy_figures.drop(results) is None
+        and accuracy_figures.class_drop(results) is None
+    )
+    assert len(parts(accuracy_figures.accuracy(results), "interval")) == 0 and not write.is_current(
+        finished.parent
+    )
 
 
 def test_the_page_is_refreshed_while_a_run_goes_on(finished, tmp_path):
-    store = report.ResultStore(finished)
-    records = {Cell(name, "all_layers"): store.load(Cell(name, "all_layers")) for name in ("stats", "frequency")}
-    header = {key: value for key, value in report.load_results(finished).items() if not key.endswith(("_results", "_cells"))}
-    began = time.perf_counter()
-    report.refresh(tmp_path, header, records, {Cell("product_norms", "all_layers"): "lost"}, 18)
+    store = ResultStore(finished)
+    records = {Cell(name, "all_layers"): store.load(f"all_layers_{name}") for name in ("stats", "frequency")}
+    header = {
+        key: value
+        for key, value in load_module.load_results(finished).items()
+        if not key.endswith(("_results", "_cells"))
+    }
+    write.refresh(tmp_path, header, records, {Cell("product_norms", "all_layers"): "lost"}, 18)
     text = (tmp_path / "report.html").read_text()
-    assert time.perf_counter() - began < 1 and "Running: 2 of 18 cells were finished at 20" in text and 'http-equiv="refresh"' in text
-    assert Page(text).tags.count("tr") == 3 and "lost" in text and not report.is_current(tmp_path)
+    assert "Running: 2 of 18 cells were finished at 20" in text and 'http-equiv="refresh"' in text
+    assert Page(text).tags.count("tr") == 3 and "lost" in text and not write.is_current(tmp_path)
 
 
 def test_a_refreshed_page_needs_no_matplotlib(finished, tmp_path):
-    program = ("import json, sys; from pathlib import Path; import report; from settings import Cell\n"
-               "record = json.loads(Path(sys.argv[1]).read_text())\n"
-               "report.refresh(Path(sys.argv[2]), {}, {Cell('stats', 'all_layers'): record}, {}, 18)\n"
-               "assert report.is_current(Path(sys.argv[2])) is False and not {'matplotlib', 'torch', 'datasets', 'scipy'} & set(sys.modules)")
+    program = (
+        "import json, sys; from pathlib import Path; from ablation.report import write; from ablation.cells "
+        "import Cell\n"
+        "record = json.loads(Path(sys.argv[1]).read_text())\n"
+        "write.refresh(Path(sys.argv[2]), {}, {Cell('stats', 'all_layers'): record}, {}, 18)\n"
+        "assert write.is_current(Path(sys.argv[2])) is False and not {'matplotlib', 'torch', 'datasets', "
+        "'scipy'} & set(sys.modules)"
+    )
     path = os.pathsep.join([str(ROOT / "scripts"), str(ROOT)])
-    done = subprocess.run([sys.executable, "-c", program, str(finished / "checkpoints" / "all_layers_stats.json"), str(tmp_path)],
-                          env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True)
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            program,
+            str(finished / "checkpoints" / "all_layers_stats.json"),
+            str(tmp_path),
+        ],
+        env=os.environ | {"PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     assert "Running: 1 of 18" in (tmp_path / "report.html").read_text()
 
 
 def test_several_runs_stand_beside_each_other_and_are_never_averaged(finished, tmp_path, capsys):
     for name, rows, patience in (("results_1k", 1000, 15), ("results_10k", 10_000, 15), ("other", 50_000, 3)):
-        shutil.copytree(finished, tmp_path / name / finished.name, ignore=shutil.ignore_patterns("figures", "tables"))
+        shutil.copytree(
+            finished, tmp_path / name / finished.name, ignore=shutil.ignore_patterns("figures", "tables")
+        )
         path = tmp_path / name / finished.name / "results.json"
         changed = json.loads(path.read_text())
         changed["data"]["rows"], changed["settings"]["training"]["patience"] = rows, patience
         path.write_text(json.dumps(changed))
-    assert report.main([str(tmp_path / name) for name in ("results_1k", "results_10k", "other")] + ["--output", str(tmp_path / "both")]) == 0
+    assert (
+        report.main(
+            [str(tmp_path / name) for name in ("results_1k", "results_10k", "other")]
+            + ["--output", str(tmp_path / "both")]
+        )
+        == 0
+    )
     page = Page((tmp_path / "both" / "report.html").read_text())
-    assert page.tags.count("tr") == 1 + 3 * 3 * (3 + 2 + 4) and "other: patience" in page.text and page.tags.count("svg") == 3
+    assert (
+        page.tags.count("tr") == 1 + 3 * 3 * (3 + 2 + 4)
+        and "other: patience" in page.text
+        and page.tags.count("svg") == 3
+    )
     with (tmp_path / "both" / "tables" / "scaling.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert {(row["run"], row["rows"], row["group"]) for row in rows} == {
-        ("results_1k", "1000", "0"), ("results_10k", "10000", "0"), ("other", "50000", "1")}
-    runs = [report.load_results(tmp_path / name / finished.name) for name in ("results_1k", "results_10k", "other")]
+        ("results_1k", "1000", "0"),
+        ("results_10k", "10000", "0"),
+        ("other", "50000", "1"),
+    }
+    runs = [
+        load_module.load_results(tmp_path / name / finished.name)
+        for name in ("results_1k", "results_10k", "other")
+    ]
     for results, group in zip(runs, (0, 0, 1), strict=True):
         results["group"] = group
-    curves = parts(figures.scaling(runs), "curve")
+    curves = parts(comparison_figures.scaling(runs), "curve")
     assert {len(curve.get_xdata()) for curve in curves} == {1, 2}
     first = runs[0]["inference"]["accuracies"]["all_layers_stats"]["accuracy"]
     assert curves[0].get_ydata()[0] == pytest.approx(100 * first)
-    drops = parts(figures.scaling_drop(runs), "curve")[0].get_ydata()
+    drops = parts(comparison_figures.scaling_drop(runs), "curve")[0].get_ydata()
     assert drops[0] == pytest.approx(100 * runs[0]["inference"]["comparisons"][0]["entries"][0]["drop"])
 
 
 def test_scripts_for_the_origins_results_read_ours(finished):
     """The keys of DESIGN 8, as they were."""
     results = json.loads((finished / "results.json").read_text())
-    assert {"dataset", "num_runs", "num_classes", "num_all_layers", "num_visual_layers", "num_text_layers", "all_layers_results",
-            "visual_only_results", "label_mapping"} <= set(results)
-    scores = [f"{part}_{score}" for score in ("acc", "f1", "precision", "recall") for part in ("val", "test")] + ["train_acc"]
+    assert {
+        "dataset",
+        "num_runs",
+        "num_classes",
+        "num_all_layers",
+        "num_visual_layers",
+        "num_text_layers",
+        "all_layers_results",
+        "visual_only_results",
+        "label_mapping",
+    } <= set(results)
+    scores = [
+        f"{part}_{score}" for score in ("acc", "f1", "precision", "recall") for part in ("val", "test")
+    ] + ["train_acc"]
     record = results["visual_only_results"][0]
-    assert record["representation"] == "stats_visual_only" and [row["representation"] for row in results["all_layers_results"]] == [
-        "stats_all_layers", "frequency_all_layers", "product_norms_all_layers"]
-    for key in [f"{name}_{how}" for name in (*scores, "training_time", "best_epoch") for how in ("mean", "std")]:
+    assert record["representation"] == "stats_visual_only" and [
+        row["representation"] for row in results["all_layers_results"]
+    ] == ["stats_all_layers", "frequency_all_layers", "product_norms_all_layers"]
+    for key in [
+        f"{name}_{how}" for name in (*scores, "training_time", "best_epoch") for how in ("mean", "std")
+    ]:
         assert isinstance(record[key], float), key
     assert isinstance(record["training_time_total"], float) and {"num_layers", "feature_dim"} <= set(record)
     assert [run["run"] for run in record["per_run_results"]] == [1, 2, 3]
     assert set(record["per_run_results"][0]) == {"run", *scores, "training_time", "best_epoch", "feature_dim"}
     assert {"val_acc_history", "train_loss_history", "best_epoch"} <= set(record["learning_curves"][0])
-    assert np.array(record["val_confusion_matrices"]).shape == np.array(record["test_confusion_matrices"]).shape == (3, 3, 3)
+    assert (
+        np.array(record["val_confusion_matrices"]).shape
+        == np.array(record["test_confusion_matrices"]).shape
+        == (3, 3, 3)
+    )
     assert all(len(record[f"{part}_acc_all_runs"]) == 3 for part in ("train", "val", "test"))
-    assert json.loads((finished / "checkpoints" / "visual_only_stats.json").read_text())["test_acc_all_runs"] == record["test_acc_all_runs"]
+    assert (
+        json.loads((finished / "checkpoints" / "visual_only_stats.json").read_text())["test_acc_all_runs"]
+        == record["test_acc_all_runs"]
+    )
 
 
-def test_the_full_report_of_18_cells_takes_seconds(results, monkeypatch):
+def test_the_full_report_of_18_cells_has_its_sections_and_files(results):
     grown = large(results, NINE, 10)
     for layer_set in LAYER_SETS[:2]:
         for row in grown[f"{layer_set}_results"]:
-            row["learning_curves"] = [{"val_acc_history": [0.5] * 40, "train_loss_history": [1.0] * 40, "best_epoch": 25}] * 10
+            row["learning_curves"] = [
+                {"val_acc_history": [0.5] * 40, "train_loss_history": [1.0] * 40, "best_epoch": 25}
+            ] * 10
     del grown["text_only_results"]
-    began = time.perf_counter()
-    drawings = {name: (title, rows(grown), draw(grown)) for name, (title, rows, draw) in figures.FIGURES.items()}
-    sections, files = report.sections_and_files(drawings, report.FORMATS)
-    assert time.perf_counter() - began < 15 and len(sections) >= 9 and len(files) >= 27
+    sections, files = write.draw_all(figures.FIGURES, grown, write.FORMATS)
+    names = [section["name"] for section in sections]
+    assert names[:5] == ["accuracy", "drop", "class_drop", "learning_curves", "confusion"] and len(names) >= 8
+    for name in names:
+        assert files[f"figures/{name}.png"].startswith(b"\x89PNG") and files[
+            f"figures/{name}.pdf"
+        ].startswith(b"%PDF")
+    assert "retention" not in names and "tables/retention.csv" in files  # one column is no figure
 
 
 def test_what_other_settings_left_in_the_folder_stays_out_and_is_said(tmp_path):
     lora_dataset(n=40, signal=1.0).save_to_disk(tmp_path / "loras")
-    fixed = ["--dataset", str(tmp_path / "loras"), "--output-dir", str(tmp_path / "out"), "--cache-dir", str(tmp_path / "cache"), "--num-runs", "3",
-             "--max-epochs", "2", "--hidden-dim", "8", "--layer-sets", "all_layers"]
+    fixed = [
+        "--dataset",
+        str(tmp_path / "loras"),
+        "--output-dir",
+        str(tmp_path / "out"),
+        "--cache-dir",
+        str(tmp_path / "cache"),
+        "--num-runs",
+        "3",
+        "--max-epochs",
+        "2",
+        "--hidden-dim",
+        "8",
+        "--layer-sets",
+        "all_layers",
+    ]
     folder = tmp_path / "out" / "visual_ablation_loras"
     assert experiment.main([*fixed, "--representations", "stats"]) == 0
     assert experiment.main([*fixed, "--representations", "frequency", "--dropout", "0.1"]) == 0
-    results = report.load_results(folder)
+    results = load_module.load_results(folder)
     assert [row["representation"] for row in results["all_layers_results"]] == ["frequency_all_layers"]
     assert not results["verdict"].startswith("Not finished") and results["failed_cells"] == [
-        {"cell": "all_layers_stats", "error": "finished with other settings, and not among these results"}]
-    assert report.is_current(folder)
+        {"cell": "all_layers_stats", "error": "finished with other settings, and not among these results"}
+    ]
+    assert write.is_current(folder)
     (folder / "figures" / "accuracy.png").write_bytes(b"older")
-    assert not report.is_current(folder)
-    report.write_report(folder)
-    assert report.is_current(folder)
-    report.write_report(folder, ("html",))
-    assert not report.is_current(folder)
-    assert experiment.main([*fixed, "--representations", "frequency", "--dropout", "0.1"]) == 0 and report.is_current(folder)
+    assert not write.is_current(folder)
+    write.write_report(folder)
+    assert write.is_current(folder)
+    write.write_report(folder, ("html",))
+    assert not write.is_current(folder)
+    assert experiment.main(
+        [*fixed, "--representations", "frequency", "--dropout", "0.1"]
+    ) == 0 and write.is_current(folder)
     (folder / "results.json").write_text((folder / "results.json").read_text() + " ")
-    assert not report.is_current(folder)
+    assert not write.is_current(folder)
 
 
 def test_names_from_data_are_text_and_stay_apart(results):
-    assert report_rows.shortened(["a class with number 1", "a class with number 2"]) == ["a class w…h number 1", "a class w…h number 2"]
-    long = [f"{i:03} is one of very many {i % 2}" for i in range(0, 100, 7)] + ["x" * 30, "x" * 15 + "y" + "x" * 14]
-    assert len(set(report_rows.shortened(long))) == 17 and max(map(len, report_rows.shortened(long))) == 20
+    assert rows_module.shortened(["a class with number 1", "a class with number 2"]) == [
+        "a class w…h number 1",
+        "a class w…h number 2",
+    ]
+    long = [f"{i:03} is one of very many {i % 2}" for i in range(0, 100, 7)] + [
+        "x" * 30,
+        "x" * 15 + "y" + "x" * 14,
+    ]
+    assert len(set(rows_module.shortened(long))) == 17 and max(map(len, rows_module.shortened(long))) == 20
     odd = {"$x_{$": 0, r"$\\frac$": 1, "<b>": 2}
     grown = results | {"label_mapping": odd}
-    for draw in (figures.class_drop, figures.confusion):
+    for draw in (accuracy_figures.class_drop, training_figures.confusion):
         canvas = FigureCanvasAgg(draw(grown))
         canvas.draw()
     only_halves = {key: value for key, value in results.items() if not key.endswith("_results")} | {
-        "random_half.0_results": results["random_half.0_results"], "inference": results["inference"] | {"comparisons": []}}
-    assert [name for name, (_, _, draw) in figures.FIGURES.items() if draw(only_halves) is not None] == ["accuracy", "controls", "audits"]
-    nothing = {key: value for key, value in results.items() if not key.endswith("_results")} | {"inference": {}, "audits": [], "further_cells": []}
+        "random_half.0_results": results["random_half.0_results"],
+        "inference": results["inference"] | {"comparisons": []},
+    }
+    assert [name for name, draw in DRAWS.items() if draw(only_halves) is not None] == [
+        "accuracy",
+        "controls",
+        "audits",
+    ]
+    nothing = {key: value for key, value in results.items() if not key.endswith("_results")} | {
+        "inference": {},
+        "audits": [],
+        "further_cells": [],
+    }
     only_blocks = nothing | {key: rows for key, rows in results.items() if key.startswith("by_block.")}
-    assert [name for name, (_, _, draw) in figures.FIGURES.items() if draw(only_blocks) is not None] == ["blocks"]
-    assert report.summary_rows(only_blocks) == (["representation", "drop"], []) and len(report.cell_rows(only_blocks)) == 3 * 4
+    assert [name for name, draw in DRAWS.items() if draw(only_blocks) is not None] == ["blocks"]
+    assert (
+        tables.summary_rows(only_blocks) == (["representation", "drop"], [])
+        and len(tables.cell_rows(only_blocks)) == 3 * 4
+    )
     only_text = nothing | {"text_only_results": results["text_only_results"][:1]}
-    assert [name for name, (_, _, draw) in figures.FIGURES.items() if draw(only_text) is not None] == [
-        "accuracy", "learning_curves", "confusion", "gaps", "precision_recall", "cost"]
+    assert [name for name, draw in DRAWS.items() if draw(only_text) is not None] == [
+        "accuracy",
+        "learning_curves",
+        "confusion",
+        "gaps",
+        "precision_recall",
+        "cost",
+    ]
 
 
 # --- in a browser
@@ -406,7 +690,9 @@ def test_names_from_data_are_text_and_stay_apart(results):
 
 @pytest.fixture(scope="module")
 def browser():
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: the page is not opened in a browser")
+    playwright = pytest.importorskip(
+        "playwright.sync_api", reason="playwright is not installed: the page is not opened in a browser"
+    )
     chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if chromium is None:
         pytest.skip("no Chromium on this machine: the page is not opened in a browser")
@@ -421,7 +707,10 @@ def opened(browser, finished):
     page, problems = browser.new_page(), []
     page.on("console", lambda message: problems.append(message.text))
     page.on("pageerror", lambda error: problems.append(str(error)))
-    page.on("request", lambda request: problems.append(request.url) if not request.url.startswith("file:") else None)
+    page.on(
+        "request",
+        lambda request: problems.append(request.url) if not request.url.startswith("file:") else None,
+    )
     page.goto((finished / "report.html").as_uri())
     yield page
     assert problems == []
@@ -447,7 +736,9 @@ def test_the_page_fits_its_window(opened, width, scheme):
     opened.emulate_media(color_scheme=scheme)
     opened.set_viewport_size({"width": width, "height": 800})
     assert opened.evaluate("document.documentElement.scrollWidth") <= width
-    ink, paper = (opened.evaluate(f"getComputedStyle(document.body).{which}") for which in ("color", "backgroundColor"))
+    ink, paper = (
+        opened.evaluate(f"getComputedStyle(document.body).{which}") for which in ("color", "backgroundColor")
+    )
     light = [sum(map(int, re.findall(r"\d+", colour)[:3])) for colour in (ink, paper)]
     assert light[0] < light[1] if scheme == "light" else light[0] > light[1]
     assert opened.evaluate("getComputedStyle(document.querySelector('figure svg')).color") == ink
@@ -455,4 +746,6 @@ def test_the_page_fits_its_window(opened, width, scheme):
 
 def test_the_page_prints(opened):
     printed = opened.pdf(format="A4")
-    assert printed[:4] == b"%PDF" and 3 <= printed.count(b"/Type /Page\n") + printed.count(b"/Type /Page ") <= 40
+    assert (
+        printed[:4] == b"%PDF" and 3 <= printed.count(b"/Type /Page\n") + printed.count(b"/Type /Page ") <= 40
+    )

@@ -1,4 +1,6 @@
-"""Every representation against its float64 oracle, its invariances with their sensitivity twins, and other devices."""
+"""Every representation against its float64 oracle, its invariances with their sensitivity twins, and other
+devices.
+"""
 
 import numpy as np
 import oracles
@@ -9,11 +11,24 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import representations
-import settings as project
+from ablation import catalogue as project
 from representations import PRODUCT_REPRESENTATIONS, REPRESENTATIONS, Layer, Module, describe_module
 
 NAMES = list(REPRESENTATIONS)
-SHAPES = [(1, 320), (320, 1), (1280, 1), (2, 64), (64, 2), (4, 320), (64, 64), (48, 17), (1, 1), (1, 2), (3, 7), (1, 25)]
+SHAPES = [
+    (1, 320),
+    (320, 1),
+    (1280, 1),
+    (2, 64),
+    (64, 2),
+    (4, 320),
+    (64, 64),
+    (48, 17),
+    (1, 1),
+    (1, 2),
+    (3, 7),
+    (1, 25),
+]
 KINDS = ["normal", "offset", "uniform", "heavy", "tiny", "large", "integers", "wave", "shared base"]
 
 
@@ -28,9 +43,13 @@ def draw(kind, n, rows, cols, seed=0):
         "heavy": lambda: rng.standard_t(2, shape),
         "tiny": lambda: 1e-6 * rng.normal(size=shape),
         "large": lambda: 1e12 * rng.normal(size=shape),
-        "integers": lambda: rng.integers(-4, 9, shape),        # ties, and entries on the edges of histogram bins
-        "wave": lambda: 1000 * np.cos(0.7 * entry) + rng.normal(size=shape),            # one FFT bin far above the others
-        "shared base": lambda: rng.normal(size=(rows, cols)) + 1e-3 * rng.normal(size=shape),   # rows that differ by little
+        "integers": lambda: rng.integers(-4, 9, shape),  # ties, and entries on the edges of histogram bins
+        "wave": lambda: (
+            1000 * np.cos(0.7 * entry) + rng.normal(size=shape)
+        ),  # one FFT bin far above the others
+        "shared base": lambda: (
+            rng.normal(size=(rows, cols)) + 1e-3 * rng.normal(size=shape)
+        ),  # rows that differ by little
     }[kind]()
     return w.astype(np.float32)
 
@@ -44,7 +63,11 @@ def assert_agrees(name, w, spread=None):
     spread = truth.std(0) if spread is None else spread
     allowed = 1e-5 * spread + 2e-7 * np.abs(truth).max(0) + 1e-13
     worst = np.abs(ours - truth) / allowed
-    assert np.isfinite(ours).all() and worst.max() <= 1, (name, np.unravel_index(worst.argmax(), worst.shape), worst.max())
+    assert np.isfinite(ours).all() and worst.max() <= 1, (
+        name,
+        np.unravel_index(worst.argmax(), worst.shape),
+        worst.max(),
+    )
 
 
 def test_names_order_widths_and_versions_stand_in_settings_too():
@@ -68,7 +91,8 @@ def test_constant_matrices(name, shape):
     w = np.broadcast_to(values[:, None, None], (5, *shape)).copy()
     ours = REPRESENTATIONS[name](torch.from_numpy(w)).numpy()
     truth = oracles.represent(name, w)
-    # The singular values and bins that are 0 in exact arithmetic are rounding in both: judge those by the matrix's scale.
+    # The singular values and bins that are 0 in exact arithmetic are rounding in both: judge those by the
+    # matrix's scale.
     scale = np.abs(w).max((1, 2), keepdims=True)[:, 0] * w[0].size
     assert (np.abs(ours - truth) <= 2e-6 * np.abs(truth) + 2e-6 * np.maximum(scale, 1e-3)).all()
 
@@ -97,9 +121,15 @@ def test_rank_deficient_and_ill_conditioned_matrices(name, shape):
     for low in (1e-3, 1e-5, 1e-7, 1e-10, 0.0):
         u, _ = np.linalg.qr(rng.normal(size=(shape[0], m)))
         v, _ = np.linalg.qr(rng.normal(size=(shape[1], m)))
-        batch.append(u * np.geomspace(1, low, m) @ v.T if low else np.outer(rng.normal(size=shape[0]), rng.normal(size=shape[1])))
-    exact = rng.normal(size=(2, *shape)) / 64                            # of norm 1: rounding is 1e-16 of that, and a gap divides it by 1e-8
-    exact[:, :, 1:] = exact[:, :, :1] * 2.0 ** rng.integers(-2, 3, shape[1] - 1)     # rank 1 even in float32
+        batch.append(
+            u * np.geomspace(1, low, m) @ v.T
+            if low
+            else np.outer(rng.normal(size=shape[0]), rng.normal(size=shape[1]))
+        )
+    exact = (
+        rng.normal(size=(2, *shape)) / 64
+    )  # of norm 1: rounding is 1e-16 of that, and a gap divides it by 1e-8
+    exact[:, :, 1:] = exact[:, :, :1] * 2.0 ** rng.integers(-2, 3, shape[1] - 1)  # rank 1 even in float32
     w = np.concatenate([np.stack(batch), exact]).astype(np.float32)
     ours = REPRESENTATIONS[name](torch.from_numpy(w)).numpy()[:, :32]
     truth = oracles.represent(name, w)[:, :32]
@@ -180,7 +210,9 @@ def test_permuting_rows_and_columns_keeps_the_spectrum_and_the_norms(case):
     rows, cols, seed = case
     w = torch.from_numpy(draw("normal", 4, rows, cols, seed))
     generator = torch.Generator().manual_seed(seed)
-    permuted = w[:, torch.randperm(rows, generator=generator)][:, :, torch.randperm(cols, generator=generator)]
+    permuted = w[:, torch.randperm(rows, generator=generator)][
+        :, :, torch.randperm(cols, generator=generator)
+    ]
     for name in ("spectral", "matrix_norms"):
         assert torch.allclose(REPRESENTATIONS[name](w), REPRESENTATIONS[name](permuted), rtol=2e-4, atol=1e-4)
 
@@ -191,12 +223,20 @@ def test_a_transpose_swaps_the_induced_norms_and_keeps_the_rest():
     assert torch.allclose(there[:, [0, 1, 2, 4, 3, 5, 6]], back, rtol=1e-5)
     assert not torch.allclose(there, back, rtol=1e-2)
     for name in ("frequency", "spectral", *ENTRYWISE):
-        assert torch.allclose(REPRESENTATIONS[name](w), REPRESENTATIONS[name](w.mT.contiguous()), rtol=1e-4, atol=1e-5)
+        assert torch.allclose(
+            REPRESENTATIONS[name](w), REPRESENTATIONS[name](w.mT.contiguous()), rtol=1e-4, atol=1e-5
+        )
 
 
 SCALES_WITH_WEIGHTS = {
-    "simple_stats": range(5), "rank_based": range(11), "stats": range(5), "spectral": [*range(10), 31],
-    "matrix_norms": range(5), "distribution": range(9), "frequency": range(13), "info_theoretic": [],
+    "simple_stats": range(5),
+    "rank_based": range(11),
+    "stats": range(5),
+    "spectral": [*range(10), 31],
+    "matrix_norms": range(5),
+    "distribution": range(9),
+    "frequency": range(13),
+    "info_theoretic": [],
 }
 
 
@@ -215,15 +255,31 @@ def test_columns_in_weight_units_scale_and_the_others_do_not(name, factor, seed)
 # --- of the product
 
 PRODUCT_NAMES = list(PRODUCT_REPRESENTATIONS)
-MODULES = [(1, 320, 320), (1, 768, 320), (2, 64, 48), (4, 96, 64), (8, 40, 24), (4, 1, 1), (3, 2, 9), (1, 1, 1), (5, 3, 40)]   # r, in, out
+MODULES = [
+    (1, 320, 320),
+    (1, 768, 320),
+    (2, 64, 48),
+    (4, 96, 64),
+    (8, 40, 24),
+    (4, 1, 1),
+    (3, 2, 9),
+    (1, 1, 1),
+    (5, 3, 40),
+]  # r, in, out
 
 
 def draw_module(kind, n, r, inner, out, seed=0):
-    """`down` as a LoRA is initialised and `up` as it learns: with one direction far above the others; or degenerate ones."""
+    """`down` as a LoRA is initialised and `up` as it learns: with one direction far above the others; or
+    degenerate ones.
+    """
     rng = np.random.default_rng([seed, r, inner, out])
     down, up = rng.normal(size=(n, r, inner)), 1e-2 * rng.normal(size=(n, out, r))
     if kind == "trained":
-        up += 0.1 * rng.normal(size=(1, out, 1)) * (down @ rng.normal(size=(inner, 1)) / inner)[:, :, 0][:, None]
+        up += (
+            0.1
+            * rng.normal(size=(1, out, 1))
+            * (down @ rng.normal(size=(inner, 1)) / inner)[:, :, 0][:, None]
+        )
     if kind == "less than its rank":
         up[:, :, -1] = 2 * up[:, :, 0]
     if kind == "ill-conditioned":
@@ -239,12 +295,21 @@ def product(name, down, up, **options):
 
 def assert_product_agrees(name, down, up):
     ours, truth = product(name, down, up).numpy(), oracles.represent_product(name, down, up)
-    assert ours.shape == truth.shape == (len(down), project.REPRESENTATIONS[name].width) and ours.dtype == np.float32
+    assert (
+        ours.shape == truth.shape == (len(down), project.REPRESENTATIONS[name].width)
+        and ours.dtype == np.float32
+    )
     allowed = 1e-5 * truth.std(0) + 2e-7 * np.abs(truth).max(0) + 1e-13
-    if name == "product_directions":   # what lies beyond the last direction that is there is rounding: judged by the row
+    if (
+        name == "product_directions"
+    ):  # what lies beyond the last direction that is there is rounding: judged by the row
         allowed = allowed + 1e-6 * np.abs(truth).max()
     worst = np.abs(ours - truth) / allowed
-    assert np.isfinite(ours).all() and worst.max() <= 1, (name, np.unravel_index(worst.argmax(), worst.shape), worst.max())
+    assert np.isfinite(ours).all() and worst.max() <= 1, (
+        name,
+        np.unravel_index(worst.argmax(), worst.shape),
+        worst.max(),
+    )
 
 
 @pytest.mark.parametrize("kind", ["initial", "trained"])
@@ -267,13 +332,15 @@ def test_singular_values_and_directions_of_ill_conditioned_products(shape, kind)
     down, up = draw_module(kind, 12, *shape)
     module = Module(torch.from_numpy(down), torch.from_numpy(up))
     dense = up.astype(np.float64) @ down
-    truth = np.linalg.svd(dense, compute_uv=False)[:, :module.m]
+    truth = np.linalg.svd(dense, compute_uv=False)[:, : module.m]
     assert np.abs(module.singular_values.numpy() - truth).max() <= 1e-12 * truth.max()
     assert np.abs(module.singular_values.numpy() / truth - 1)[truth > 1e-9 * truth.max()].max() < 1e-6
     left, right = module.directions(shape[0], whole=True)
-    assert np.abs((left.mT @ right).numpy() - dense).max() <= 1e-12 * np.abs(dense).max()     # balanced factors of the same product
+    assert (
+        np.abs((left.mT @ right).numpy() - dense).max() <= 1e-12 * np.abs(dense).max()
+    )  # balanced factors of the same product
     for vectors in (left, right):
-        gram = (vectors @ vectors.mT).numpy()[:, :module.m, :module.m]
+        gram = (vectors @ vectors.mT).numpy()[:, : module.m, : module.m]
         assert np.abs(gram - np.eye(module.m) * truth[:, None]).max() <= 1e-9 * truth.max()
 
 
@@ -313,7 +380,10 @@ def test_but_the_nine_do_and_the_products_see_another_adapter(name):
         other_down, other_up = down, up * np.float32(1.5) if name != "product_sketch" else up[::-1].copy()
         before, after = product(name, down, up), product(name, other_down, other_up)
     else:
-        before, after = REPRESENTATIONS[name](torch.from_numpy(down)), REPRESENTATIONS[name](torch.from_numpy(other_down))
+        before, after = (
+            REPRESENTATIONS[name](torch.from_numpy(down)),
+            REPRESENTATIONS[name](torch.from_numpy(other_down)),
+        )
     assert ((after - before).abs() > 0.1 * before.std(0)).any(dim=1).all()
 
 
@@ -327,16 +397,24 @@ def test_moving_channels_keeps_what_does_not_depend_on_their_order_and_changes_w
 
 
 def test_a_zero_product_has_no_direction_and_nothing_invented():
-    for down, up in ((torch.zeros(2, 3, 5), torch.ones(2, 4, 3)), (torch.ones(2, 1, 5), torch.zeros(2, 4, 1))):
+    for down, up in (
+        (torch.zeros(2, 3, 5), torch.ones(2, 4, 3)),
+        (torch.ones(2, 1, 5), torch.zeros(2, 4, 1)),
+    ):
         for name in PRODUCT_NAMES:
             assert (product(name, down, up) == 0).all(), name
 
 
 def test_the_sketch_is_linear_in_the_product_and_keeps_inner_products_on_average():
     down, up = draw_module("initial", 2, 2, 400, 300)
-    joined = np.concatenate([down[:1], down[1:]], axis=1), np.concatenate([up[:1], up[1:]], axis=2)        # W_0 + W_1 as one module
+    joined = (
+        np.concatenate([down[:1], down[1:]], axis=1),
+        np.concatenate([up[:1], up[1:]], axis=2),
+    )  # W_0 + W_1 as one module
     parts = product("product_sketch", down, up, sketch_size=40)
-    assert torch.allclose(product("product_sketch", *joined, sketch_size=40)[0], parts.sum(0), rtol=1e-4, atol=1e-4)
+    assert torch.allclose(
+        product("product_sketch", *joined, sketch_size=40)[0], parts.sum(0), rtol=1e-4, atol=1e-4
+    )
     assert parts.shape == (2, 1600)
     dense = up.astype(np.float64) @ down
     assert float((parts[0] ** 2).mean()) == pytest.approx((dense[0] ** 2).sum(), rel=0.2)
@@ -352,7 +430,9 @@ def test_slices_of_rows_do_not_change_a_product(monkeypatch):
         assert torch.allclose(product(name, down, up), whole[name], rtol=1e-6, atol=1e-9), name
 
 
-@pytest.mark.parametrize("down, up", [((4, 2, 5), (4, 6, 3)), ((4, 2, 5), (3, 6, 2)), ((4, 2, 5), (4, 0, 2)), ((2, 5), (6, 2))])
+@pytest.mark.parametrize(
+    "down, up", [((4, 2, 5), (4, 6, 3)), ((4, 2, 5), (3, 6, 2)), ((4, 2, 5), (4, 0, 2)), ((2, 5), (6, 2))]
+)
 def test_what_is_no_module_is_refused(down, up):
     with pytest.raises(ValueError, match="expected down"):
         Module(torch.zeros(down), torch.zeros(up))
@@ -365,10 +445,12 @@ def test_what_is_no_module_is_refused(down, up):
 @pytest.mark.parametrize("name", PRODUCT_NAMES)
 def test_a_product_runs_on_a_device_that_is_not_the_cpu(name, shape, monkeypatch):
     r, inner, out = shape
-    on_meta = lambda count, size, side, device: torch.empty(count, size, dtype=torch.float64, device=device)  # noqa: E731
+    on_meta = lambda count, size, side, device: torch.empty(count, size, dtype=torch.float64, device=device)
     monkeypatch.setattr(representations, "projection", on_meta)
     with FakeTensorMode(allow_non_fake_inputs=True):
-        found = PRODUCT_REPRESENTATIONS[name](Module(torch.empty(7, r, inner, device="meta"), torch.empty(7, out, r, device="meta")))
+        found = PRODUCT_REPRESENTATIONS[name](
+            Module(torch.empty(7, r, inner, device="meta"), torch.empty(7, out, r, device="meta"))
+        )
     assert found.device.type == "meta" and found.dtype == torch.float32
     assert found.shape == (7, project.REPRESENTATIONS[name].width)
 
@@ -396,7 +478,9 @@ def test_describe_shares_work_names_failures_and_leaves_out_of_memory_to_the_cal
     def fails(message):
         def function(layer):
             raise RuntimeError(message)
+
         return function
+
     monkeypatch.setitem(REPRESENTATIONS, "stats", fails("did not converge"))
     found, failed = representations.describe(w, ["simple_stats", "stats", "spectral"])
     assert set(found) == {"simple_stats", "spectral"} and str(failed["stats"]) == "did not converge"

@@ -8,33 +8,50 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-import training
-from lora_data import Split
-from settings import InputError, TrainingSettings
-from training import TrainingError, standardise, train_packed, train_runs, train_sequential
+from ablation import mlp, packed, training
+from ablation.mlp import Listener, Task, TrainingError
+from ablation.packed import Pack, PackedEpoch, Replayed, train_packed
+from ablation.settings import InputError, TrainingSettings
+from ablation.splits import PARTS, Split
+from ablation.training import prepare, resolve_training, standardise, train_sequential
 
-SILENT = (lambda run, number: None, lambda run: None)
-SMALL = TrainingSettings(num_runs=3, hidden_dim=24, batch_size=16, max_epochs=40, dropout=0.0, trainer="sequential")
+SILENT = Listener()
+SMALL = TrainingSettings(
+    num_runs=3, hidden_dim=24, batch_size=16, max_epochs=40, dropout=0.0, trainer="sequential"
+)
 
 
 def problem(n=120, dim=10, classes=3, noise=2.0, seed=0, dtype=torch.float64):
-    """Blobs that overlap, so that validation accuracy moves for a while and its best epoch is not its last."""
+    """Blobs that overlap, so that validation accuracy moves for a while and its best epoch is not its
+    last.
+    """
     rng = np.random.default_rng(seed)
     labels = rng.integers(0, classes, n)
     x = rng.normal(size=(classes, dim))[labels] + noise * rng.normal(size=(n, dim))
     rows = rng.permutation(n)
-    split = Split(rows[: n * 7 // 10], rows[n * 7 // 10: n * 8 // 10], rows[n * 8 // 10:], False)
+    split = Split(rows[: n * 7 // 10], rows[n * 7 // 10 : n * 8 // 10], rows[n * 8 // 10 :], False)
     return torch.from_numpy(x).to(dtype), labels, split
 
 
-def tensors(x, labels, split):
-    parts = {name: torch.from_numpy(getattr(split, name)) for name in training.PARTS}
-    return standardise(x, parts["train"]), torch.from_numpy(labels), parts
+def prepared(x, labels, split, classes=3):
+    return prepare(Task(x, labels, split, classes), "cpu")
+
+
+def train_runs(x, labels, split, classes, settings, listener=SILENT, extra=None):
+    return training.train_runs(Task(x, labels, split, classes, extra or {}), settings, "cpu", listener)
+
+
+def patch_everywhere(monkeypatch, name, value):
+    """Replace a function in every module of training that uses it."""
+    modules = [module for module in (mlp, training, packed) if hasattr(module, name)]
+    assert modules
+    for module in modules:
+        monkeypatch.setattr(module, name, value)
 
 
 def run_both(settings, **kwargs):
     x, labels, split = problem(**kwargs)
-    arguments = (*tensors(x, labels, split), 3, settings, *SILENT)
+    arguments = (prepared(x, labels, split), settings, SILENT)
     return train_sequential(*arguments), train_packed(*arguments)
 
 
@@ -44,55 +61,76 @@ def assert_same_runs(ours, theirs):
         assert a.learning_rate == b.learning_rate
         assert a.val_accuracy == b.val_accuracy
         assert np.allclose(a.train_loss, b.train_loss, rtol=0, atol=1e-10)
-        for part in training.PARTS:
+        for part in PARTS:
             assert np.array_equal(a.predictions[part], b.predictions[part])
 
 
-@pytest.mark.parametrize("overrides", [
-    {}, {"dropout": 0.5}, {"dropout": 0.3, "batch_size": 19},
-    {"patience": 60, "max_epochs": 80}, {"weight_decay": 0.1}, {"learning_rate": 0.03}, {"batch_size": 21}, {"num_runs": 1}, {"seed": 7},
-], ids=str)
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {},
+        {"dropout": 0.5},
+        {"dropout": 0.3, "batch_size": 19},
+        {"patience": 60, "max_epochs": 80},
+        {"weight_decay": 0.1},
+        {"learning_rate": 0.03},
+        {"batch_size": 21},
+        {"num_runs": 1},
+        {"seed": 7},
+    ],
+    ids=str,
+)
 def test_packed_equals_sequential_in_float64(overrides):
     settings = dataclasses.replace(SMALL, **overrides)
     sequential, packed = run_both(settings)
     assert_same_runs(sequential, packed)
     if overrides.get("patience"):
-        assert any(len(set(run.learning_rate)) > 1 for run in packed), "the learning rate was to fall in this test"
+        assert any(len(set(run.learning_rate)) > 1 for run in packed), (
+            "the learning rate was to fall in this test"
+        )
     if not overrides:
-        assert len({len(run.train_loss) for run in packed}) > 1, "runs were to stop at different epochs in this test"
+        assert len({len(run.train_loss) for run in packed}) > 1, (
+            "runs were to stop at different epochs in this test"
+        )
 
 
 def test_sequential_equals_a_loop_written_from_the_definition():
     x, labels, split = problem()
-    x, y, parts = tensors(x, labels, split)
-    runs = train_sequential(x, y, parts, 3, SMALL, *SILENT)
+    data = prepared(x, labels, split)
+    x, y, parts, _ = data
+    runs = train_sequential(data, SMALL, SILENT)
     for run in runs:
-        order = training.batch_order(run.seed)
+        order = mlp.batch_order(run.seed)
+
         def batches(epoch, order=order):
             permutation = torch.randperm(len(parts["train"]), generator=order)
-            return [permutation[i:i + 16] for i in range(0, len(permutation), 16)]
+            return [permutation[i : i + 16] for i in range(0, len(permutation), 16)]
+
         truth = oracles.train_one_model(x, y, parts["train"], parts["val"], 3, SMALL, run.seed, batches)
         assert np.allclose(run.train_loss, truth["loss"], rtol=0, atol=1e-10)
         assert run.val_accuracy == truth["val_acc"] and run.learning_rate == truth["lr"]
         assert run.best_epoch == truth["best_epoch"]
-        for part in training.PARTS:
+        for part in PARTS:
             assert np.array_equal(run.predictions[part], truth["predictions"][parts[part]].numpy())
 
 
 @pytest.mark.parametrize("trainer", [train_sequential, train_packed])
 def test_the_best_epoch_is_scored_and_not_the_last(trainer):
     x, labels, split = problem(noise=4.0)
-    x, y, parts = tensors(x, labels, split)
-    runs = trainer(x, y, parts, 3, SMALL, *SILENT)
-    assert all(run.best_epoch < len(run.val_accuracy) for run in runs), "the best epoch was not to be the last in this test"
+    data = prepared(x, labels, split)
+    runs = trainer(data, SMALL, SILENT)
+    assert all(run.best_epoch < len(run.val_accuracy) for run in runs), (
+        "the best epoch was not to be the last in this test"
+    )
     for run in runs:
         epochs = len(run.val_accuracy)
         assert epochs in (run.best_epoch + SMALL.patience, SMALL.max_epochs)
-        assert run.val_accuracy.index(max(run.val_accuracy)) == run.best_epoch - 1       # ties: the earliest
-        # Trained for just so long, the same seed ends in that very state: train, val and test must be predicted by it.
+        assert run.val_accuracy.index(max(run.val_accuracy)) == run.best_epoch - 1  # ties: the earliest
+        # Trained for just so long, the same seed ends in that very state: train, val and test must be
+        # predicted by it.
         shorter = dataclasses.replace(SMALL, num_runs=1, seed=run.seed, max_epochs=run.best_epoch)
-        (again,) = trainer(x, y, parts, 3, shorter, *SILENT)
-        for part in training.PARTS:
+        (again,) = trainer(data, shorter, SILENT)
+        for part in PARTS:
             assert np.array_equal(run.predictions[part], again.predictions[part])
         accuracy = (run.predictions["val"] == labels[split.val]).mean()
         assert accuracy == pytest.approx(max(run.val_accuracy))
@@ -101,16 +139,16 @@ def test_the_best_epoch_is_scored_and_not_the_last(trainer):
 def test_initial_weights_and_batches_do_not_depend_on_the_trainer_or_on_r():
     for r in (1, 4):
         settings = dataclasses.replace(SMALL, num_runs=r)
-        models = [training.build_model(seed, 10, 3, settings) for seed in settings.seeds]
-        pack = training.Pack(models, settings, torch.device("cpu"), torch.float32)
+        models = [mlp.build_model(seed, 10, 3, settings) for seed in settings.seeds]
+        pack = Pack(models, settings, torch.device("cpu"), torch.float32)
         torch.manual_seed(42)
         expected = torch.nn.Linear(10, 24)
         assert torch.equal(pack.parameters["0.weight"][0], expected.weight.T)
         assert torch.equal(models[0][0].bias, expected.bias)
     assert not torch.equal(pack.parameters["0.weight"][0], pack.parameters["0.weight"][1])
-    first, again = (torch.randperm(50, generator=training.batch_order(42)) for _ in range(2))
+    first, again = (torch.randperm(50, generator=mlp.batch_order(42)) for _ in range(2))
     assert torch.equal(first, again)
-    assert not torch.equal(first, torch.randperm(50, generator=training.batch_order(43)))
+    assert not torch.equal(first, torch.randperm(50, generator=mlp.batch_order(43)))
 
 
 @pytest.mark.parametrize("trainer", ["sequential", "packed"])
@@ -119,7 +157,7 @@ def test_training_twice_gives_the_same_and_another_seed_does_not(trainer):
     settings = dataclasses.replace(SMALL, dropout=0.5, trainer=trainer, max_epochs=5)
     state = torch.get_rng_state()
     first = train_runs(x, labels, split, 3, settings).runs
-    torch.rand(7)                                                                        # the caller's own generator plays no part
+    torch.rand(7)  # the caller's own generator plays no part
     again = train_runs(x, labels, split, 3, settings).runs
     assert [run.train_loss for run in first] == [run.train_loss for run in again]
     other = train_runs(x, labels, split, 3, dataclasses.replace(settings, seed=99)).runs
@@ -128,7 +166,7 @@ def test_training_twice_gives_the_same_and_another_seed_does_not(trainer):
     expected = torch.rand(3)
     torch.set_rng_state(state)
     train_runs(x, labels, split, 3, settings)
-    assert torch.equal(torch.rand(3), expected)                                          # nor is it moved
+    assert torch.equal(torch.rand(3), expected)  # nor is it moved
 
 
 def test_a_packed_run_does_not_depend_on_how_many_run_beside_it():
@@ -143,12 +181,15 @@ def test_a_packed_run_does_not_depend_on_how_many_run_beside_it():
 def test_dropout_comes_from_the_runs_own_seed(trainer, monkeypatch):
     x, labels, split = problem(dtype=torch.float32)
     settings = dataclasses.replace(SMALL, trainer=trainer, dropout=0.5, max_epochs=1)
-    real = training.build_model
-    monkeypatch.setattr(training, "build_model", lambda seed, *rest: real(1, *rest))
-    monkeypatch.setattr(training, "batch_order", lambda seed: torch.Generator().manual_seed(1))
+    real = mlp.build_model
+    patch_everywhere(monkeypatch, "build_model", lambda seed, *rest: real(1, *rest))
+    patch_everywhere(monkeypatch, "batch_order", lambda seed: torch.Generator().manual_seed(1))
     losses = [run.train_loss[0] for run in train_runs(x, labels, split, 3, settings).runs]
     assert len(set(losses)) == 3
-    undropped = [run.train_loss[0] for run in train_runs(x, labels, split, 3, dataclasses.replace(settings, dropout=0.0)).runs]
+    undropped = [
+        run.train_loss[0]
+        for run in train_runs(x, labels, split, 3, dataclasses.replace(settings, dropout=0.0)).runs
+    ]
     assert max(undropped) - min(undropped) < 1e-5
 
 
@@ -157,38 +198,42 @@ def test_rows_keep_their_places_when_predicted_in_pieces(trainer, monkeypatch):
     x, labels, split = problem(dtype=torch.float32)
     settings = dataclasses.replace(SMALL, trainer=trainer, max_epochs=8)
     whole = train_runs(x, labels, split, 3, settings).runs
-    monkeypatch.setattr(training, "EVAL_ROWS", 7)
+    patch_everywhere(monkeypatch, "EVAL_ROWS", 7)
     for ours, theirs in zip(train_runs(x, labels, split, 3, settings).runs, whole, strict=True):
-        for part in training.PARTS:
+        for part in PARTS:
             assert np.array_equal(ours.predictions[part], theirs.predictions[part])
 
 
 def test_tf32_is_switched_on_for_the_training_only():
-    with training.arithmetic("tf32"):
+    with mlp.arithmetic("tf32"):
         assert torch.get_float32_matmul_precision() == "high"
-    with training.arithmetic("float32"):
+    with mlp.arithmetic("float32"):
         assert torch.get_float32_matmul_precision() == "highest"
     assert torch.get_float32_matmul_precision() == "highest"
 
 
 def test_dropout_is_torchs_in_distribution():
-    """Against torch.nn.Dropout in the same model: the same mean loss over seeds, and not that without dropout."""
+    """Against torch.nn.Dropout in the same model: the same mean loss over seeds, and not that without
+    dropout.
+    """
     x, labels, split = problem(n=240, noise=1.5, dtype=torch.float32)
     settings = dataclasses.replace(SMALL, num_runs=12, dropout=0.5, max_epochs=8, hidden_dim=32)
 
     def losses(settings):
         return np.array([run.train_loss[-1] for run in train_runs(x, labels, split, 3, settings).runs])
+
     ours, without = losses(settings), losses(dataclasses.replace(settings, dropout=0.0))
     with pytest.MonkeyPatch.context() as patch:
-        real = training.build_model
+        real = mlp.build_model
 
         def build_model(*arguments):
             model = real(*arguments)
             for i, module in enumerate(model):
-                if isinstance(module, training.Dropout):
+                if isinstance(module, mlp.Dropout):
                     model[i] = torch.nn.Dropout(0.5)
             return model
-        patch.setattr(training, "build_model", build_model)
+
+        patch_everywhere(patch, "build_model", build_model)
         theirs = losses(settings)
     assert not np.array_equal(ours, theirs)
     assert abs(ours.mean() - theirs.mean()) < 4 * np.hypot(ours.std(ddof=1), theirs.std(ddof=1)) / np.sqrt(12)
@@ -197,23 +242,28 @@ def test_dropout_is_torchs_in_distribution():
 
 @pytest.mark.parametrize("dropout", [0.1, 0.3, 0.5, 0.9])
 def test_dropout_keeps_the_right_share_and_differs_between_runs_layers_and_steps(dropout):
-    settings, like = dataclasses.replace(SMALL, dropout=dropout, hidden_dim=201), torch.zeros(1, dtype=torch.float64)
-    runs = [training.dropout_factors(seed, 51, settings, like) for seed in (1, 2)]
-    steps = [next(factors) for factors in runs for _ in range(training.DROPOUT_STEPS + 2)]
+    settings, like = (
+        dataclasses.replace(SMALL, dropout=dropout, hidden_dim=201),
+        torch.zeros(1, dtype=torch.float64),
+    )
+    runs = [mlp.dropout_factors(seed, 51, settings, like) for seed in (1, 2)]
+    steps = [next(factors) for factors in runs for _ in range(mlp.DROPOUT_STEPS + 2)]
     assert all(step.shape == (3, 51, 201) and step.dtype == torch.float64 for step in steps)
-    flat = torch.stack(steps).flatten(2).flatten(0, 1)                   # (each layer of each step of each run, B*H)
+    flat = torch.stack(steps).flatten(2).flatten(0, 1)  # (each layer of each step of each run, B*H)
     assert set(flat.unique().tolist()) == {0.0, 1 / (1 - dropout)}
     draws = flat.numel()
-    assert float((flat > 0).double().mean()) == pytest.approx(1 - dropout, abs=5 * np.sqrt(dropout * (1 - dropout) / draws))
-    agreement = torch.corrcoef(flat).fill_diagonal_(0).abs().max()       # 1 where two are the same
+    assert float((flat > 0).double().mean()) == pytest.approx(
+        1 - dropout, abs=5 * np.sqrt(dropout * (1 - dropout) / draws)
+    )
+    agreement = torch.corrcoef(flat).fill_diagonal_(0).abs().max()  # 1 where two are the same
     assert agreement < 6 / np.sqrt(51 * 201)
 
 
 def test_standardise_uses_the_training_rows_and_drops_what_is_constant_there():
     rng = np.random.default_rng(0)
     x = rng.normal(5, 3, size=(30, 600)).astype(np.float32)
-    x[:, 7] = 0.1                     # constant everywhere
-    x[:20, 300] = 4                   # constant over the training rows only
+    x[:, 7] = 0.1  # constant everywhere
+    x[:20, 300] = 4  # constant over the training rows only
     x[:, 301] = 1e-3 * x[:, 301] + 1e4
     out = standardise(torch.from_numpy(x), torch.arange(20)).numpy()
     assert out.shape == (30, 598) and out.dtype == np.float32
@@ -238,7 +288,9 @@ def test_refuses_what_cannot_be_trained(trainer):
 @pytest.mark.parametrize("trainer", ["sequential", "packed"])
 def test_a_last_batch_of_one_row_is_left_out(trainer):
     x, labels, split = problem(dtype=torch.float32)
-    settings = dataclasses.replace(SMALL, trainer=trainer, batch_size=(len(split.train) - 1) // 1, max_epochs=3)
+    settings = dataclasses.replace(
+        SMALL, trainer=trainer, batch_size=(len(split.train) - 1) // 1, max_epochs=3
+    )
     assert len(split.train) % settings.batch_size == 1
     assert len(train_runs(x, labels, split, 3, settings).runs[0].train_loss) == 3
 
@@ -264,18 +316,20 @@ def test_a_run_that_fails_ends_the_others_at_once(monkeypatch):
 
     def interrupt(run, number):
         raise KeyboardInterrupt
+
     short = dataclasses.replace(settings, max_epochs=2)
     with pytest.raises(KeyboardInterrupt):
-        train_runs(x, labels, split, 3, short, on_run=interrupt)
-    real = training.record_epoch
+        train_runs(x, labels, split, 3, short, Listener(on_run=interrupt))
+    real = mlp.record_epoch
 
     def fail_first(run, *arguments):
         if run.seed == 42:
             raise FloatingPointError("only this one")
         return real(run, *arguments)
-    monkeypatch.setattr(training, "record_epoch", fail_first)
+
+    patch_everywhere(monkeypatch, "record_epoch", fail_first)
     with pytest.raises(FloatingPointError, match="only this one"):
-        train_runs(x, labels, split, 3, settings)                                        # the others would go on for hours
+        train_runs(x, labels, split, 3, settings)  # the others would go on for hours
 
 
 def test_bfloat16_trains_and_tf32_needs_a_gpu():
@@ -287,13 +341,13 @@ def test_bfloat16_trains_and_tf32_needs_a_gpu():
         assert run.train_loss != full.train_loss
         assert run.train_loss[0] == pytest.approx(full.train_loss[0], rel=0.05)
     with pytest.raises(InputError, match="needs a CUDA GPU"):
-        training.resolve_training(TrainingSettings(precision="tf32"), "cpu")
+        resolve_training(TrainingSettings(precision="tf32"), "cpu")
 
 
 def test_auto_is_a_fixed_rule_by_device():
-    assert training.resolve_training(TrainingSettings(), "cpu").trainer == "sequential"
-    assert training.resolve_training(TrainingSettings(precision="tf32"), "cuda:1").trainer == "packed"
-    assert training.resolve_training(TrainingSettings(trainer="packed"), "cpu").trainer == "packed"
+    assert resolve_training(TrainingSettings(), "cpu").trainer == "sequential"
+    assert resolve_training(TrainingSettings(precision="tf32"), "cuda:1").trainer == "packed"
+    assert resolve_training(TrainingSettings(trainer="packed"), "cpu").trainer == "packed"
 
 
 def test_callback_hears_of_every_run_in_order():
@@ -301,26 +355,33 @@ def test_callback_hears_of_every_run_in_order():
     for trainer in ("sequential", "packed"):
         heard = []
         settings = dataclasses.replace(SMALL, trainer=trainer, max_epochs=2)
-        result = train_runs(x, labels, split, 3, settings, on_run=lambda run, number, heard=heard: heard.append((number, run.seed)))
+        result = train_runs(
+            x,
+            labels,
+            split,
+            3,
+            settings,
+            Listener(lambda run, number, heard=heard: heard.append((number, run.seed))),
+        )
         assert heard == [(1, 42), (2, 43), (3, 44)]
         assert result.trained_dim == 10 and all(run.seconds > 0 for run in result.runs)
 
 
 def test_a_training_step_runs_on_a_device_that_is_not_the_cpu(monkeypatch):
-    def adam(*lists, lr, **rest):   # torch has no fake kernel for it
+    def adam(*lists, lr, **rest):  # torch has no fake kernel for it
         assert {tensor.device.type for tensors in lists for tensor in tensors} | {lr.device.type} == {"meta"}
         calls.append([tensor.shape for tensor in lists[0]] == [tensor.shape for tensor in lists[1]])
 
     calls = []
-    monkeypatch.setattr(training, "adam", adam)
+    monkeypatch.setattr(mlp, "adam", adam)
     settings = dataclasses.replace(SMALL, dropout=0.5)
     with FakeTensorMode(allow_non_fake_inputs=True):
         x = torch.empty(30, 10, device="meta")
         y = torch.empty(30, dtype=torch.long, device="meta")
         rows = torch.empty(3, 16, dtype=torch.long, device="meta")
-        pack = training.Pack([training.build_model(s, 10, 3, settings) for s in (1, 2, 3)], settings, x.device, x.dtype)
+        pack = Pack([mlp.build_model(s, 10, 3, settings) for s in (1, 2, 3)], settings, x.device, x.dtype)
         dropout = torch.empty(3, 3, 16, 24, device="meta")
-        epoch = training.PackedEpoch(pack, x, y)
+        epoch = PackedEpoch(pack, x, y)
         epoch.step(rows, dropout)
         assert epoch.total_R.shape == (3,) and epoch.total_R.device.type == "meta"
         assert calls == [True] * 3
@@ -330,13 +391,13 @@ def test_a_training_step_runs_on_a_device_that_is_not_the_cpu(monkeypatch):
 
 def test_features_on_the_host_are_moved_batch_by_batch(monkeypatch):
     """A step, a run's prediction and a pack's with features on one device and all else on another."""
-    monkeypatch.setattr(training, "adam", lambda *lists, lr, **rest: None)
+    monkeypatch.setattr(mlp, "adam", lambda *lists, lr, **rest: None)
     settings = dataclasses.replace(SMALL, dropout=0.5)
     with FakeTensorMode(allow_non_fake_inputs=True):
         x, y = torch.empty(30, 10), torch.empty(30, dtype=torch.long, device="meta")
         rows, dropout = torch.empty(3, 16, dtype=torch.long), torch.empty(3, 3, 16, 24, device="meta")
-        pack = training.Pack([training.build_model(s, 10, 3, settings) for s in (1, 2, 3)], settings, y.device, x.dtype)
-        epoch = training.PackedEpoch(pack, x, y)
+        pack = Pack([mlp.build_model(s, 10, 3, settings) for s in (1, 2, 3)], settings, y.device, x.dtype)
+        epoch = PackedEpoch(pack, x, y)
         assert not epoch.replays()
         epoch.step(rows, dropout)
         assert epoch.total_R.device.type == "meta" and pack.predict(x).device.type == "meta"
@@ -349,16 +410,21 @@ def test_features_on_the_host_are_moved_batch_by_batch(monkeypatch):
 def test_features_that_a_gpu_has_no_room_for_stay_on_the_host_and_change_no_number(monkeypatch, trainer):
     x, labels, split = problem()
     settings = dataclasses.replace(SMALL, trainer=trainer, dropout=0.5)
-    whole = train_runs(x, labels, split, 3, settings, "cpu").runs
+    whole = train_runs(x, labels, split, 3, settings).runs
     monkeypatch.setattr(training, "home_of", lambda features, device: "cpu:0")
-    assert_same_runs(train_runs(x, labels, split, 3, settings, "cpu").runs, whole)
+    assert_same_runs(train_runs(x, labels, split, 3, settings).runs, whole)
 
 
 def test_where_features_lie_goes_by_the_room_that_their_copies_need(monkeypatch):
     features = torch.zeros(1000, 10)
-    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 50_000)            # of which torch has 20,000 for what comes
+    monkeypatch.setattr(
+        torch.cuda, "memory_reserved", lambda device: 50_000
+    )  # of which torch has 20,000 for what comes
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 30_000)
-    for free, home in ((training.COPIES * 40_000 - 20_000, "cuda:1"), (training.COPIES * 40_000 - 20_001, "cpu")):
+    for free, home in (
+        (training.COPIES * 40_000 - 20_000, "cuda:1"),
+        (training.COPIES * 40_000 - 20_001, "cpu"),
+    ):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, 10**9))
         assert training.home_of(features, "cuda:1") == home
     assert training.home_of(features, "cpu") == "cpu"
@@ -370,8 +436,8 @@ def test_rows_that_are_only_predicted_change_nothing_and_are_standardised_as_the
     x = 5 + x * torch.linspace(0.1, 10, 10)
     settings = dataclasses.replace(SMALL, trainer=trainer, dropout=0.5)
     alone = train_runs(x, labels, split, 3, settings).runs
-    also = {"the same": x[split.test], "others": 100 * x[split.test], "none": x[:0]}
-    together = train_runs(x, labels, split, 3, settings, also=also).runs
+    extra = {"the same": x[split.test], "others": 100 * x[split.test], "none": x[:0]}
+    together = train_runs(x, labels, split, 3, settings, extra=extra).runs
     assert_same_runs(together, alone)
     for run in together:
         assert np.array_equal(run.predictions["the same"], run.predictions["test"])
@@ -381,36 +447,50 @@ def test_rows_that_are_only_predicted_change_nothing_and_are_standardised_as_the
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 def test_recorded_steps_train_as_ordinary_ones(monkeypatch, dropout):
-    """As on a GPU, but for the recording itself: what is replayed reads the places that were filled at the record."""
+    """As on a GPU, but for the recording itself: what is replayed reads the places that were filled at the
+    record.
+    """
+
     def record(function, device):
         recorded.append(device)
         return function
 
     def step(self, *arguments):
         """A graph reads and writes where it did when it was recorded."""
+
         def places():
-            kept = [*self.pack.state().values(), *(t for part in self.pack.adam for t in part), self.rates_R, self.total_R]
+            kept = [
+                *self.pack.state().values(),
+                *(t for part in self.pack.adam for t in part),
+                self.rates_R,
+                self.total_R,
+            ]
             return [tensor.data_ptr() for tensor in (*kept, self.x_train, self.y_train)]
+
         before = self.__dict__.setdefault("places", places())
         assert places() == before
         real_step(self, *arguments)
         assert places() == before
 
-    recorded, real_step = [], training.PackedEpoch.step
-    monkeypatch.setattr(training.PackedEpoch, "step", step)
-    monkeypatch.setattr(training.PackedEpoch, "replays", lambda self: True)
-    monkeypatch.setattr(training, "record_graph", record)
+    recorded, real_step = [], PackedEpoch.step
+    monkeypatch.setattr(PackedEpoch, "step", step)
+    monkeypatch.setattr(PackedEpoch, "replays", lambda self: True)
+    monkeypatch.setattr(packed, "record_graph", record)
     x, labels, split = problem()
-    arguments = (*tensors(x, labels, split), 3, dataclasses.replace(SMALL, dropout=dropout, batch_size=19), *SILENT)
+    arguments = (
+        prepared(x, labels, split),
+        dataclasses.replace(SMALL, dropout=dropout, batch_size=19),
+        SILENT,
+    )
     replayed = train_packed(*arguments)
     monkeypatch.undo()
     assert_same_runs(train_packed(*arguments), replayed)
-    assert len(recorded) >= 2 * 2   # two sizes of batch, and again after a run has left
+    assert len(recorded) >= 2 * 2  # two sizes of batch, and again after a run has left
 
 
 def test_replayed_calls_see_the_arguments_of_each_call():
     seen = []
-    replayed = training.Replayed(lambda x: seen.append(x.clone()), lambda function, device: function)
+    replayed = Replayed(lambda x: seen.append(x.clone()), lambda function, device: function)
     for i in range(5):
         argument = torch.full((2,), float(i))
         replayed(argument)
@@ -423,12 +503,15 @@ def test_a_step_that_cannot_be_recorded_still_trains():
         raise RuntimeError("operation not permitted when stream is capturing")
 
     seen = []
-    replayed = training.Replayed(lambda x: seen.append(x.clone()), record)
+    replayed = Replayed(lambda x: seen.append(x.clone()), record)
     with pytest.warns(UserWarning, match="runs kernel by kernel: operation not permitted"):
         for i in range(4):
             replayed(torch.full((2,), float(i)))
     assert [x.tolist() for x in seen] == [[i, i] for i in range(4)]
     with pytest.raises(torch.OutOfMemoryError):
-        failing = training.Replayed(lambda x: None, lambda function, device: (_ for _ in ()).throw(torch.OutOfMemoryError("pretended")))
+        failing = Replayed(
+            lambda x: None,
+            lambda function, device: (_ for _ in ()).throw(torch.OutOfMemoryError("pretended")),
+        )
         for _ in range(3):
             failing(torch.zeros(1))

@@ -1,0 +1,146 @@
+"""Classifiers in place of the MLP. Each trains one run, on the rows and columns that the MLP would get."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import time
+import warnings
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from sklearn.ensemble import HistGradientBoostingClassifier
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.kernel_ridge import KernelRidge
+from sklearn.linear_model import LogisticRegression
+from sklearn.preprocessing import KernelCenterer
+
+from ablation.mlp import Listener, Run, Task, TrainedRuns, TrainingError
+from ablation.splits import PARTS
+from ablation.training import standardise
+
+log = logging.getLogger("visual_ablation")
+
+CLASSIFIER_SEED = 0
+PROBE_PENALTIES = tuple(
+    10.0**power for power in range(-4, 2)
+)  # scikit-learn's C: 1 / penalty on the squared weights
+PROBE_ITERATIONS = 2000
+BOOSTING_ITERATIONS, BOOSTING_PATIENCE = 100, 10
+# Few leaves and bins: a data set has some hundred rows and up to ten thousand columns, and time grows with
+# both.
+BOOSTING_LEAVES, BOOSTING_BINS = 8, 32
+RIDGE_PENALTIES = tuple(10.0**power for power in range(-6, 3))  # times the kernel's mean over its diagonal
+NEGLIGIBLE = 1e-6  # kernels whose spread is smaller, relative to their size, hold rounding only
+
+
+def train_linear(task: Task, listener: Listener) -> TrainedRuns:
+    """Multinomial logistic regression (scikit-learn, L-BFGS) on the standardised columns.
+
+    The penalty is the one of PROBE_PENALTIES with the best validation accuracy; of several, the strongest.
+    """
+    began = time.perf_counter()
+    columns, rows = standardised(task)
+    labels = task.labels
+    if len(np.unique(labels[rows["train"]])) == 1:  # scikit-learn refuses a single class
+        only = labels[rows["train"][0]]
+        return one_run(
+            {part: np.full(len(rows[part]), only) for part in PARTS}, began, columns.shape[1], listener
+        )
+    model = LogisticRegression(max_iter=PROBE_ITERATIONS, warm_start=True)
+    best, predictions = -1.0, {}
+    for penalty in PROBE_PENALTIES:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)  # logged below with the penalty
+            model.set_params(C=penalty).fit(columns[rows["train"]], labels[rows["train"]])
+        if max(model.n_iter_) >= PROBE_ITERATIONS:
+            log.warning(
+                f"the linear probe did not converge in {PROBE_ITERATIONS} iterations at C = {penalty:g}"
+            )
+        accuracy = float(np.mean(model.predict(columns[rows["val"]]) == labels[rows["val"]]))
+        if accuracy > best:
+            best = accuracy
+            predictions = {part: model.predict(columns[rows[part]]) for part in PARTS}
+    return one_run(predictions, began, columns.shape[1], listener)
+
+
+def train_boosting(task: Task, listener: Listener) -> TrainedRuns:
+    """Gradient-boosted trees (scikit-learn's histogram kind) on the columns that vary.
+
+    Trees are added until the validation loss has not fallen for BOOSTING_PATIENCE iterations. Predictions are
+    those of the iteration with the best validation accuracy; of several, the earliest.
+    """
+    began = time.perf_counter()
+    columns, rows = standardised(task)
+    labels = task.labels
+    val = rows["val"][np.isin(labels[rows["val"]], labels[rows["train"]])]  # untrained classes have no loss
+    model = HistGradientBoostingClassifier(
+        max_iter=BOOSTING_ITERATIONS,
+        early_stopping=len(val) > 0,
+        n_iter_no_change=BOOSTING_PATIENCE,
+        random_state=CLASSIFIER_SEED,
+        max_leaf_nodes=BOOSTING_LEAVES,
+        max_bins=BOOSTING_BINS,
+    )
+    watched = {"X_val": columns[val], "y_val": labels[val]} if len(val) else {}
+    model.fit(columns[rows["train"]], labels[rows["train"]], **watched)
+    stages = model.staged_predict(columns[rows["val"]])
+    best = int(np.argmax([np.mean(predicted == labels[rows["val"]]) for predicted in stages]))
+    predictions = {
+        part: next(itertools.islice(model.staged_predict(columns[rows[part]]), best, None)) for part in PARTS
+    }
+    return one_run(predictions, began, columns.shape[1], listener)
+
+
+def train_kernel_ridge(task: Task, listener: Listener) -> TrainedRuns:
+    """scikit-learn's KernelRidge. `task.features` are a kernel (N, T): inner products of all rows with T
+    training rows.
+
+    The kernel and the targets, one a class, are centred by the training rows; the largest output wins. The
+    penalty is the one of RIDGE_PENALTIES, times the mean of the centred kernel's diagonal, with the best
+    validation accuracy; of several, the largest. Raises TrainingError if the training rows' products do not
+    differ.
+    """
+    began = time.perf_counter()
+    kernel, labels, split = task.features, task.labels, task.split
+    kernels = {part: kernel[split.rows(part)] for part in PARTS} | task.extra
+    centre = KernelCenterer().fit(kernels["train"].numpy())
+    centred = {name: centre.transform(of_rows.numpy()) for name, of_rows in kernels.items()}
+    targets = np.eye(task.num_classes)[labels[split.train]]
+    mean, scale = targets.mean(0), centred["train"].trace() / len(targets)
+    size = abs(kernel[split.train].diagonal().mean().item())
+    if scale <= NEGLIGIBLE**2 * size or len(targets) < 2:
+        raise TrainingError("the products of the training rows do not differ: there is nothing to learn from")
+    best, predictions = -1.0, {}
+    for penalty in sorted(RIDGE_PENALTIES, reverse=True):
+        ridge = KernelRidge(alpha=penalty * scale, kernel="precomputed").fit(centred["train"], targets - mean)
+        accuracy = np.mean((ridge.predict(centred["val"]) + mean).argmax(1) == labels[split.val])
+        if accuracy > best:
+            best = accuracy
+            predictions = {
+                name: (ridge.predict(of_rows) + mean).argmax(1) for name, of_rows in centred.items()
+            }
+    return one_run(predictions, began, len(targets), listener)
+
+
+def standardised(task: Task) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """The columns as the MLP gets them, (N, D'), and the rows of each part."""
+    columns = standardise(task.features, torch.from_numpy(task.split.train)).numpy()
+    return columns, {part: task.split.rows(part) for part in PARTS}
+
+
+def one_run(
+    predictions: dict[str, np.ndarray], began: float, trained_dim: int, listener: Listener
+) -> TrainedRuns:
+    """The only run of a classifier that began at the time `began` and used `trained_dim` columns."""
+    run = Run(CLASSIFIER_SEED, predictions=predictions, seconds=time.perf_counter() - began)
+    listener.on_run(run, 1)
+    return TrainedRuns([run], trained_dim)
+
+
+TRAINERS: dict[str, Callable[[Task, Listener], TrainedRuns]] = {
+    "linear": train_linear,
+    "boosting": train_boosting,
+    "kernel_ridge": train_kernel_ridge,
+}

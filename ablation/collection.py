@@ -1,0 +1,276 @@
+"""An open data set -> a collection of LoRAs: labels, classes, groups, metadata columns, layers, weights,
+splits.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+
+from ablation.catalogue import ATTENTION_KINDS, GROUP_COLUMN, METADATA_COLUMNS
+from ablation.controls import labels_for
+from ablation.layers import Layers, is_layer
+from ablation.reading import WeightReader, layout_of
+from ablation.settings import InputError, Settings
+from ablation.sources import open_dataset
+from ablation.splits import PARTS, Split, SplitSpec, split_rows
+from ablation.survey import is_number
+from checkpointing import file_stamps, identify
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+log = logging.getLogger("visual_ablation")
+
+
+class Columns(NamedTuple):
+    """Names of the columns that are no weights. `metadata` are those asked for besides METADATA_COLUMNS."""
+
+    label: str = "category_label"
+    group: str = ""
+    metadata: tuple[str, ...] = ()
+
+
+class View(NamedTuple):
+    """The rows as one cell sees them: class numbers (N,), possibly shuffled, and the parts of a split."""
+
+    labels: np.ndarray
+    split: Split
+
+    def labels_by_part(self) -> dict[str, np.ndarray]:
+        """Class numbers of the rows of train, val and test."""
+        return {part: self.labels[self.split.rows(part)] for part in PARTS}
+
+
+@dataclass
+class SourceFiles:
+    """The files behind a data set (none for generated rows) and the hash of the weights in them."""
+
+    paths: list[str]
+    stamps: list = field(default_factory=list)  # sizes and times from before the weights were hashed
+    identity: str = ""  # content hash of the layers, once known
+
+    def identify(self, scope: list, compute: Callable[[], str], cache_dir: Path | None) -> bool:
+        """Set `identity` to `compute()`, or to what was remembered of unchanged files. True if it was
+        remembered.
+
+        `scope` says which rows and columns of the files the hash covers.
+        """
+        self.stamps = file_stamps(self.paths)
+        self.identity, remembered = identify(self.paths, scope, compute, cache_dir)
+        return remembered
+
+    def refuse_changes(self) -> None:
+        """Raise InputError if a file was written to since `identify`."""
+        if file_stamps(self.paths) != self.stamps:
+            raise InputError(
+                "the files of the data set changed while they were read: run again when nothing writes to "
+                "them"
+            )
+
+
+@dataclass
+class LoraCollection:
+    """A collection of LoRAs, one a row. `labels` (N,) int64 are positions in `classes`."""
+
+    weights: WeightReader
+    layers: Layers
+    labels: np.ndarray
+    classes: list[str | int]
+    split: Split  # the first one
+    files: SourceFiles
+    groups: np.ndarray | None = None  # (N,) numbers of what rows have in common; None without such a column
+    metadata: dict[str, np.ndarray] = field(
+        default_factory=dict
+    )  # (N,) float64 each, NaN where a row has no value
+    views: dict[tuple[SplitSpec | None, str], View] = field(default_factory=dict)  # kept by `view`
+
+    @property
+    def num_rows(self) -> int:
+        """LoRAs in the collection."""
+        return len(self.labels)
+
+    @property
+    def metadata_varies(self) -> bool:
+        """True if a metadata column varies over the training rows, or is missing in some of them."""
+        return any(len(np.unique(values[self.split.train])) > 1 for values in self.metadata.values())
+
+    def view(self, spec: SplitSpec | None = None, labels: str = "") -> View:
+        """The rows with the split `spec` (None: the first split) and, if `labels` is "shuffled", with other
+        rows' labels.
+
+        Raises InputError if that split is not possible.
+        """
+        if (spec, labels) not in self.views:
+            split = self.split if spec is None else split_rows(self.num_rows, spec, self.labels, self.groups)
+            self.views[spec, labels] = View(labels_for(labels, self.labels), split)
+        return self.views[spec, labels]
+
+    def shared_groups(self, split: Split) -> int:
+        """How many test rows share their group with a training row."""
+        if self.groups is None:
+            return 0
+        return int(np.isin(self.groups[split.test], self.groups[split.train]).sum())
+
+    def summary(self) -> dict:
+        """Numbers that describe the collection, for the log, results.json and the report."""
+        counts = np.bincount(self.labels, minlength=len(self.classes))
+        layouts = [self.layers.layouts[layer] for layer in self.layers.names]
+        return {
+            "rows": self.num_rows,
+            "classes": len(self.classes),
+            "rows_per_class": {
+                str(name): int(count) for name, count in zip(self.classes, counts, strict=True)
+            },
+            "layers": {kind: self.layers.kinds.count(kind) for kind in ATTENTION_KINDS},
+            "ranks": sorted({min(layout.rows, layout.cols) for layout in layouts}),
+            "weights_per_row": self.layers.weights_per_row,
+            "split": {part: len(self.split.rows(part)) for part in PARTS},
+        }
+
+
+def load_collection(settings: Settings, device: str) -> LoraCollection:
+    """Open the data set of the settings and check its columns, labels and layer sets; no weight is read."""
+    dataset = open_dataset(settings.dataset, settings.data_split, settings.revision)
+    columns = Columns(settings.label_column, settings.group_column, settings.metadata_columns)
+    spec = SplitSpec(settings.split[0], settings.split_seed)
+    collection = collect_rows(dataset, settings.dataset, device, columns, spec)
+    collection.layers.named_sets = settings.named_layer_sets
+    return collection
+
+
+def collect_rows(
+    dataset: Dataset,
+    name: str,
+    device: str = "cpu",
+    columns: Columns = Columns(),  # noqa: B008 (immutable)
+    spec: SplitSpec = SplitSpec("random", 42),  # noqa: B008 (immutable)
+) -> LoraCollection:
+    """The collection in an open data set, whose `name` errors mention.
+
+    Raises InputError for a data set without rows, layers, or at least two classes, and for a column of
+    `columns` that is not there or of the wrong type.
+    """
+    if len(dataset) == 0:
+        raise InputError(f"data set '{name}' has no rows")
+    if (
+        dataset._indices is not None
+    ):  # after select or shuffle the Arrow buffers hold other rows, or another order
+        dataset = dataset.flatten_indices()
+    refuse_missing_columns(dataset.column_names, name, columns)
+    dataset = dataset.with_format("torch", device=device)
+    labels, classes = encode_labels(dataset, columns.label, name)
+    names = sorted(filter(is_layer, dataset.column_names))
+    layers = Layers(names, {layer: layout_of(dataset, layer) for layer in names})
+    formatted = [layer for layer in names if not layers.layouts[layer].in_arrow]
+    if formatted:
+        log.warning(
+            f"{len(formatted)} layer columns are read through the torch formatter, which is slow: "
+            f"'{formatted[0]}' is stored as {dataset.data.column(formatted[0]).type}"
+        )
+    groups = encode_groups(dataset, columns.group) if columns.group in dataset.column_names else None
+    return LoraCollection(
+        weights=WeightReader(dataset, layers, device),
+        layers=layers,
+        labels=labels,
+        classes=classes,
+        split=split_rows(len(dataset), spec, labels, groups),
+        files=SourceFiles([entry["filename"] for entry in dataset.cache_files]),
+        groups=groups,
+        metadata=read_metadata(dataset, name, columns),
+    )
+
+
+def refuse_missing_columns(names: list[str], name: str, columns: Columns) -> None:
+    """Raise InputError for a data set without layers, label column or requested group column."""
+    others = [column for column in names if not is_layer(column)]
+    if len(others) == len(names):
+        raise InputError(
+            f"data set '{name}' has no LoRA layer: expected columns such as '...lora.down.weight', "
+            f"found {', '.join(names[:5])}"
+        )
+    if columns.label not in names:
+        raise InputError(
+            f"data set '{name}' has no column '{columns.label}': give --label-column, one of "
+            f"{', '.join(others) or '(none)'}"
+        )
+    if columns.group not in ("", GROUP_COLUMN, *names):
+        raise InputError(
+            f"data set '{name}' has no column '{columns.group}': give --group-column, one of "
+            f"{', '.join(others)}"
+        )
+
+
+def encode_labels(dataset: Dataset, column: str, name: str) -> tuple[np.ndarray, list[str | int]]:
+    """Class numbers (N,) int64 and the classes in their order: strings sorted, integers and ClassLabels by
+    number.
+
+    Classes are those that occur in any row. Raises InputError for a null, for other types, and for fewer than
+    two classes.
+    """
+    from datasets import ClassLabel
+
+    stored = dataset.data.column(column)
+    if stored.null_count:
+        row = int(np.argmax(stored.is_null().to_numpy()))
+        raise InputError(f"column '{column}', row {row}: null: every row needs a label")
+    kind = stored.type
+    if not (pa.types.is_integer(kind) or pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+        raise InputError(
+            f"column '{column}' holds {kind}: labels are strings, integers or ClassLabel; give --label-column"
+        )
+    values = stored.to_pylist()  # the formatter's NumPy would drop trailing NULs and wrap uint64
+    occurring = sorted(set(values))
+    feature = dataset.features[column]
+    is_class_label = isinstance(feature, ClassLabel)
+    if is_class_label and occurring[0] < 0:
+        row = values.index(occurring[0])
+        raise InputError(f"column '{column}', row {row}: no label: leave out unlabelled rows")
+    classes = [feature.int2str(number) for number in occurring] if is_class_label else occurring
+    if len(classes) < 2:
+        raise InputError(
+            f"column '{column}' of data set '{name}' has one class ({classes[0]}): two or more are needed"
+        )
+    position = {value: i for i, value in enumerate(occurring)}
+    return np.array([position[value] for value in values], dtype=np.int64), classes
+
+
+def encode_groups(dataset: Dataset, column: str) -> np.ndarray:
+    """Group numbers (N,). A row without a group is a group by itself."""
+    numbers: dict = {}
+    keys = [
+        json.dumps(value, default=str) if value is not None else ("row", row)
+        for row, value in enumerate(dataset.data.column(column).to_pylist())
+    ]
+    return np.array([numbers.setdefault(key, len(numbers)) for key in keys])
+
+
+def read_metadata(dataset: Dataset, name: str, columns: Columns) -> dict[str, np.ndarray]:
+    """The numeric columns of METADATA_COLUMNS that are there, and those asked for; (N,) float64 each, NaN for
+    a null.
+
+    Raises InputError for a column that was asked for and is not there, not numeric, or the label.
+    """
+    others = [column for column in dataset.column_names if not is_layer(column) and column != columns.label]
+    numeric = [column for column in others if is_number(dataset.data.column(column).type)]
+    for column in columns.metadata:
+        if column not in numeric:
+            is_label = column == columns.label
+            problem = "is not numeric" if column in others else "is the label" if is_label else "is not there"
+            raise InputError(
+                f"--metadata-columns {column} {problem} in data set '{name}': use "
+                f"{', '.join(numeric) or 'none'}"
+            )
+    metadata = {}
+    for column in dict.fromkeys([*METADATA_COLUMNS, *columns.metadata]):
+        if column in numeric:
+            values = dataset.data.column(column).cast(pa.float64(), safe=False).to_numpy()
+            metadata[column] = np.where(np.isfinite(values), values, np.nan)
+    return metadata

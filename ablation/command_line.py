@@ -1,0 +1,250 @@
+"""Flags and a YAML file -> Settings, and what to do with them."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import shlex
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+
+from ablation.conversion import build_settings
+from ablation.settings import InputError, Settings, flag, setting_fields
+
+SECTIONS = {  # of --help; every setting stands in one of them
+    "data": ("dataset", "data_split", "revision", "label_column", "group_column", "metadata_columns"),
+    "what is computed": ("representations", "layer_sets", "random_halves", "sketch_size", "pca_components"),
+    "splits, controls and tests": (
+        "split",
+        "num_splits",
+        "split_seed",
+        "audit",
+        "controls",
+        "classifiers",
+        "margin",
+    ),
+    "training": (
+        "num_runs",
+        "seed",
+        "hidden_dim",
+        "dropout",
+        "batch_size",
+        "learning_rate",
+        "weight_decay",
+        "max_epochs",
+        "patience",
+        "trainer",
+        "precision",
+        "device",
+    ),
+    "files": ("output_dir", "cache_features", "cache_dir"),
+}
+
+
+@dataclass(frozen=True)
+class Actions:
+    """Flags that are no settings: they change what is done or shown, and no number."""
+
+    quick: bool = False
+    config: str | None = None
+    rerun_stale: bool = False
+    dry_run: bool = False
+    status: bool = False
+    watch: bool = False
+    report: bool = True
+    tensorboard: bool = False
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser that raises InputError instead of ending the program."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise the error that ends the program with status 2."""
+        raise InputError(f"{message}; see --help")
+
+
+def parse_command_line(argv: list[str] | None, description: str) -> tuple[Settings, Actions]:
+    """Settings by precedence: defaults, then --config, then the flags that were typed. Raises InputError.
+
+    `description` is the program's docstring: its first paragraph heads --help, its exit statuses close it.
+    """
+    parsed = vars(build_parser(description).parse_args(argv))
+    names = [f.name for f in dataclasses.fields(Actions)]
+    actions = Actions(**{name: parsed.pop(name) for name in names})
+    fields = setting_fields()
+    # A flag such as --controls without a value means all of its choices.
+    typed = {
+        name: fields[name].metadata["allowed"] if value == [] else value for name, value in parsed.items()
+    }
+    if actions.watch and not actions.status:
+        raise InputError("--watch goes with --status")
+    if actions.quick:
+        if "num_runs" in typed:
+            raise InputError(
+                f"--quick means 3 runs and --num-runs {typed['num_runs']} another number: leave one out"
+            )
+        typed["num_runs"] = 3
+    from_file: dict[str, Any] = {}
+    if actions.config is not None:
+        from_file = read_yaml(actions.config)
+        build_settings(
+            from_file, actions.config
+        )  # a bad value in the file is an error even if a flag replaces it
+    return build_settings(from_file | typed), actions
+
+
+def build_parser(description: str) -> Parser:
+    """The parser of the experiment's command line."""
+    parser = Parser(
+        description=description.split("\n\n")[0],
+        epilog=description[description.index("Exit status") :],
+        allow_abbrev=False,
+    )
+    fields = setting_fields()
+    for title, names in SECTIONS.items():
+        section = parser.add_argument_group(title)
+        for name in names:
+            add_setting(section, fields[name])
+        if title == "data":
+            section.add_argument(
+                "--config",
+                metavar="FILE.yaml",
+                help="settings from a file, named as the flags with _ for -; flags that are typed win",
+            )
+        if title == "training":
+            section.add_argument(
+                "--quick", action="store_true", help="3 runs instead of 10; not together with --num-runs"
+            )
+        if title == "files":
+            add_file_actions(section)
+    add_questions(parser.add_argument_group("questions, which run nothing"))
+    return parser
+
+
+def add_file_actions(section: argparse._ArgumentGroup) -> None:
+    """Flags about files that are written beside the results."""
+    section.add_argument(
+        "--rerun-stale",
+        action="store_true",
+        help="set finished cells made with other settings aside and run them again",
+    )
+    section.add_argument(
+        "--report",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="report.html, figures/ and tables/ beside the results",
+    )
+    section.add_argument(
+        "--tensorboard",
+        action="store_true",
+        help="learning curves as TensorBoard's event files too, in tensorboard/",
+    )
+
+
+def add_questions(section: argparse._ArgumentGroup) -> None:
+    """Flags that answer a question and end."""
+    section.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="say what would run and why, and the memory and disk it needs; run nothing",
+    )
+    section.add_argument(
+        "--status",
+        action="store_true",
+        help="say what is finished, from the output folder's files alone; run nothing",
+    )
+    section.add_argument(
+        "--watch",
+        action="store_true",
+        help="with --status: again and again until all is finished, with rate and ETA",
+    )
+
+
+def add_setting(section: argparse._ArgumentGroup, f: dataclasses.Field) -> None:
+    """Add a setting's flag, with its default and its choices in the help text."""
+    default = " ".join(f.default) if isinstance(f.default, tuple) else f.default
+    allowed = f.metadata["allowed"]
+    choices = f": {', '.join(allowed)}" if isinstance(allowed, tuple) else ""
+    shows_default = default != "" and f.default != allowed
+    help = f"{f.metadata['help']}{choices}" + (f" (default: {default})" if shows_default else "")
+    help = help.replace("%", "%%")
+    if f.type == "bool":
+        section.add_argument(
+            flag(f.name), action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=help
+        )
+        return
+    if not str(f.type).startswith("tuple"):
+        metavar = {"int": "N", "float": "X"}.get(str(f.type), "TEXT")
+        section.add_argument(flag(f.name), default=argparse.SUPPRESS, metavar=metavar, help=help)
+        return
+    may_be_bare = f.default == () and isinstance(allowed, tuple)
+    section.add_argument(
+        flag(f.name),
+        nargs="*" if may_be_bare else "+",
+        default=argparse.SUPPRESS,
+        metavar="NAME",
+        help=help + " (without names: all)" * may_be_bare,
+    )
+
+
+class UniqueKeyLoader(yaml.SafeLoader):
+    """A YAML loader that refuses a key that stands twice. Plain YAML keeps the last one silently."""
+
+    def construct_mapping(self, node, deep=False):
+        """A mapping, after a check of its keys."""
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        repeated = [key for i, key in enumerate(keys) if key in keys[:i]]
+        if repeated:
+            raise yaml.constructor.ConstructorError(
+                None, None, f"'{repeated[0]}' stands twice", node.start_mark
+            )
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(path: str) -> dict[str, Any]:
+    """The settings in a YAML file, unchecked. Raises InputError if it cannot be read or is not a mapping."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            values = yaml.load(file, UniqueKeyLoader)  # a SafeLoader makes plain objects only
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise InputError(f"cannot read --config {path}: {' '.join(str(error).split())}") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        kind = type(values).__name__
+        raise InputError(f"--config {path} holds {kind}, not a mapping: write lines such as 'num_runs: 3'")
+    return values
+
+
+def find_device(name: str) -> str:
+    """The device that a setting names; `auto` is cuda if there is one. Raises InputError if it is not
+    there.
+    """
+    # Without this setting cuBLAS may sum in another order when a command is run again.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise InputError(f"unknown --device '{name}': use auto, cpu, cuda or cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise InputError(
+            f"--device {name} is not there: torch sees {torch.cuda.device_count()} CUDA devices; use cpu or "
+            "auto"
+        )
+    return name
+
+
+def typed_command() -> str:
+    """The command line of this process, quoted for a shell."""
+    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])

@@ -1,0 +1,47 @@
+"""What travels together through an experiment: its context, and the ledger of its cells."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from ablation.cells import Cell
+from ablation.collection import LoraCollection, View
+from ablation.command_line import Actions
+from ablation.log import Clock
+from ablation.settings import Settings
+from ablation.splits import split_spec
+from checkpointing import ResultStore
+
+
+@dataclass(frozen=True)
+class Context:
+    """An experiment's settings, device, data, results and clock. `settings` are definite: no trainer is
+    `auto`.
+    """
+
+    settings: Settings
+    actions: Actions
+    device: str
+    data: LoraCollection
+    store: ResultStore
+    clock: Clock
+
+    def view_of(self, cell: Cell) -> View:
+        """The rows as the cell sees them: its split and its labels. Raises InputError if that split is not
+        possible.
+        """
+        return self.data.view(split_spec(self.settings, cell.split) if cell.split else None, cell.labels)
+
+
+@dataclass
+class Ledger:
+    """What became of each cell. `inputs` has what the numbers of every cell, also of other commands', depend
+    on.
+    """
+
+    cells: list[Cell]  # of this command, in order
+    skipped: dict[Cell, str]  # reason
+    inputs: dict[Cell, dict[str, Any]]
+    missing: list[Cell] = field(default_factory=list)  # to be computed by this command
+    failures: dict[Cell, str] = field(default_factory=dict)  # reason

@@ -1,0 +1,113 @@
+"""Texts of the command line and values of a YAML file -> Settings."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from typing import Any
+
+from ablation.settings import InputError, Settings, TrainingSettings, flag, setting_fields
+
+
+def build_settings(values: Mapping[str, Any], source: str = "the command line") -> Settings:
+    """Settings from a flat mapping of names to values; text is converted to the setting's type.
+
+    Raises InputError for an unknown name, a value of the wrong type or out of range, naming `source`.
+    """
+    known = setting_fields()
+    for name in values:
+        if name not in known:
+            close = difflib.get_close_matches(str(name), known, n=1)
+            hint = f"did you mean '{close[0]}'?" if close else "known: " + ", ".join(known)
+            raise InputError(f"unknown setting '{name}' in {source}: {hint}")
+    training = {f.name for f in dataclasses.fields(TrainingSettings)}
+    try:
+        converted = {name: convert(known[name], value) for name, value in values.items()}
+        return Settings(
+            training=TrainingSettings(**{k: v for k, v in converted.items() if k in training}),
+            **{k: v for k, v in converted.items() if k not in training},
+        )
+    except InputError as error:
+        raise InputError(f"{error} (from {source})" if source != "the command line" else str(error)) from None
+
+
+TYPE_NAMES = {
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "str": "text",
+    "dict": "a mapping of names to lists",
+    "tuple[str, ...]": "a list of names",
+}
+
+
+def convert(f: dataclasses.Field, value: Any) -> Any:
+    """Convert a value from the command line or YAML (which reads 1e-4 as text) to the field's type.
+
+    Raises InputError if the value is not of that type.
+    """
+    try:
+        return CONVERTERS[str(f.type)](value, f)
+    except (TypeError, ValueError, OverflowError):
+        raise InputError(
+            f"{flag(f.name)} {value!r} is not {TYPE_NAMES[str(f.type)]}: {f.metadata['help']}"
+        ) from None
+
+
+def to_int(value: Any, f: dataclasses.Field) -> int:
+    """10, '10' or 10.0 as 10; exact for text of any length."""
+    if isinstance(value, bool) or float(value) != int(float(value)):
+        raise ValueError
+    if isinstance(value, str) and value.lstrip("+-").isdigit():
+        return int(value)
+    return int(float(value))
+
+
+def to_float(value: Any, f: dataclasses.Field) -> float:
+    """A number or its text, but no boolean."""
+    if isinstance(value, bool):
+        raise ValueError
+    return float(value)
+
+
+def to_bool(value: Any, f: dataclasses.Field) -> bool:
+    """A boolean and nothing else."""
+    if not isinstance(value, bool):
+        raise ValueError
+    return value
+
+
+def to_text(value: Any, f: dataclasses.Field) -> str:
+    """Text, or a whole number as text."""
+    if not isinstance(value, (str, int)) or isinstance(value, bool):
+        raise ValueError
+    return str(value)
+
+
+def to_patterns(value: Any, f: dataclasses.Field) -> dict[str, tuple[str, ...]]:
+    """A mapping of names to a pattern or a list of patterns."""
+    if not isinstance(value, dict):
+        raise ValueError
+    return {
+        str(name): (patterns,) if isinstance(patterns, str) else tuple(map(str, patterns))
+        for name, patterns in value.items()
+    }
+
+
+def to_names(value: Any, f: dataclasses.Field) -> tuple[str, ...]:
+    """A name or a list of names, in which the names of groups are replaced by the group's members."""
+    names = (value,) if isinstance(value, str) else tuple(map(str, value))
+    groups = f.metadata["groups"]
+    expanded = [member for name in names for member in groups.get(name, (name,))]
+    return tuple(dict.fromkeys(expanded) if groups.keys() & set(names) else expanded)
+
+
+CONVERTERS = {
+    "int": to_int,
+    "float": to_float,
+    "bool": to_bool,
+    "str": to_text,
+    "dict": to_patterns,
+    "tuple[str, ...]": to_names,
+}

@@ -1,0 +1,220 @@
+"""The features of a run, from the cache or from the weights; and the columns that each cell takes of them."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ablation.audits import AUDIT_CLASSES, Audit
+from ablation.catalogue import REPRESENTATIONS, components_of
+from ablation.cells import Cell
+from ablation.collection import LoraCollection, View
+from ablation.extraction import Request, extract_features
+from ablation.log import Progress, describe_error
+from ablation.reading import BLOCK_ROWS
+from checkpointing import FeatureCache
+
+if TYPE_CHECKING:
+    from ablation.context import Context
+    from ablation.fitted import Fit
+
+log = logging.getLogger("visual_ablation")
+
+
+@dataclass
+class Features:
+    """What the columns of every cell are taken from.
+
+    `computed` maps representations to features (N, P*k) of the data set's rows, `changed[audit]` to features
+    (E, P*k) of the audit's changed rows. `components` bounds the components of pca and kernel_pca.
+    """
+
+    data: LoraCollection
+    components: int = 128
+    computed: dict[str, Tensor] = field(default_factory=dict)
+    changed: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    audits: dict[str, Audit] = field(default_factory=dict)
+    last_fit: tuple[tuple, Fit] | None = None  # one with a kernel, because two representations share it
+
+    def columns_of(self, cell: Cell, audits: list[Audit], view: View) -> tuple[Tensor, dict[str, Tensor]]:
+        """The cell's columns of all rows, (N, D), and of each audit's changed rows, (E, D)."""
+        if REPRESENTATIONS[cell.representation].fitted:
+            from ablation.fitted import FITTED
+
+            sizes = [self.data.num_rows, *(len(audit.rows) for audit in audits)]
+            x, *changed = FITTED[cell.representation](self.fit(cell, audits, view)).split(sizes)
+        else:
+            x = cell_columns(self.computed, cell, self.data)
+            changed = [cell_columns(self.changed[audit.name], cell, self.data) for audit in audits]
+        return x, {audit.name: rows for audit, rows in zip(audits, changed, strict=True)}
+
+    def fit(self, cell: Cell, audits: list[Audit], view: View) -> Fit:
+        """The fit of a cell's layer set, split and labels."""
+        from ablation.fitted import Fit
+
+        key = (cell.layer_set, cell.split, cell.labels, *(audit.name for audit in audits))
+        if self.last_fit is not None and self.last_fit[0] == key:
+            fit = self.last_fit[1]
+        else:
+            fit = Fit(self.data, view, cell.layer_set, self.components, tuple(audits))
+        self.last_fit = (key, fit) if cell.representation.startswith("kernel") else None
+        return fit
+
+
+def cell_columns(features: dict[str, Tensor], cell: Cell, data: LoraCollection) -> Tensor:
+    """The columns (N, P'*k) of the cell's P' layers or modules: visual-only is a slice of the all-layers
+    features.
+
+    The parts of an ensemble are joined within each layer. Norms are the first column of simple_stats.
+    """
+    is_layer = REPRESENTATIONS[cell.representation].source == "layer"
+    count = len(data.layers if is_layer else data.layers.modules)
+    parts = [features[name].unflatten(1, (count, -1)) for name in components_of(cell.representation)]
+    x = parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)  # (N, P, k)
+    if cell.representation == "norms":
+        x = x[:, :, :1]
+    chosen = positions_of(cell, data)
+    return (x if len(chosen) == count else x[:, chosen]).flatten(1)
+
+
+def positions_of(cell: Cell, data: LoraCollection) -> list[int]:
+    """Positions of the layers, or of the modules, that the cell's layer set keeps."""
+    if REPRESENTATIONS[cell.representation].source == "layer":
+        return data.layers.positions(cell.layer_set)
+    return data.layers.module_positions(cell.layer_set)
+
+
+def refuse_non_finite_features(x: Tensor, cell: Cell, data: LoraCollection) -> None:
+    """Raise ValueError for the first value of x (N, D) that is not finite, naming layer and row."""
+    finite = x.isfinite()
+    if finite.all():
+        return
+    row, column = (~finite).nonzero()[0].tolist()
+    spec = REPRESENTATIONS[cell.representation]
+    if spec.fitted:
+        raise ValueError(f"feature {column} of row {row} is {x[row, column]}")
+    positions = positions_of(cell, data)
+    place, column_of_layer = divmod(column, x.shape[1] // len(positions))
+    layers = data.layers
+    names = layers.names if spec.source == "layer" else [module.name for module in layers.modules]
+    raise ValueError(
+        f"feature {column_of_layer} of layer '{names[positions[place]]}', row {row}, is {x[row, column]}"
+    )
+
+
+# --- from the cache or from the weights
+
+
+def load_or_extract(context: Context, cells: list[Cell]) -> tuple[Features, dict[Cell, str]]:
+    """What the columns of `cells` are taken from, and the reason for each cell whose features failed."""
+    features = Features(context.data, context.settings.pca_components)
+    failures: dict[Cell, str] = {}
+    audits = [name for name in context.settings.audit if any(cell.audit == name for cell in cells)]
+    # An audit's change is measured against the features of the unchanged rows, so those are needed too.
+    needed = {name for audit in ("", *audits) for name in extracted_names(cells, audit)}
+    names = [name for name in REPRESENTATIONS if name in needed]
+    cache = open_cache(context)
+    if cache:
+        load_cached(context, cache, names, features)
+    absent = [name for name in names if name not in features.computed]
+    if absent:
+        log.info(f"Computing {', '.join(absent)}")
+        computed, errors = extract_logged(context, absent)
+        failures |= failures_of(cells, errors)
+        features.computed |= computed
+        if cache:
+            save_cached(context, cache, computed)
+    for name in audits:
+        split = context.data.split
+        audit = AUDIT_CLASSES[name].of_test_rows(context.data.num_rows, split.test)
+        features.audits[name] = audit
+        names = extracted_names(cells, name)
+        if names:
+            log.info(f"Computing {', '.join(names)} of the rows that the {name} audit changes")
+            features.changed[name], errors = extract_logged(context, names, audit)
+            failures = failures_of([cell for cell in cells if cell.audit == name], errors) | failures
+    return features, failures
+
+
+def extracted_names(cells: list[Cell], audit: str) -> list[str]:
+    """The representations that cells with this audit ('': without one) need from the pass over the
+    weights.
+    """
+    parts = {part for cell in cells if cell.audit == audit for part in components_of(cell.representation)}
+    return [name for name, spec in REPRESENTATIONS.items() if name in parts and not spec.fitted]
+
+
+def failures_of(cells: list[Cell], errors: dict[str, Exception]) -> dict[Cell, str]:
+    """The reason for each cell that needs a representation which failed."""
+    failures: dict[Cell, str] = {}
+    for cell in cells:
+        for part in components_of(cell.representation):
+            if part in errors:
+                failures.setdefault(cell, f"features of {part}: {describe_error(errors[part])}")
+    return failures
+
+
+def extract_logged(
+    context: Context, names: list[str], audit: Audit | None = None
+) -> tuple[dict[str, Tensor], dict[str, Exception]]:
+    """Features of every row, or of an audit's changed rows, and the errors; with a line and times in the
+    log.
+    """
+    data, settings = context.data, context.settings
+    widths = {name: settings.width_of(name) for name in names}
+    request = Request(data, widths, settings.sketch_size, audit)
+    with Progress(len(data.layers), "layers") as progress:
+        extracted = extract_features(request, progress.advance)
+    context.clock.add("read", extracted.reading)
+    context.clock.add("features", extracted.computing)
+    data.files.refuse_changes()
+    megabytes = data.weights.block_weights * 4 / 1e6
+    log.info(
+        f"Features of {request.num_rows} rows x {len(data.layers)} layers, in blocks of "
+        f"{min(BLOCK_ROWS, data.num_rows)} rows ({megabytes:.1f} MB a layer at most): "
+        f"{extracted.reading + extracted.computing:.1f}s (reading {extracted.reading:.1f}s, "
+        f"computing {extracted.computing:.1f}s)"
+    )
+    return extracted.features, extracted.errors
+
+
+def open_cache(context: Context) -> FeatureCache | None:
+    """The feature cache of this data set, or None if the settings want none."""
+    settings, data = context.settings, context.data
+    if settings.cache_folder is None:
+        return None
+
+    def description_of(name: str) -> dict:
+        return {"version": REPRESENTATIONS[name].version, **settings.options_of(name)}
+
+    return FeatureCache(settings.cache_folder, data.files.identity, data.layers.names, description_of)
+
+
+def load_cached(context: Context, cache: FeatureCache, names: list[str], features: Features) -> None:
+    """Put the cached ones of `names` into `features.computed`; a damaged or outdated file is logged and left
+    out.
+    """
+    with context.clock("features"), Progress(None, "loading cached features"):
+        for name in names:
+            x, problem = cache.load(name)
+            if problem:
+                log.warning(f"cached features of {name} are not used: {problem}; computing them again")
+            elif x is not None:
+                features.computed[name] = torch.from_numpy(x)
+    if features.computed:
+        log.info(f"Cached features: {', '.join(features.computed)}")
+
+
+def save_cached(context: Context, cache: FeatureCache, computed: dict[str, Tensor]) -> None:
+    """Cache features; a disk that does not take them is logged, and the run goes on."""
+    with context.clock("features"), Progress(len(computed), "representations cached") as progress:
+        for name, x in computed.items():
+            try:
+                cache.save(name, x.numpy())
+            except OSError as error:
+                log.warning(f"features of {name} are not cached: {error}")
+            progress.advance()

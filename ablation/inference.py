@@ -1,0 +1,254 @@
+"""The saved predictions of a run's cells -> accuracies with intervals, comparisons, ranking, inflation,
+controls.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import Any
+
+import numpy as np
+import scipy.stats
+
+from ablation.catalogue import (
+    CLASSIFIERS,
+    COMPARISONS,
+    LAYER_SET_GROUPS,
+    MAIN_COMPARISON,
+    Comparison,
+    group_of,
+)
+from ablation.cells import Cell
+from ablation.estimators import (
+    LEVEL,
+    POWER,
+    RESAMPLING_SEED,
+    SplitRows,
+    StandardError,
+    chance_level,
+    holm,
+    p_of_mean,
+    sign_flip_test,
+)
+from ablation.samples import Predictions, Sample, join_first_split, samples_of
+
+SHUFFLES = 1999  # permutations of the test labels in the check of shuffled labels
+SUSPECT_LEVEL = 0.01  # share of runs without a fault that the check calls suspect
+
+
+def infer(
+    predictions: Predictions, groups: np.ndarray | None, margin: float, kind: str = "random"
+) -> dict[str, Any]:
+    """What the saved predictions of a run's cells say; {} if no cell of the tables is among them.
+
+    `groups` (N,) are the groups of the data set's rows, if any; `kind` is the first split's. `accuracies` are
+    over all splits of that kind; `comparisons` are of two layer sets, representation by representation;
+    `classifiers` has the main comparison by each classifier beside the MLP; `ranking` every two
+    representations; `inflation` what other splits have above grouped ones.
+    """
+    # A split called grouped0 is the first of its kind. It was left by a command that named another kind
+    # first, and it is the same split as ''.
+    predictions = {
+        cell: arrays for cell, arrays in predictions.items() if not cell.audit and cell.split != f"{kind}0"
+    }
+    shuffled = {cell: predictions.pop(cell) for cell in list(predictions) if cell.labels}
+    samples = join_first_split(samples_of(predictions, groups), kind)
+    of_kind = samples.get(kind, {})
+    plain = {cell: sample for cell, sample in of_kind.items() if cell.is_plain}
+    if not plain:
+        return {}
+    first_arrays = next(arrays for cell, arrays in predictions.items() if cell.is_plain)
+    representations = list(dict.fromkeys(cell.representation for cell in plain))
+    tested = np.concatenate([rows for sample in plain.values() for rows in sample.rows.values()])
+    units = SplitRows([], 0.0, groups).count(tested)
+
+    def compared(comparison: Comparison, classifier: str = "") -> dict[str, Any]:
+        entries = compare_layer_sets(of_kind, representations, comparison, margin, classifier)
+        forget_undetectable(entries, units)
+        return {"first": comparison.first, "second": comparison.second, "entries": entries}
+
+    comparisons = [compared(comparison) for comparison in COMPARISONS]
+    used = [name for name in CLASSIFIERS if any(cell.classifier == name for cell in of_kind)]
+    accuracies = {cell.name: s.accuracy for cell, s in of_kind.items() if cell.layer_set != "random_half"}
+    first_set = {name: Cell(name, MAIN_COMPARISON.first) for name in representations}
+    every = {name: plain[cell] for name, cell in first_set.items() if cell in plain}
+    return {
+        **test_set_facts(first_arrays, groups),
+        "margin": margin, "level": LEVEL, "power": POWER, "split": kind,
+        "splits": max(len(sample.right) for sample in plain.values()),
+        "runs": max(len(right) for sample in plain.values() for right in sample.right.values()),
+        "accuracies": accuracies,
+        "comparisons": [comparison for comparison in comparisons if comparison["entries"]],
+        "classifiers": [{"classifier": name, **compared(MAIN_COMPARISON, name)} for name in used],
+        "ranking": ranking(every),
+        "inflation": all_inflation(samples),
+        "controls": [control_entry(cell, accuracies[cell.name]) for cell in of_kind if cell.is_control],
+        "shuffled": check_shuffled_labels(shuffled) if shuffled else None,
+    }
+
+
+def control_entry(cell: Cell, accuracy: dict[str, Any]) -> dict[str, Any]:
+    """A control's accuracy with its interval."""
+    named = {"cell": cell.name, "representation": cell.representation, "layer_set": cell.layer_set}
+    return named | accuracy
+
+
+def test_set_facts(arrays: dict[str, np.ndarray], groups: np.ndarray | None) -> dict[str, Any]:
+    """Size, chance level and groups of the first split's test rows."""
+    rows = arrays["test_rows"]
+    shared = None if groups is None else int(np.isin(groups[rows], groups[arrays["train_rows"]]).sum())
+    return {
+        "test_rows": len(rows),
+        "chance": chance_level(arrays["test_labels"]),
+        "groups": None if groups is None else len(np.unique(groups[rows])),
+        "test_rows_that_share_a_group_with_training": shared,
+    }
+
+
+def compare_layer_sets(
+    samples: dict[Cell, Sample],
+    representations: list[str],
+    comparison: Comparison,
+    margin: float,
+    classifier: str = "",
+) -> list[dict[str, Any]]:
+    """The differences of two layer sets, representation by representation, adjusted for testing all of
+    them.
+    """
+    entries = []
+    for name in representations:
+        first = samples.get(Cell(name, comparison.first, classifier=classifier))
+        second = samples.get(Cell(name, comparison.second, classifier=classifier))
+        entry = first.minus(second, margin) if first and second else None
+        if entry is not None:
+            entries.append({"representation": name, **entry})
+    adjust(entries)
+    return entries
+
+
+def forget_undetectable(entries: list[dict[str, Any]], units: int) -> None:
+    """Set `smallest` to None where the smallest possible sign-flip p of so few units is above LEVEL after
+    Holm.
+    """
+    if 2 / 2 ** min(units, 64) * len(entries) >= LEVEL:
+        for entry in entries:
+            if entry["splits"] == 1:
+                entry["smallest"] = None
+
+
+def ranking(samples: dict[str, Sample]) -> list[dict[str, Any]]:
+    """Every two representations, the better first, adjusted for testing all pairs."""
+    pairs = []
+    accuracies = {name: sample.accuracy["accuracy"] for name, sample in samples.items()}
+    for better, worse in itertools.combinations(sorted(samples, key=lambda name: -accuracies[name]), 2):
+        a, b = samples[better], samples[worse]
+        # The one run of kernel_ridge is set beside each run of the other representation.
+        D = {
+            split: a.right[split].astype(np.float64) - b.right[split] for split in a.right if split in b.right
+        }
+        if not D:
+            continue
+        mean = float(np.mean([d.mean() for d in D.values()]))
+        p = p_of_mean(mean, a.standard_error_of(D))
+        if len(D) == 1:
+            ((split, d),) = D.items()
+            p = max(p, sign_flip_test(d.mean(0), a.groups_on(split)))
+        pairs.append({"better": better, "worse": worse, "difference": mean, "p": p})
+    adjust(pairs)
+    return pairs
+
+
+def all_inflation(samples: dict[str, dict[Cell, Sample]]) -> list[dict[str, Any]]:
+    """The inflation of every other kind of split against grouped splits, if there are grouped ones."""
+    if "grouped" not in samples:
+        return []
+    return [entry for kind in samples if kind != "grouped" for entry in inflation(samples, kind)]
+
+
+def inflation(samples: dict[str, dict[Cell, Sample]], kind: str) -> list[dict[str, Any]]:
+    """Accuracy of the table's cells on splits of this kind less that on grouped splits.
+
+    Welch's test and 95 % interval, because the two have other test rows; `p_holm` is adjusted over the cells.
+    """
+    entries = []
+    for cell, sample in samples[kind].items():
+        grouped = samples["grouped"].get(cell)
+        is_group = group_of(cell.layer_set) or cell.layer_set in LAYER_SET_GROUPS
+        if grouped is None or not cell.is_plain or is_group:
+            continue
+        spreads = [
+            s.standard_error_of({split: hits.astype(np.float64) for split, hits in s.right.items()})
+            for s in (sample, grouped)
+        ]
+        accuracies = [s.accuracy["accuracy"] for s in (sample, grouped)]
+        mean = accuracies[0] - accuracies[1]
+        half, p = welch(mean, spreads)
+        entries.append(
+            {
+                "cell": cell.name,
+                "split": kind,
+                "accuracy": accuracies[0],
+                "grouped": accuracies[1],
+                "inflation": mean,
+                "interval": (max(-1.0, mean - half), min(1.0, mean + half)),
+                "p": p,
+            }
+        )
+    adjust(entries)
+    return entries
+
+
+def welch(mean: float, spreads: list[StandardError]) -> tuple[float, float]:
+    """Half of the 95 % interval, and the two-sided p-value, of a difference of two independent means."""
+    error = math.hypot(*(spread.error for spread in spreads))
+    if not error < math.inf:
+        return math.inf, 1.0
+    dof = error**4 / sum(spread.error**4 / spread.dof for spread in spreads)
+    half = float(scipy.stats.t.ppf(1 - LEVEL / 2, dof)) * error
+    half = max(half, *(spread.half_width for spread in spreads))
+    return half, float(2 * scipy.stats.t.sf(abs(mean) / error, dof))
+
+
+def check_shuffled_labels(predictions: Predictions) -> dict[str, Any]:
+    """Whether cells that were trained on shuffled labels are better on their test labels than on any other
+    order.
+
+    They must not be: in the shuffled data a test row's label could be any other row's as well. `p` is that of
+    the largest accuracy of all cells, each in standard deviations above its own mean, among SHUFFLES
+    permutations of the test labels: the max-T test of Westfall and Young (1993), which keeps the family-wise
+    error exactly. A share of SUSPECT_LEVEL of the runs without a fault is called `suspect`. `cells` has the
+    same for each cell.
+    """
+    arrays = list(predictions.values())
+    labels = arrays[0]["test_labels"]
+    classes = np.arange(labels.max() + 1)
+    shares = np.stack(
+        [(of_cell["test_predictions"][:, :, None] == classes).mean(0) for of_cell in arrays]
+    )  # (cells, n, C)
+    rng, rows = np.random.default_rng(RESAMPLING_SEED), np.arange(len(labels))
+    orders = [labels, *(rng.permutation(labels) for _ in range(SHUFFLES))]
+    accuracies = np.stack([shares[:, rows, order].mean(1) for order in orders])  # (1 + B, cells)
+    spread = accuracies.std(0)
+    z = (accuracies - accuracies.mean(0)) / np.where(spread > 1e-12, spread, 1.0)
+    largest = z.max(1)
+    cells = {
+        cell.name: {
+            "accuracy": float(accuracies[0, i]),
+            "expected": float(accuracies[:, i].mean()),
+            "spread": float(spread[i]),
+            "p_adjusted": float((largest >= z[0, i] - 1e-9).mean()),
+        }
+        for i, cell in enumerate(predictions)
+    }
+    p = min(cell["p_adjusted"] for cell in cells.values())
+    return {"p": p, "level": SUSPECT_LEVEL, "suspect": p < SUSPECT_LEVEL, "cells": cells}
+
+
+def adjust(entries: list[dict[str, Any]]) -> None:
+    """Add to each entry its p-values adjusted by Holm's method among those of all entries."""
+    for key in ("p", "p_equivalence"):
+        if entries and key in entries[0]:
+            adjusted = holm([entry[key] for entry in entries])
+            for entry, p in zip(entries, adjusted, strict=True):
+                entry[f"{key}_holm"] = p

@@ -1,0 +1,253 @@
+"""The inference and the audits of results.json -> the tables of results.txt that tell what accuracies
+mean.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Callable
+from typing import Any
+
+from ablation.catalogue import CLASSIFIERS, title_of
+from ablation.cells import Cell
+from ablation.tables import (
+    TEXT_WIDTH,
+    Column,
+    accuracy_with_interval,
+    interval_text,
+    percent,
+    points,
+    probability,
+    table,
+)
+
+
+def inference_lines(inference: dict[str, Any]) -> list[str]:
+    """What the accuracies and their differences mean for new examples and runs."""
+    if not inference:
+        return []
+    return [
+        *general_lines(inference),
+        *[
+            line
+            for comparison in inference["comparisons"]
+            for line in comparison_lines(comparison, inference)
+        ],
+        *ranking_lines(inference),
+        *classifier_lines(inference),
+        *inflation_lines(inference["inflation"]),
+        *shuffled_lines(inference["shuffled"]),
+        *control_lines(inference),
+    ]
+
+
+def general_lines(inference: dict[str, Any]) -> list[str]:
+    """The chance level, groups, and how the spread over seeds compares with the test set's own error."""
+    chance, rows = percent(inference["chance"]), inference["test_rows"]
+    lines = ["", f"Chance: {chance} (the most frequent class of {rows} test rows)"]
+    if inference["groups"] is not None:
+        shared = inference["test_rows_that_share_a_group_with_training"]
+        lines.append(
+            f"Groups: {inference['groups']} among the test rows; {shared} of {rows} test rows share their "
+            "group with a "
+            "training row. Tests and intervals take whole groups."
+        )
+    accuracies = inference["accuracies"].values()
+    narrow = [entry["binomial_error"] for entry in accuracies if entry["seeds_narrower_than_test_set"]]
+    if narrow:
+        lines.append(
+            f"In {len(narrow)} of {len(accuracies)} cells the spread over seeds is narrower than the test "
+            "set's own "
+            f"standard error (up to {percent(max(narrow))}): ± above is not an interval of the accuracy."
+        )
+    return lines
+
+
+COMPARISON_COLUMNS = (
+    Column("representation", -20, lambda entry: entry["representation"]),
+    Column("points", 8, lambda entry: points(entry["drop"])),
+    Column("95 % interval", 18, lambda entry: interval_text(entry["interval"])),
+    Column("p (Holm)", 11, lambda entry: probability(entry["p_holm"])),
+    Column("equal (Holm)", 14, lambda entry: probability(entry["p_equivalence_holm"])),
+    Column("smallest", 10, lambda entry: percent(entry["smallest"])),
+    Column("h", 7, lambda entry: f"{entry['cohens_h']:+.2f}"),
+    Column(
+        "training noise",
+        18,
+        lambda entry: (
+            "-"
+            if entry["training_noise_interval"] is None
+            else interval_text(entry["training_noise_interval"])
+        ),
+    ),
+)
+
+
+def comparison_lines(comparison: dict, inference: dict[str, Any]) -> list[str]:
+    """Two layer sets, representation by representation."""
+    names = [
+        "Random Halves" if name == "random_half" else title_of(name)
+        for name in (comparison["first"], comparison["second"])
+    ]
+    scope = "for new examples and runs" if inference["runs"] > 2 else "for new examples, of these runs alone"
+    title = (
+        f"{names[0]} minus {names[1]}: {scope}{over_splits(comparison['entries'])}; equal: within "
+        f"{100 * inference['margin']:g} points; smallest: found with {100 * inference['power']:.0f} % "
+        "probability"
+    )
+    return ["", title, *table(COMPARISON_COLUMNS, comparison["entries"])]
+
+
+def over_splits(entries: list[dict]) -> str:
+    """From how many splits a comparison's entries are, if from several."""
+    numbers = sorted({entry["splits"] for entry in entries})
+    if numbers == [1]:
+        return ""
+    return f", corrected for {' or '.join(map(str, numbers))} overlapping splits"
+
+
+def ranking_lines(inference: dict[str, Any]) -> list[str]:
+    """Which representations are above which, with all layers."""
+    ranking, level = inference["ranking"], inference["level"]
+    if not ranking:
+        return []
+    clear = [pair for pair in ranking if pair["p_holm"] < level]
+    lines = [
+        "",
+        f"Of {len(ranking)} pairs of representations with all layers, {len(clear)} differ (p < {level:g} "
+        "after "
+        "Holm's correction):",
+    ]
+    for better in dict.fromkeys(pair["better"] for pair in clear):
+        worse = ", ".join(pair["worse"] for pair in clear if pair["better"] == better)
+        text = f"{better} is above {worse}"
+        lines += textwrap.wrap(text, TEXT_WIDTH, initial_indent="  ", subsequent_indent="    ")
+    return lines
+
+
+def classifier_lines(inference: dict[str, Any]) -> list[str]:
+    """Accuracies of other classifiers on the same columns and rows, and their drops."""
+    if not inference["classifiers"]:
+        return []
+    accuracies = {Cell.named(name): entry for name, entry in inference["accuracies"].items()}
+    names = [comparison["classifier"] for comparison in inference["classifiers"]]
+
+    def accuracy_by(name: str) -> Callable[[Cell], str]:
+        return lambda cell: accuracy_with_interval(accuracies.get(cell._replace(classifier=name)))
+
+    columns = [
+        Column("representation", -20, lambda cell: cell.representation),
+        Column("layer set", -24, lambda cell: cell.layer_set),
+        Column("MLP", 22, accuracy_by("")),
+        *(Column(CLASSIFIERS[name], 22, accuracy_by(name)) for name in names),
+    ]
+    cells = [
+        cell
+        for cell in accuracies
+        if cell and cell.is_plain and any(cell._replace(classifier=name) in accuracies for name in names)
+    ]
+    lines = ["", "Test accuracy by other classifiers, with 95 % intervals", *table(columns, cells)]
+    for comparison in inference["classifiers"]:
+        entries = comparison["entries"]
+        if entries:
+            names_of_sets = f"{title_of(comparison['first'])} minus {title_of(comparison['second'])}"
+            title = f"{CLASSIFIERS[comparison['classifier']]}: {names_of_sets}"
+            scope = f"{title}, one run a cell: for new examples{over_splits(entries)}"
+            lines += ["", scope, *table(COMPARISON_COLUMNS, entries)]
+    return lines
+
+
+INFLATION_COLUMNS = (
+    Column("cell", -48, lambda entry: entry["cell"]),
+    Column("split", 12, lambda entry: entry["split"]),
+    Column("accuracy", 10, lambda entry: percent(entry["accuracy"])),
+    Column("grouped", 10, lambda entry: percent(entry["grouped"])),
+    Column("inflation", 11, lambda entry: points(entry["inflation"])),
+    Column("95 % interval", 18, lambda entry: interval_text(entry["interval"])),
+    Column("p (Holm)", 11, lambda entry: probability(entry["p_holm"])),
+)
+
+
+def inflation_lines(entries: list[dict]) -> list[str]:
+    """What a split that divides groups has above a grouped one."""
+    if not entries:
+        return []
+    title = "Inflation: test accuracy where groups are divided, less that on grouped splits (points)"
+    return ["", title, *table(INFLATION_COLUMNS, entries)]
+
+
+def shuffled_lines(check: dict | None) -> list[str]:
+    """Whether cells with shuffled labels are at chance."""
+    if not check:
+        return []
+    columns = (
+        Column("cell", -48, lambda entry: entry[0]),
+        Column("test", 8, lambda entry: percent(entry[1]["accuracy"])),
+        Column("due", 8, lambda entry: percent(entry[1]["expected"])),
+        Column("p (max-T)", 12, lambda entry: f"{entry[1]['p_adjusted']:.4f}"),
+    )
+    state = "SUSPECT, above chance" if check["suspect"] else "at chance"
+    p, level = check["p"], check["level"]
+    title = f"Shuffled labels: {state} (p = {p:.4f} for all cells together, suspect below {level:g})"
+    return ["", title, *table(columns, check["cells"].items())]
+
+
+def control_lines(inference: dict[str, Any]) -> list[str]:
+    """Accuracies of the other controls."""
+    if not inference["controls"]:
+        return []
+    columns = (
+        Column("cell", -48, lambda entry: entry["cell"]),
+        Column("accuracy", 22, accuracy_with_interval),
+        Column("p above chance", 16, lambda entry: probability(entry["p_above_chance"])),
+    )
+    title = (
+        "Controls: what a part, or what is no weight, tells of the class "
+        f"(chance {percent(inference['chance'])})"
+    )
+    return ["", title, *table(columns, inference["controls"])]
+
+
+# --- audits
+
+AUDIT_TITLES = {
+    "gauge": "Gauge audit: the same adapters as other pairs (up G, inv(G) down); changes in units of a "
+    "column's spread over the rows",
+    "noise": "Noise audit: test rows with Gaussian noise, its std as a part of each layer's; in brackets the "
+    "predictions that stay",
+}
+
+
+def audit_lines(audits: list[dict]) -> list[str]:
+    """A table for each audit that was run."""
+    lines = []
+    for audit, title in AUDIT_TITLES.items():
+        rows = [row for row in audits if row["audit"] == audit]
+        if rows:
+            lines += ["", title, *table(audit_columns(audit, list(rows[0]["variants"])), rows)]
+    return lines
+
+
+def audit_columns(audit: str, variants: list[str]) -> list[Column]:
+    """The columns of an audit's table: test accuracy, then accuracy and agreement on each variant."""
+
+    def variant_text(variant: str) -> Callable[[dict], str]:
+        def text(row: dict) -> str:
+            scored = row["variants"][variant]
+            return f"{percent(scored['test_acc_mean'])} ({percent(scored['agreement'])}%)"
+
+        return text
+
+    columns = [
+        Column("representation", -20, lambda row: row["representation"]),
+        Column("layer set", -14, lambda row: row["layer_set"]),
+        Column("test", 8, lambda row: percent(row["test_acc_mean"])),
+        *(Column(variant, 16, variant_text(variant)) for variant in variants),
+    ]
+    if audit == "gauge":
+        (variant,) = variants
+        columns += [
+            Column("largest change", 16, lambda row: f"{row['variants'][variant]['change']['largest']:.2g}"),
+            Column("rms change", 12, lambda row: f"{row['variants'][variant]['change']['rms']:.2g}"),
+        ]
+    return columns

@@ -1,0 +1,207 @@
+"""What the user sees while a run goes on: lines, progress, seconds by stage; and how signals end the run."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from checkpointing import utc_now
+
+log = logging.getLogger("visual_ablation")
+
+
+class LineHandler(logging.StreamHandler):
+    """Writes messages to stdout, flushed, above a bar where there is one; remembers when it last wrote.
+
+    A log that cannot be written (its disk full, its reader gone) costs lines, which are counted, and never a
+    cell.
+    """
+
+    last_written = time.monotonic()
+    lost_lines = 0
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a message, or count it as lost."""
+        from tqdm import tqdm
+
+        prefix = "WARNING: " if record.levelno == logging.WARNING else ""
+        if LineHandler.lost_lines:
+            prefix = f"({LineHandler.lost_lines} lines of the log could not be written)\n{prefix}"
+        try:
+            with tqdm.external_write_mode(file=sys.stdout):
+                print(prefix + record.getMessage(), file=sys.stdout, flush=True)
+            LineHandler.lost_lines = 0
+        except OSError:
+            LineHandler.lost_lines += 1
+        LineHandler.last_written = time.monotonic()
+
+
+def log_to_stdout() -> None:
+    """Send the program's messages to stdout."""
+    if sys.stdout is None:  # closed by the process that started this one
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (stays open)
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # a terminal without ± shows a question mark
+    log.handlers[:] = [LineHandler()]
+    log.setLevel(logging.INFO)
+    log.propagate = False
+
+
+def close_log() -> None:
+    """Write or drop what is left in stdout's buffer, so that a broken log does not change the exit status."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def describe_error(error: BaseException) -> str:
+    """An exception in one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+# --- progress
+
+
+class Progress:
+    """A tqdm bar under a terminal; otherwise a whole line when SILENCE seconds passed without one, and one at
+    the end.
+
+    `total` may be None for work that cannot be counted; `unit` then says what the work is.
+    """
+
+    SILENCE = 20.0  # seconds; the log promises a line every 30
+
+    def __init__(self, total: int | None, unit: str):
+        self.total, self.unit, self.done = total, unit, 0.0
+        self.note = ""  # what is going on within a unit
+        self.started = time.monotonic()
+        self.over = threading.Event()
+        self.bar: Any = None
+
+    def __enter__(self) -> Progress:
+        if sys.stdout.isatty():
+            from tqdm import tqdm
+
+            counted = "{l_bar}{bar}| {n:.0f}/{total} {unit} [{elapsed}<{remaining}]"
+            self.bar = tqdm(
+                total=self.total,
+                unit=self.unit,
+                desc=self.unit,
+                leave=False,
+                file=sys.stdout,
+                bar_format="{desc}" if self.total is None else counted,
+            )
+        else:
+            threading.Thread(target=self.break_silence, daemon=True).start()
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.over.set()
+        if self.bar is not None:
+            self.bar.close()
+        elif self.unit == "layers" and exception[0] is None:
+            log.info(self.line())
+
+    def advance(self, amount: float = 1.0) -> None:
+        """Count finished work. Ends the program if a signal asked for it."""
+        end_if_stopped()
+        self.done += amount
+        if self.bar is not None:
+            self.bar.update(amount)
+
+    def break_silence(self) -> None:
+        """Write a line whenever SILENCE seconds passed without one; runs in a thread until the work is
+        over.
+        """
+        while not self.over.wait(1.0):
+            if time.monotonic() - LineHandler.last_written > self.SILENCE:
+                log.info(self.line())
+
+    def line(self) -> str:
+        """Work done, rate and time to go."""
+        elapsed = max(time.monotonic() - self.started, 1e-9)
+        if self.total is None:
+            return f"Progress: {self.unit} | {duration(elapsed)} so far"
+        rate = self.done / elapsed
+        speed = f"{rate:.1f} {self.unit}/s" if rate >= 0.1 else f"{3600 * rate:.1f} {self.unit}/h"
+        eta = duration((self.total - self.done) / rate) if rate else "unknown"
+        note = f" | {self.note}" if self.note else ""
+        return (
+            f"Progress: {int(self.done + 1e-6)}/{self.total} {self.unit} | Rate: {speed} | ETA: {eta}{note}"
+        )
+
+
+def duration(seconds: float) -> str:
+    """Seconds as 12s, 3m05s or 2h03m."""
+    minutes, seconds = divmod(round(max(seconds, 0)), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours}h{minutes:02}m"
+    return f"{minutes}m{seconds:02}s" if minutes else f"{seconds}s"
+
+
+class Clock:
+    """Seconds by stage, for the manifest. `with clock("training"):` adds the block's seconds to a stage."""
+
+    def __init__(self):
+        self.began = time.perf_counter()
+        self.started = utc_now()
+        self.by_stage = dict.fromkeys(("load", "read", "features", "training"), 0.0)
+
+    @contextlib.contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        """Add the seconds of a `with` block to a stage."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.add(stage, time.perf_counter() - began)
+
+    def add(self, stage: str, seconds: float) -> None:
+        """Add seconds to a stage."""
+        self.by_stage[stage] += seconds
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Seconds of every stage so far, and in total."""
+        return {**self.by_stage, "total": time.perf_counter() - self.began}
+
+
+# --- signals
+
+stopped_by: int | None = None
+
+
+def handle_signals() -> None:
+    """End with 128 + signal, locks released and temporary files removed; an ignored SIGHUP (nohup) stays
+    ignored.
+    """
+    for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, stop)
+
+
+def stop(number: int, frame) -> None:
+    """The handler of a signal."""
+    global stopped_by
+    stopped_by = number
+    name = signal.Signals(number).name
+    log.info(f"Stopped by {name}: finished cells are kept, rerun the same command to resume")
+    end_if_stopped()
+
+
+def end_if_stopped() -> None:
+    """Raise SystemExit if a signal asked for it.
+
+    It is called again as work goes on, because some libraries drop every exception while they are imported.
+    """
+    if stopped_by is not None:
+        raise SystemExit(128 + stopped_by)

@@ -1,0 +1,1 @@
+"""Data sets that the experiment reads: from folders of adapter files, from digits, synthetic ones."""

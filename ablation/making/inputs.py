@@ -1,0 +1,110 @@
+"""Which files of some folders are to become rows."""
+
+from __future__ import annotations
+
+import fnmatch
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from ablation.settings import InputError
+
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+# Files that trainers leave beside the weights. They hold no adapter, and nobody takes them for one.
+TRAINER_STATE = re.compile(
+    r"(training_args|optimizer|scheduler|scaler|rng_state|random_states|sampler)\w*\.(bin|pt|pth|pkl)"
+)
+
+
+class Inputs(NamedTuple):
+    """Names of files, sorted: the path below its FOLDER, preceded by the FOLDER's name if there are
+    several.
+    """
+
+    roots: dict[str, Path]  # name of a FOLDER ("" for a single one) -> where it is
+    files: list[str]
+    pickles: list[str]
+    passed_over: int  # hidden files and trainer state
+
+    @property
+    def count(self) -> int:
+        """Files, pickles included."""
+        return len(self.files) + len(self.pickles)
+
+    def path(self, name: str) -> Path:
+        """Where the file with this name is."""
+        if "" in self.roots:
+            return self.roots[""] / name
+        root, _, rest = name.partition("/")
+        return self.roots[root] / rest
+
+
+def find_inputs(folders: list[Path], pattern: str) -> Inputs:
+    """The adapter files in some folders and their subfolders. Raises InputError if there is none."""
+    roots = roots_of(folders)
+    files: list[str] = []
+    pickles: list[str] = []
+    passed_over = 0
+    for root_name, root in roots.items():
+        for path in walk(root):
+            name = "/".join(filter(None, (root_name, path.relative_to(root).as_posix())))
+            if not is_candidate(path, pattern):
+                continue
+            if path.name.startswith(".") or TRAINER_STATE.fullmatch(path.name):
+                passed_over += 1
+            else:
+                (pickles if path.suffix in PICKLES else files).append(name)
+    if not files:
+        where = ", ".join(map(str, folders))
+        more = f"; {len(pickles)} pickled files are there, which are not read: convert them to safetensors"
+        raise InputError(f"no {pattern or '.safetensors'} file in {where}{more if pickles else ''}")
+    return Inputs(roots, sorted(files), sorted(pickles), passed_over)
+
+
+def is_candidate(path: Path, pattern: str) -> bool:
+    """True for a file that --pattern names; without a pattern for safetensors and pickles."""
+    if pattern:
+        return fnmatch.fnmatch(path.name, pattern)
+    return path.suffix in (*PICKLES, ".safetensors")
+
+
+def roots_of(folders: list[Path]) -> dict[str, Path]:
+    """The folders by name. Raises InputError for one that is missing, and for two that overlap or have
+    one name.
+    """
+    for folder in folders:
+        if not folder.is_dir():
+            raise InputError(f"no such folder: '{folder}'")
+    real = [folder.resolve() for folder in folders]
+    for i, folder in enumerate(real):
+        for other in real[:i]:
+            if folder == other or folder in other.parents or other in folder.parents:
+                raise InputError(f"'{folder}' and '{other}' overlap: their files would become two rows each")
+    if len(folders) == 1:
+        return {"": folders[0]}
+    roots = {folder.name: path for folder, path in zip(real, folders, strict=True)}
+    if len(roots) < len(folders):
+        raise InputError(
+            "two FOLDERs have the same name, which tells their files apart: rename one, or give the folder "
+            "above them"
+        )
+    return roots
+
+
+def walk(folder: Path, above: frozenset = frozenset()) -> Iterator[Path]:
+    """Every file below a folder. Links are followed, but not to a folder that this one lies in."""
+    here = os.path.realpath(folder)
+    if here in above:
+        return
+    try:
+        with os.scandir(folder) as entries:
+            in_order = sorted(entries, key=lambda entry: entry.name)
+    except OSError as error:
+        raise InputError(f"cannot look into '{folder}': {error.strerror}") from None
+    for entry in in_order:
+        if entry.is_dir():
+            yield from walk(Path(entry.path), above | {here})
+        else:
+            yield Path(entry.path)

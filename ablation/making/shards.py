@@ -1,0 +1,157 @@
+"""Writing a build's rows, shard by shard: a build that was killed goes on after its last finished shard."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import xxhash
+
+from ablation.adapters import BadFile, read_adapter
+from ablation.making.arrow_folder import arrow_matrices, write_shard
+from ablation.making.labels import Labels, as_type
+from ablation.making.plan import BuildOptions, Plan, difference, refuse_bad
+from ablation.making.progress import Progress, say
+from checkpointing import write_json
+
+BATCH_BYTES = 32_000_000  # of weights held in memory at a time
+
+
+@dataclass
+class Shard:
+    """What a shard holds."""
+
+    name: str
+    rows: int = 0
+    bad: list[tuple[str, str]] = field(default_factory=list)  # (file, reason)
+    scaled: int = 0  # rows with a scale other than 1
+    classes: dict[str, int] = field(default_factory=dict)  # rows of each class
+
+
+class ShardWriter:
+    """Writes the shards of a plan into a working folder."""
+
+    def __init__(self, options: BuildOptions, plan: Plan, labels: Labels, work: Path):
+        self.options, self.plan, self.labels, self.work = options, plan, labels, work
+        self.progress = Progress(len(plan.kept), "files")
+
+    def prepare(self) -> None:
+        """Drop what a killed build was writing, and the shards of another build that was not finished."""
+        marker = self.work / "plan.json"
+        # This process holds the folder, so nobody is writing there now.
+        for half_written in [*self.work.glob(".*.tmp"), *self.work.glob("set/.*.tmp")]:
+            half_written.unlink()
+        this_plan = {"fingerprint": self.plan.fingerprint}
+        if marker.is_file() and json.loads(marker.read_text(encoding="utf-8")) != this_plan:
+            say("an unfinished build of other files, or with other options, is dropped")
+            shutil.rmtree(self.work / "set", ignore_errors=True)
+            for record in self.work.glob("shard-*.json"):
+                record.unlink()
+        write_json(marker, this_plan)
+
+    def write(self) -> Iterator[Shard]:
+        """Write one shard after another, or find it finished.
+
+        Raises InputError at a file that cannot become a row, unless such files are skipped.
+        """
+        starts = range(0, len(self.plan.kept), self.plan.shard_rows)
+        for number, start in enumerate(starts):
+            names = self.plan.kept[start : start + self.plan.shard_rows]
+            name = f"data-{number:05}-of-{len(starts):05}.arrow"
+            path, marker = self.work / "set" / name, self.work / f"shard-{number:05}.json"
+            shard = finished_shard(path, marker)
+            if shard is not None:
+                say(f"{name} is finished: {shard.rows} rows are kept")
+                refuse_bad(self.options.on_bad, shard.bad)
+                self.progress.skip(len(names))
+            else:
+                shard = Shard(name)
+                shard.rows = write_shard(path, self.plan.features.arrow_schema, self.tables(names, shard))
+                write_json(marker, {**asdict(shard), "hash": hash_of_file(path)})
+            yield shard
+        self.progress.line()
+
+    def tables(self, names: list[str], shard: Shard) -> Iterator[pa.Table]:
+        """The rows of some files, batch by batch; `shard` is brought up to date.
+
+        Every batch uses the same block of memory.
+        """
+        plan = self.plan
+        schema = plan.features.arrow_schema
+        size = min(len(names), max(1, BATCH_BYTES // plan.row_bytes), 1000)
+        weights = {column: np.empty((size, r, c), np.float32) for column, r, c in plan.layout.columns}
+        for start in range(0, len(names), size):
+            rows: list[dict[str, Any]] = []
+            for name in names[start : start + size]:
+                targets = {column: w[len(rows)] for column, w in weights.items()}
+                try:
+                    rows.append(self.read_row(name, targets, shard))
+                except BadFile as error:
+                    shard.bad.append((name, str(error)))
+                    refuse_bad(self.options.on_bad, shard.bad)
+                self.progress.advance()
+            if rows:
+                columns = [arrow_matrices(w[: len(rows)]) for w in weights.values()]
+                for other in schema.names[len(columns) :]:
+                    columns.append(pa.array([row[other] for row in rows], type=schema.field(other).type))
+                yield pa.Table.from_arrays(columns, schema=schema)
+
+    def read_row(self, name: str, targets: dict[str, np.ndarray], shard: Shard) -> dict[str, Any]:
+        """Fill `targets` (column -> (rows, cols)) with a file's weights; returns its other columns. Raises
+        BadFile.
+        """
+        values = self.labels.of(name)
+        alpha = self.options.alpha
+        path = self.labels.inputs.path(name)
+        adapter = read_adapter(path, self.options.leave_out, with_scales=alpha != "ignore")
+        if adapter.layout.columns != self.plan.layout.columns:
+            what = difference(adapter.layout.columns, self.plan.layout.columns)
+            raise BadFile(f"changed while it was read: {what}")
+        for column, matrix in adapter.matrices.items():
+            targets[column][:] = matrix
+        scales = adapter.scales or {}
+        if alpha == "apply":
+            apply_scales(scales, targets)
+        shard.scaled += any(scale != 1 for scale in scales.values())
+        label = str(values[self.labels.label])
+        shard.classes[label] = shard.classes.get(label, 0) + 1
+        row = {"rank": max(adapter.layout.ranks), "lora_file": name, "lora_scale": list(scales.values())}
+        stated = {
+            key: as_type(values.get(key), kind)
+            for key, kind in self.plan.others.items()
+            if key in values or key not in row
+        }
+        return row | stated
+
+
+def apply_scales(scales: dict[str, float], targets: dict[str, np.ndarray]) -> None:
+    """Multiply each module's `up` with its scale. Raises BadFile if a product is beyond float32."""
+    for module, scale in scales.items():
+        if scale == 1:
+            continue
+        up = targets[f"{module}.lora.up.weight"]
+        with np.errstate(over="ignore"):
+            up *= np.float32(scale)
+        if not np.isfinite(up).all():
+            raise BadFile(f"the `up` of '{module}' times alpha / rank = {scale:g} is beyond float32")
+
+
+def finished_shard(path: Path, marker: Path) -> Shard | None:
+    """A shard that an earlier build finished and that has not changed since, or None."""
+    if not (marker.is_file() and path.is_file()):
+        return None
+    record = json.loads(marker.read_text(encoding="utf-8"))
+    return Shard(**record) if record.pop("hash") == hash_of_file(path) else None
+
+
+def hash_of_file(path: Path) -> str:
+    """128-bit xxHash of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()

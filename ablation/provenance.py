@@ -1,0 +1,120 @@
+"""What ran, on what, how long: the manifest, the events, versions and machine."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+import platform
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ablation.command_line import typed_command
+from checkpointing import append_event, read_json, utc_now, write_json
+
+if TYPE_CHECKING:
+    from ablation.cells import Cell
+    from ablation.context import Context, Ledger
+
+log = logging.getLogger("visual_ablation")
+
+PACKAGES = ("torch", "datasets", "numpy", "scipy", "scikit-learn", "pyarrow", "safetensors", "xxhash")
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that can change a number."""
+    return {"python": platform.python_version()} | {package: version(package) for package in PACKAGES}
+
+
+def machine(device: str) -> dict[str, Any]:
+    """The machine, in a few fields."""
+    import torch
+
+    gpu = torch.cuda.get_device_name(device) if device.startswith("cuda") else None
+    return {
+        "platform": platform.platform(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "device": device,
+        "gpu": gpu,
+    }
+
+
+def made_on(device: str) -> dict[str, Any]:
+    """When and where a checkpoint was made: recorded with it, and never compared."""
+    return {"time": utc_now(), "machine": machine(device), "versions": versions()}
+
+
+def write_manifest(context: Context, ledger: Ledger, status: int) -> None:
+    """Write manifest.json, if cells ran or there is none yet. Manifests of earlier commands are kept in
+    `earlier`.
+    """
+    path = context.store.folder / "manifest.json"
+    if not ledger.missing and path.exists():
+        return
+    previous = read_json(path)
+    earlier = [*previous.pop("earlier", []), previous] if previous else []
+    write_json(path, {**manifest(context, ledger, status), "earlier": earlier}, indent=2)
+
+
+def manifest(context: Context, ledger: Ledger, status: int) -> dict[str, Any]:
+    """What this command ran, on what, how long (seconds by stage)."""
+    data = context.data
+    return {
+        "command": typed_command(),
+        "settings": dataclasses.asdict(context.settings),
+        "data": {
+            "dataset": context.settings.dataset,
+            "identity": data.files.identity,
+            "files": data.files.paths,
+        },
+        "cells_run": [cell.name for cell in ledger.missing if cell not in ledger.failures],
+        "cells_failed": {cell.name: error for cell, error in ledger.failures.items()},
+        "exit_status": status,
+        "started": context.clock.started,
+        "seconds": context.clock.seconds,
+        "versions": versions(),
+        "machine": machine(context.device),
+    }
+
+
+# --- events.jsonl
+
+
+def announce(folder: Path, event: str, **fields) -> None:
+    """Append an event to the output folder's events.jsonl."""
+    append_event(folder / "events.jsonl", event=event, **fields)
+
+
+def announce_finished(folder: Path, cell: Cell, record: dict) -> None:
+    """Append the event of a finished cell, with its scores."""
+    scores = {f"{part}_acc": record[f"{part}_acc_mean"] for part in ("train", "val", "test")}
+    announce(
+        folder,
+        "finished",
+        cell=cell.name,
+        representation=cell.representation,
+        layer_set=cell.layer_set,
+        runs=len(record["per_run_results"]),
+        seconds=record["training_time_total"],
+        **scores,
+        test_acc_std=record["test_acc_std"],
+        test_f1=record["test_f1_mean"],
+        best_epoch=record["best_epoch_mean"],
+        feature_dim=record["feature_dim"],
+        trained_dim=record["trained_dim"],
+    )
+
+
+def read_events(folder: Path) -> list[dict]:
+    """The whole lines of events.jsonl; a line that a kill cut off is left out."""
+    path = folder / "events.jsonl"
+    events = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            events.append(json.loads(line))
+        except ValueError:
+            continue
+    return events

@@ -1,0 +1,360 @@
+"""What the figures and tables of a report hold: functions of results.json as a dict, without matplotlib.
+
+A function `<name>_rows(results)` gives a list of flat dicts, [] where a run has nothing for it.
+`tables/<name>.csv` holds these rows, and a function of the figure modules draws them. Accuracies are
+fractions.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from ablation.catalogue import CHOICES, LAYER_SETS, group_of
+from ablation.splits import PARTS
+
+Results = dict[str, Any]
+Rows = list[dict[str, Any]]
+
+
+def layer_sets(results: Results) -> list[str]:
+    """Those with a finished cell, in the order of the results; single blocks are not among them."""
+    names = [
+        key.removesuffix("_results") for key, rows in results.items() if key.endswith("_results") and rows
+    ]
+    return [
+        name
+        for name in dict.fromkeys([*LAYER_SETS, *names])
+        if name in names and group_of(name) != "by_block"
+    ]
+
+
+def rows_of(results: Results, layer_set: str) -> dict[str, dict]:
+    """Records of a layer set's finished cells by representation."""
+    return {
+        row["representation"].removesuffix(f"_{layer_set}"): row
+        for row in results.get(f"{layer_set}_results", [])
+    }
+
+
+def accuracy_of(results: Results, layer_set: str, representation: str) -> float | None:
+    """Test accuracy of a cell: over all splits of the first kind, as the inference has it; without one, of
+    the runs.
+    """
+    known = (results.get("inference") or {}).get("accuracies", {}).get(f"{layer_set}_{representation}")
+    row = rows_of(results, layer_set).get(representation)
+    return known["accuracy"] if known else row["test_acc_mean"] if row else None
+
+
+def representations(results: Results) -> list[str]:
+    """Representations with a finished cell, in the order of the catalogue."""
+    found = {name for layer_set in layer_sets(results) for name in rows_of(results, layer_set)}
+    return [name for name in CHOICES if name in found]
+
+
+def best_representation(results: Results) -> str:
+    """The one of the highest test accuracy with all layers; of whatever layer set there is, if that is
+    not there.
+    """
+    sets = layer_sets(results)
+    layer_set = "all_layers" if "all_layers" in sets else sets[0]
+    return max(rows_of(results, layer_set), key=lambda name: accuracy_of(results, layer_set, name))
+
+
+def accuracy_rows(results: Results) -> Rows:
+    """Test accuracy of every cell of the table with its 95 % interval for new examples and runs."""
+    known = (results.get("inference") or {}).get("accuracies", {})
+    found = []
+    for layer_set in layer_sets(results):
+        for name, row in rows_of(results, layer_set).items():
+            entry = known.get(f"{layer_set}_{name}")
+            low, high = entry["interval"] if entry else (None, None)
+            found.append(
+                {
+                    "layer_set": layer_set,
+                    "representation": name,
+                    "accuracy": accuracy_of(results, layer_set, name),
+                    "low": low,
+                    "high": high,
+                    "std_over_runs": row["test_acc_std"],
+                }
+            )
+    return found
+
+
+def main_comparison(results: Results) -> Rows:
+    """Entries of all layers against visual only, by size."""
+    for comparison in (results.get("inference") or {}).get("comparisons", []):
+        if (comparison["first"], comparison["second"]) == ("all_layers", "visual_only"):
+            return sorted(comparison["entries"], key=lambda entry: -entry["drop"])
+    return []
+
+
+def drop_rows(results: Results) -> Rows:
+    """All layers minus visual only, the largest first."""
+    return [
+        {
+            "representation": entry["representation"],
+            "drop": entry["drop"],
+            "low": entry["interval"][0],
+            "high": entry["interval"][1],
+            "p_holm": entry["p_holm"],
+            "p_equivalence_holm": entry["p_equivalence_holm"],
+            "margin": entry["margin"],
+        }
+        for entry in main_comparison(results)
+    ]
+
+
+def recalls(record: dict) -> tuple[np.ndarray, np.ndarray]:
+    """Mean recall over runs of each class of the test rows, (C,), NaN for a class without a row; and its
+    number of rows.
+    """
+    counts = np.array(record["test_confusion_matrices"], dtype=float).mean(0)  # (C, C)
+    support = counts.sum(1)
+    return np.divide(
+        counts.diagonal(), support, out=np.full(len(support), np.nan), where=support > 0
+    ), support
+
+
+def class_drop_rows(results: Results) -> Rows:
+    """Recall of each class with all layers and with the visual ones, by representation, from the confusion
+    matrices.
+
+    The interval is Newcombe's for two proportions of the class's test rows: of independent rows and
+    independent predictions, so too wide where both are right about the same rows, and too narrow where rows
+    come in groups.
+    """
+    every, visual = rows_of(results, "all_layers"), rows_of(results, "visual_only")
+    classes, found = list(results.get("label_mapping", {})), []
+    for name in (name for name in representations(results) if name in every and name in visual):
+        (a, support), (b, _) = recalls(every[name]), recalls(visual[name])
+        for number, label in enumerate(classes):
+            if support[number] > 0:
+                low, high = newcombe(a[number], b[number], support[number])
+                found.append(
+                    {
+                        "representation": name,
+                        "class": label,
+                        "test_rows": round(support[number]),
+                        "all_layers": a[number],
+                        "visual_only": b[number],
+                        "drop": a[number] - b[number],
+                        "low": low,
+                        "high": high,
+                    }
+                )
+    return found
+
+
+def newcombe(a: float, b: float, n: float) -> tuple[float, float]:
+    """The 95 % interval of a difference of proportions, each of n (Newcombe 1998, method 10: from Wilson's
+    intervals).
+    """
+    (a_low, a_high), (b_low, b_high) = wilson(a, n), wilson(b, n)
+    return a - b - math.hypot(a - a_low, b_high - b), a - b + math.hypot(a_high - a, b - b_low)
+
+
+def wilson(p: float, n: float, z: float = 1.959964) -> tuple[float, float]:
+    """Wilson's interval of a proportion p of n, at the normal quantile z."""
+    centre, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return (centre - half) / (1 + z * z / n), (centre + half) / (1 + z * z / n)
+
+
+def shortened(names: list[str], length: int = 20) -> list[str]:
+    """Cut the middle out of long names; names that are then alike get their number among all names."""
+    short = [
+        name if len(name) <= length else f"{name[: length // 2 - 1]}…{name[-(length // 2) :]}"
+        for name in names
+    ]
+    return [
+        name if short.count(name) == 1 else f"{name[: length - 5]} ({number})"
+        for number, name in enumerate(short)
+    ]
+
+
+def confusion_rows(results: Results) -> Rows:
+    """Counts summed over the runs, every pair of classes that occurred."""
+    found = []
+    classes = list(results.get("label_mapping", {}))
+    for layer_set in layer_sets(results):
+        for name, record in rows_of(results, layer_set).items():
+            total = np.array(record["test_confusion_matrices"]).sum(0)
+            found += [
+                {
+                    "layer_set": layer_set,
+                    "representation": name,
+                    "true": classes[i],
+                    "predicted": classes[j],
+                    "count": int(total[i, j]),
+                }
+                for i, j in np.argwhere(total)
+            ]
+    return found
+
+
+def shares(record: dict) -> np.ndarray:
+    """Of each true class's test rows, all runs together, the part that was given each class, (C, C); NaN for
+    a class without a row.
+    """
+    total = np.array(record["test_confusion_matrices"], dtype=float).sum(0)
+    support = total.sum(1, keepdims=True)
+    return np.divide(total, support, out=np.full_like(total, np.nan), where=support > 0)
+
+
+def retention_rows(results: Results) -> Rows:
+    """Test accuracy of each layer set over that with all layers."""
+    every = {name: accuracy_of(results, "all_layers", name) for name in rows_of(results, "all_layers")}
+    return [
+        {
+            "representation": name,
+            "layer_set": layer_set,
+            "retention": accuracy_of(results, layer_set, name) / every[name],
+        }
+        for layer_set in layer_sets(results)
+        if layer_set != "all_layers"
+        for name in rows_of(results, layer_set)
+        if every.get(name, 0) > 0
+    ]
+
+
+def gaps_rows(results: Results) -> Rows:
+    """Mean accuracy of each part of the split."""
+    return [
+        {"layer_set": layer_set, "representation": name, **{part: row[f"{part}_acc_mean"] for part in PARTS}}
+        for layer_set in layer_sets(results)
+        if not group_of(layer_set)
+        for name, row in rows_of(results, layer_set).items()
+    ]
+
+
+def scatter_rows(results: Results) -> Rows:
+    """What each cell's accuracy is set against: macro precision and recall, columns and seconds."""
+    return [
+        {
+            "layer_set": layer_set,
+            "representation": name,
+            "accuracy": row["test_acc_mean"],
+            "precision": row["test_precision_mean"],
+            "recall": row["test_recall_mean"],
+            "feature_dim": row["feature_dim"],
+            "trained_dim": row["trained_dim"],
+            "seconds_a_run": row["training_time_mean"],
+        }
+        for layer_set in layer_sets(results)
+        if not group_of(layer_set)
+        for name, row in rows_of(results, layer_set).items()
+    ]
+
+
+def learning_curves_rows(results: Results) -> Rows:
+    """Validation accuracy and training loss of every run and epoch; epochs count from 1."""
+    return [
+        {
+            "layer_set": layer_set,
+            "representation": name,
+            "run": run,
+            "epoch": epoch,
+            "val_acc": value,
+            "train_loss": loss,
+            "best": epoch == curve["best_epoch"],
+        }
+        for layer_set in layer_sets(results)
+        if not group_of(layer_set)
+        for name, row in rows_of(results, layer_set).items()
+        for run, curve in enumerate(row["learning_curves"], 1)
+        for epoch, (value, loss) in enumerate(
+            zip(curve["val_acc_history"], curve["train_loss_history"], strict=True), 1
+        )
+    ]
+
+
+def controls_rows(results: Results) -> Rows:
+    """The null battery: accuracies, and what chance gives."""
+    found = results.get("inference") or {}
+    rows = [
+        {
+            "cell": entry["cell"],
+            "accuracy": entry["accuracy"],
+            "low": entry["interval"][0],
+            "high": entry["interval"][1],
+            "chance": found["chance"],
+            "spread_of_chance": None,
+        }
+        for entry in found.get("controls", [])
+    ]
+    check = found.get("shuffled")
+    return rows + (
+        [
+            {
+                "cell": name,
+                "accuracy": cell["accuracy"],
+                "low": None,
+                "high": None,
+                "chance": cell["expected"],
+                "spread_of_chance": cell.get("spread"),
+            }
+            for name, cell in check["cells"].items()
+        ]
+        if check
+        else []
+    )
+
+
+def audits_rows(results: Results) -> Rows:
+    """Accuracy of the same runs on changed test rows, and the part of predictions that stay."""
+    return [
+        {
+            "audit": entry["audit"],
+            "layer_set": entry["layer_set"],
+            "representation": entry["representation"],
+            "variant": variant,
+            "accuracy": found["test_acc_mean"],
+            "agreement": found["agreement"],
+            "unchanged": entry["test_acc_mean"],
+        }
+        for entry in results.get("audits", [])
+        for variant, found in entry["variants"].items()
+    ]
+
+
+def blocks_rows(results: Results) -> Rows:
+    """Accuracy of every block of the U-Net and kind of attention alone, by representation."""
+    names = [key.removesuffix("_results") for key in results if key.startswith("by_block.")]
+    return [
+        {
+            "block": name.removeprefix("by_block.").rpartition(".")[0],
+            "attention": name.rpartition(".")[2],
+            "representation": representation,
+            "accuracy": row["test_acc_mean"],
+        }
+        for name in names
+        for representation, row in rows_of(results, name).items()
+    ]
+
+
+def scaling_rows(runs: list[Results]) -> Rows:
+    """Accuracy of every cell of every run, what is lost against all layers, and what is retained."""
+    found = []
+    for results in runs:
+        drops = {row["representation"]: row for row in drop_rows(results)}
+        kept = {
+            (row["representation"], row["layer_set"]): row["retention"] for row in retention_rows(results)
+        }
+        for row in accuracy_rows(results):
+            drop_of = drops.get(row["representation"], {}) if row["layer_set"] == "visual_only" else {}
+            found.append(
+                {
+                    "run": results["name"],
+                    "group": results["group"],
+                    "rows": results["data"].get("rows"),
+                    **row,
+                    "drop": drop_of.get("drop"),
+                    "drop_low": drop_of.get("low"),
+                    "drop_high": drop_of.get("high"),
+                    "retention": kept.get((row["representation"], row["layer_set"])),
+                }
+            )
+    return found

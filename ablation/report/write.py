@@ -1,0 +1,280 @@
+"""Writing a report: of one folder, of several beside each other, and of a run that goes on."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ablation.cells import Cell
+from ablation.report.load import Results, load_results, made_from, partial_results
+from ablation.report.page import (
+    data_block,
+    differences_block,
+    failure_block,
+    flat_settings,
+    manifest_block,
+    render_page,
+    render_running_page,
+)
+from ablation.report.tables import (
+    RUNS_NOTE,
+    cell_rows,
+    csv_text,
+    further_rows,
+    joint_rows,
+    latex_table,
+    markdown_table,
+    page_table,
+    page_tables,
+)
+from checkpointing import hash_of, utc_now, write_bytes
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from ablation.report.figures import Drawing
+
+FORMATS = ("html", "png", "pdf", "latex", "csv", "markdown")
+RESOLUTION = 300  # dots an inch
+STAMP = ".report.json"  # what a report was made from, and the hashes of its files
+# Settings in which two runs may differ and yet be joined by a line.
+OWN_SETTINGS = (
+    "dataset",
+    "data_split",
+    "revision",
+    "output_dir",
+    "cache_dir",
+    "cache_features",
+    "device",
+    "representations",
+    "layer_sets",
+    "named_layer_sets",
+    "controls",
+    "classifiers",
+    "audit",
+    "metadata_columns",
+)
+Files = dict[str, bytes]  # content by the path below the folder
+
+
+# --- one folder
+
+
+def write_report(folder: Path, formats: tuple[str, ...] = FORMATS) -> list[Path]:
+    """Write the report of one folder of results; returns the files. Raises InputError if nothing is
+    finished.
+    """
+    from ablation.report.figures import FIGURES
+
+    results = load_results(folder)
+    sections, files = draw_all(FIGURES, results, formats)
+    files |= table_files(results, formats)
+    if "html" in formats:
+        title = f"Visual ablation: {results['dataset']}"
+        blocks = [data_block(results), manifest_block(folder), failure_block(results)]
+        files["report.html"] = render_page([results], title, sections, page_tables(results), blocks)
+    written = write_files(folder, files)
+    remove_earlier(folder, list(FIGURES), files, formats)
+    stamp = {
+        "made_from": results["made_from"],
+        "formats": sorted(formats),
+        "files": {name: hash_of(content) for name, content in files.items()},
+    }
+    write_bytes(folder / STAMP, json.dumps(stamp).encode())
+    return written
+
+
+def table_files(results: Results, formats: tuple[str, ...]) -> Files:
+    """The tables of a run besides those of its figures."""
+    files = {}
+    if "latex" in formats:
+        files["tables/results.tex"] = latex_table(results).encode()
+    if "markdown" in formats:
+        files["tables/results.md"] = markdown_table(results).encode()
+    for name, rows in (("cells", cell_rows(results)), ("further_cells", further_rows(results))):
+        if rows and "csv" in formats:
+            files[f"tables/{name}.csv"] = csv_text(rows).encode()
+    return files
+
+
+def remove_earlier(folder: Path, names: list[str], files: Files, formats: tuple[str, ...]) -> None:
+    """Remove figures and tables of an earlier report that this one does not have."""
+    for name in names:
+        for old in (f"figures/{name}.png", f"figures/{name}.pdf", f"tables/{name}.csv"):
+            if old not in files and old.rpartition(".")[2] in formats:
+                (folder / old).unlink(missing_ok=True)
+
+
+def is_current(folder: Path) -> bool:
+    """True if the whole report is there, as it was written, and made from the folder's present results."""
+    try:
+        stamp = json.loads((folder / STAMP).read_bytes())
+        return (
+            stamp["made_from"] == made_from((folder / "results.json").read_bytes())
+            and stamp["formats"] == sorted(FORMATS)
+            and all(hash_of((folder / name).read_bytes()) == own for name, own in stamp["files"].items())
+        )
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def refresh(
+    folder: Path, header: Results, records: dict[Cell, dict], failures: dict[Cell, str], total: int
+) -> None:
+    """While a run goes on: write the page with its table alone. `total` cells are to be finished."""
+    results = partial_results(header, records, folder, failures)
+    results["name"] = folder.resolve().parent.name
+    results["verdict"] = (
+        f"Running: {len(records)} of {total} cells were finished at {utc_now()}. Figures, intervals and the "
+        "verdict "
+        "are made when the run ends. If that time is long past, it was ended: rerun the same command to "
+        "resume."
+    )
+    (folder / STAMP).unlink(missing_ok=True)
+    title = f"Visual ablation: {results['dataset']}"
+    blocks = [data_block(results), failure_block(results)]
+    write_bytes(folder / "report.html", render_running_page(results, title, page_tables(results), blocks))
+
+
+# --- several folders
+
+
+def write_comparison(folders: list[Path], output: Path, formats: tuple[str, ...] = FORMATS) -> list[Path]:
+    """Write a report of several runs beside each other; returns the files.
+
+    Lines join runs that differ in nothing but the data set and its size.
+    """
+    from ablation.report.figures import COMPARISON_FIGURES
+
+    runs = [load_results(folder) for folder in folders]
+    names = [results["name"] for results in runs]
+    for results, folder in zip(runs, folders, strict=True):
+        if names.count(results["name"]) > 1:
+            results["name"] = str(folder)
+    number_comparable_runs(runs)
+    sections, files = draw_all(COMPARISON_FIGURES, runs, formats)
+    rows = joint_rows(runs)
+    if "html" in formats:
+        cards = [
+            data_block(results) | {"name": f"data{i}", "title": f"Data set of {results['name']}"}
+            for i, results in enumerate(runs)
+        ]
+        title = "Visual ablation: " + ", ".join(results["name"] for results in runs)
+        tables = [page_table("cells", "The tables", RUNS_NOTE, rows)]
+        files["report.html"] = render_page(runs, title, sections, tables, [differences_block(runs), *cards])
+    if "csv" in formats:
+        files["tables/cells.csv"] = csv_text(rows).encode()
+    if "markdown" in formats:
+        text = "\n".join(f"### {results['name']}\n\n{markdown_table(results)}" for results in runs)
+        files["tables/results.md"] = text.encode()
+    if "latex" in formats:
+        files["tables/results.tex"] = "\n".join(latex_table(results) for results in runs).encode()
+    return write_files(output, files)
+
+
+def number_comparable_runs(runs: list[Results]) -> None:
+    """Give each run the number of its `group`: runs of one group have equal settings and different sizes."""
+    groups: list[tuple[str, set]] = []  # what the group's runs share, and their numbers of rows
+    for results in runs:
+        settings = flat_settings(results["settings"])
+        own = {name: value for name, value in settings.items() if name not in OWN_SETTINGS}
+        shared = results["name"]
+        if own:
+            shared = hash_of([own, results.get("label_mapping"), results.get("layer_names")])
+        rows = results["data"].get("rows")
+        fitting = (i for i, (other, sizes) in enumerate(groups) if other == shared and rows not in sizes)
+        number = next(fitting, len(groups))
+        if number == len(groups):
+            groups.append((shared, set()))
+        groups[number][1].add(rows)
+        results["group"] = number
+
+
+# --- figures and files
+
+
+def draw_all(
+    drawings: dict[str, Drawing], results: Any, formats: tuple[str, ...]
+) -> tuple[list[dict], Files]:
+    """The sections of the page and the files of some figures."""
+    sections, files = [], {}
+    for name, drawing in drawings.items():
+        rows, figure = drawing.rows(results), drawing.draw(results)
+        has_table = bool(rows) and "csv" in formats
+        if has_table:
+            files[f"tables/{name}.csv"] = csv_text(rows).encode()
+        if figure is None:
+            continue
+        for kind in ("png", "pdf"):
+            if kind in formats:
+                files[f"figures/{name}.{kind}"] = figure_file(figure, kind)
+        if "html" in formats:
+            table = f" Data: tables/{name}.csv." if has_table else ""
+            sections.append(
+                page_section(name, drawing, figure, scope_of(drawing, results) + drawing.caption + table)
+            )
+    return sections, files
+
+
+def scope_of(drawing: Drawing, results: Any) -> str:
+    """Words before the caption of a figure that shows the first of several splits alone, else ''."""
+    if isinstance(results, list) or drawing.is_of_all_splits:
+        return ""
+    several = (results.get("inference") or {}).get("splits", 1) > 1
+    return "Of the first split. " if several else ""
+
+
+def page_section(name: str, drawing: Drawing, figure: Figure, caption: str) -> dict[str, Any]:
+    """A figure as the page shows it."""
+    from markupsafe import Markup
+
+    return {
+        "name": name,
+        "title": drawing.title,
+        "svg": Markup(inline_svg(figure, name, drawing.title)),
+        "caption": caption,
+        "narrow": drawing.is_narrow,
+        "leads": drawing.leads,
+    }
+
+
+def figure_file(figure: Figure, kind: str) -> bytes:
+    """A figure as PNG or PDF."""
+    import matplotlib
+
+    from ablation.report.style import STYLE
+
+    out = io.BytesIO()
+    metadata = {"CreationDate": None} if kind == "pdf" else {}
+    with matplotlib.rc_context(STYLE):  # which embeds TrueType fonts
+        figure.savefig(out, format=kind, dpi=RESOLUTION, metadata=metadata)
+    return out.getvalue()
+
+
+def inline_svg(figure: Figure, name: str, title: str) -> str:
+    """A figure as an svg element whose text takes the page's colour, and whose ids are its own."""
+    import matplotlib
+
+    from ablation.report.style import INK, PAPER
+
+    out = io.StringIO()
+    with matplotlib.rc_context({"svg.hashsalt": name, "svg.fonttype": "none"}):
+        figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
+    svg = out.getvalue()
+    svg = svg[svg.index("<svg") :].replace(INK, "currentColor").replace(PAPER, "var(--paper)")
+    used = set(re.findall(r'(?:url\(#|href="#)([^")]+)', svg))
+    svg = re.sub(r' id="([^"]+)"', lambda match: match.group(0) if match.group(1) in used else "", svg)
+    svg = re.sub(r'( id="|url\(#|href="#)', rf"\g<1>{name}-", svg)
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.S)
+    # Labels without a colour of their own are black in SVG, so the page's colour is set on the whole element.
+    return re.sub(r"<svg ", f'<svg role="img" aria-label="{title}" fill="currentColor" ', svg, count=1)
+
+
+def write_files(folder: Path, files: Files) -> list[Path]:
+    """Write all files, the page last, when everything that it names is there."""
+    for name, content in sorted(files.items(), key=lambda entry: entry[0] == "report.html"):
+        write_bytes(folder / name, content)
+    return [folder / name for name in files]

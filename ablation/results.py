@@ -1,0 +1,153 @@
+"""Records of finished cells -> results.json and results.txt of an output folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ablation.catalogue import CHOICES, INFERENCE_VERSION, LAYER_SETS, MAIN_COMPARISON
+from ablation.cells import Cell
+from ablation.results_text import results_text
+from ablation.scores import mean_and_std, with_all_scores
+from checkpointing import hash_of, read_json, write_bytes, write_json
+
+if TYPE_CHECKING:
+    from ablation.context import Context, Ledger
+
+log = logging.getLogger("visual_ablation")
+
+AUDIT_KEYS = ("test_acc_mean", "test_acc_std", "test_acc_all_runs", "variants")
+INFERENCE_KEYS = ("inference", "verdict", "inference_made_from")
+
+
+def compare(records: dict[Cell, dict]) -> list[dict[str, Any]]:
+    """One entry for each representation that has both layer sets of the main comparison, matched by name.
+
+    It has the test accuracies, the drop and the share that is retained. `drop` is the first set's accuracy
+    minus the second's, a fraction; `drop_std` is its std over runs of the same seed: training noise, not the
+    uncertainty of the test set. An accuracy is None where a layer set was not run.
+    """
+    table = []
+    for representation in CHOICES:
+        by_set = {layer_set: records.get(Cell(representation, layer_set)) for layer_set in LAYER_SETS}
+        first, second = by_set[MAIN_COMPARISON.first], by_set[MAIN_COMPARISON.second]
+        if first is None or second is None:
+            continue
+        a, b = np.array(first["test_acc_all_runs"]), np.array(second["test_acc_all_runs"])
+        drop, drop_std = mean_and_std(a - b)
+        entry: dict[str, Any] = {"representation": representation}
+        for layer_set, record in by_set.items():
+            entry[layer_set] = record["test_acc_mean"] if record else None
+            entry[f"{layer_set}_std"] = record["test_acc_std"] if record else None
+        retention = float(b.mean() / a.mean()) if a.mean() > 0 else None
+        table.append(entry | {"drop": drop, "drop_std": drop_std, "retention": retention})
+    return table
+
+
+def collect(
+    records: dict[Cell, dict], failures: dict[Cell, str], skipped: dict[Cell, str], header: dict[str, Any]
+) -> dict[str, Any]:
+    """The content of results.json.
+
+    `header` says what was run on what. `failures` and `skipped` map cells to their error or reason, a line
+    each.
+    """
+    records = {cell: with_all_scores(record) for cell, record in records.items()}
+    results = dict(header)
+    layer_sets = dict.fromkeys([*LAYER_SETS, *(cell.layer_set for cell in records if cell.is_plain)])
+    for layer_set in layer_sets:
+        cells = [Cell(name, layer_set) for name in CHOICES]
+        rows = [records[cell] for cell in cells if cell in records]
+        if rows or layer_set in (MAIN_COMPARISON.first, MAIN_COMPARISON.second):
+            results[f"{layer_set}_results"] = rows
+    further = [cell for cell in records if not cell.is_plain and not cell.audit]
+    audits = [cell for cell in records if cell.audit]
+    results["comparison"] = compare(records)
+    results["further_cells"] = [{**records[cell], **cell.identified()} for cell in further]
+    results["audits"] = [
+        {**cell.identified(), **{key: records[cell][key] for key in AUDIT_KEYS}} for cell in audits
+    ]
+    results["failed_cells"] = [{**cell.identified(), "error": error} for cell, error in failures.items()]
+    results["skipped_cells"] = [{**cell.identified(), "reason": reason} for cell, reason in skipped.items()]
+    return results
+
+
+def save_results(context: Context, ledger: Ledger) -> str:
+    """Write results.json and results.txt of every current cell in the folder. Returns the text.
+
+    Cells that an earlier command reported as failed or skipped stay reported.
+    """
+    store = context.store
+    states = {cell: store.state(cell.name, inputs) for cell, inputs in ledger.inputs.items()}
+    records = {cell: state.record for cell, state in states.items() if state.kind == "done" and state.record}
+    left_out = [cell.name for cell, state in states.items() if state.kind == "stale"]
+    if left_out:
+        log.warning(f"left out of the results, made with other settings: {', '.join(left_out)}")
+    skipped = {
+        cell: reason
+        for cell, reason in earlier_entries(store.folder, "skipped_cells", "reason").items()
+        if cell not in ledger.inputs
+    }
+    failed = {
+        cell: error
+        for cell, error in earlier_entries(store.folder, "failed_cells", "error").items()
+        if cell not in records
+    }
+    header = header_of(context) | inference_of(context, records)
+    results = collect(records, failed | ledger.failures, skipped | ledger.skipped, header)
+    text = results_text(results)
+    write_json(store.folder / "results.json", results, indent=2)
+    write_bytes(store.folder / "results.txt", text.encode())
+    return text
+
+
+def header_of(context: Context) -> dict[str, Any]:
+    """The top of results.json: what was run on what."""
+    data, settings = context.data, context.settings
+    summary = data.summary()
+    return {
+        "dataset": settings.dataset,
+        "num_runs": settings.training.num_runs,
+        "layer_names": data.layers.names,
+        "num_classes": len(data.classes),
+        "num_all_layers": len(data.layers),
+        "num_visual_layers": summary["layers"]["attn1"],
+        "num_text_layers": summary["layers"]["attn2"],
+        "label_mapping": {str(name): index for index, name in enumerate(data.classes)},
+        "splits_overlap": data.split.overlap,
+        "data": {"identity": data.files.identity, **summary},
+        "settings": dataclasses.asdict(settings),
+    }
+
+
+def inference_of(context: Context, records: dict[Cell, dict]) -> dict[str, Any]:
+    """`inference` and `verdict`: those of results.json if they were made from the same predictions, else new
+    ones.
+    """
+    settings, data = context.settings, context.data
+    kind, overlap = settings.split[0], data.split.overlap
+    groups = None if data.groups is None else hash_of(data.groups)
+    predictions = {cell.name: record["predictions_hash"] for cell, record in records.items()}
+    made_from = hash_of([INFERENCE_VERSION, settings.margin, kind, overlap, groups, predictions])
+    old = read_json(context.store.folder / "results.json")
+    kept = {key: old.get(key) for key in INFERENCE_KEYS}
+    if kept["inference_made_from"] == made_from and old.get("inference_check") == hash_of(kept):
+        return kept | {"inference_check": old["inference_check"]}
+    from ablation.inference import infer  # scipy.stats takes a second to import
+    from ablation.verdict import verdict
+
+    arrays = {cell: context.store.load_predictions(cell.name) for cell in records}
+    inference = {} if overlap else infer(arrays, data.groups, settings.margin, kind)
+    made = dict(zip(INFERENCE_KEYS, (inference, verdict(inference), made_from), strict=True))
+    return made | {"inference_check": hash_of(made)}
+
+
+def earlier_entries(folder: Path, key: str, text: str) -> dict[Cell, str]:
+    """What an earlier command reported under a key of results.json: cells, and the field `text` of each."""
+    entries = read_json(folder / "results.json").get(key, [])
+    by_cell = {Cell.named(entry["cell"]): entry[text] for entry in entries}
+    return {cell: reported for cell, reported in by_cell.items() if cell is not None}

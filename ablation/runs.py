@@ -1,0 +1,120 @@
+"""One cell and its audits: columns, trained runs, record, files."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any, NamedTuple
+
+from ablation.catalogue import REPRESENTATIONS
+from ablation.cells import Cell
+from ablation.collection import View
+from ablation.context import Context
+from ablation.features import Features, refuse_non_finite_features
+from ablation.fingerprints import data_settings
+from ablation.log import Progress, end_if_stopped
+from ablation.mlp import Listener, Run, Task, TrainedRuns
+from ablation.provenance import made_on
+from ablation.scores import audit_record, cell_record, prediction_arrays, run_scores, variant_arrays
+from ablation.splits import PARTS
+from ablation.training import train_runs
+
+log = logging.getLogger("visual_ablation")
+
+
+class PreparedCells(NamedTuple):
+    """A trained cell and its audits, ready for training: what is learned, and how far each audit moved the
+    features.
+    """
+
+    cell: Cell
+    view: View
+    task: Task
+    changes: dict[str, dict[str, dict[str, float]]]  # audit -> variant -> largest and rms
+
+
+def prepare_cells(context: Context, cells: list[Cell], features: Features) -> PreparedCells:
+    """The columns of cells that share their trained runs. Raises ValueError if a feature is not finite."""
+    cell = cells[0].trained
+    audits = [features.audits[audited.audit] for audited in cells if audited.audit]
+    view = context.view_of(cell)
+    with context.clock("features"), Progress(None, f"computing {cell.representation}"):
+        x, changed = features.columns_of(cell, audits, view)
+        refuse_non_finite_features(x, cell, context.data)
+        changes = {audit.name: audit.changes(x, changed[audit.name], view.split.train) for audit in audits}
+    if REPRESENTATIONS[cell.representation].fitted:  # such a representation reads the weights only now
+        context.data.files.refuse_changes()
+    extra = {
+        f"{audit.name} {variant}": changed[audit.name][audit.positions(variant, view.split.test)]
+        for audit in audits
+        for variant in audit.variants
+    }
+    task = Task(x, view.labels, view.split, len(context.data.classes), extra)
+    return PreparedCells(cell, view, task, changes)
+
+
+def train_cell(context: Context, prepared: PreparedCells) -> TrainedRuns:
+    """Train the runs of a cell, with a line in the log for each run."""
+    cell, task, settings = prepared.cell, prepared.task, context.settings.training
+    labels = prepared.view.labels_by_part()
+    count = 1 if cell.own_classifier else settings.num_runs
+
+    def on_run(run: Run, number: int) -> None:
+        scores, _ = run_scores(labels, run, task.num_classes)
+        log.info(
+            f"Run {number}/{count}: Train={scores['train_acc']:.4f}, Val={scores['val_acc']:.4f}, "
+            f"Test={scores['test_acc']:.4f}, Time={run.seconds:.1f}s"
+        )
+        progress.advance()
+
+    def on_epoch(run: Run) -> None:
+        end_if_stopped()
+        progress.note = f"epoch {len(run.train_loss)} of the run with seed {run.seed}"
+
+    with Progress(count, "runs") as progress:
+        if cell.own_classifier:
+            from ablation.classifiers import TRAINERS
+
+            return TRAINERS[cell.own_classifier](task, Listener(on_run))
+        return train_runs(task, settings, context.device, Listener(on_run, on_epoch))
+
+
+def save_cell(
+    context: Context, cell: Cell, prepared: PreparedCells, trained: TrainedRuns, inputs: dict[str, Any]
+) -> dict[str, Any]:
+    """Log and save the result of a cell or of an audit; `inputs` are what its numbers depend on. Returns its
+    record.
+    """
+    task, view, data = prepared.task, prepared.view, context.data
+    sizes = {"num_layers": len(data.layers.positions(cell.layer_set)), "feature_dim": task.features.shape[1]}
+    record = cell_record(cell, trained, view, task.num_classes, sizes)
+    arrays = prediction_arrays(trained, view)
+    if cell.audit:
+        changes = prepared.changes[cell.audit]
+        record |= audit_record(cell, trained, view.labels[view.split.test], changes)
+        arrays |= variant_arrays(cell, trained, changes)
+        log.info(f"Audit {cell.audit}: {audit_line(record)}")
+    else:
+        log.info(f"Results: {result_line(record)}")
+    record |= {"asked": data_settings(context.settings, cell), "made_on": made_on(context.device)}
+    context.store.save(cell.name, record, arrays, inputs)
+    return record
+
+
+def result_line(record: dict[str, Any]) -> str:
+    """Accuracies of a cell, for the log."""
+    accuracies = [f"{part.title()}={mean_and_std(record, f'{part}_acc')}" for part in PARTS]
+    epoch, columns = record["best_epoch_mean"], record["trained_dim"]
+    return f"{', '.join(accuracies)}, best epoch {epoch:.0f}, {columns} columns trained"
+
+
+def audit_line(record: dict[str, Any]) -> str:
+    """Test accuracies of an audit, for the log."""
+    variants = [
+        f"{variant}={mean_and_std(scores, 'test_acc')}" for variant, scores in record["variants"].items()
+    ]
+    return ", ".join([f"Test={mean_and_std(record, 'test_acc')}", *variants])
+
+
+def mean_and_std(scores: dict[str, Any], key: str) -> str:
+    """Mean and std over the runs, as 0.1234±0.0123."""
+    return f"{scores[f'{key}_mean']:.4f}±{scores[f'{key}_std']:.4f}"

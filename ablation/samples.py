@@ -1,0 +1,178 @@
+"""The saved predictions of cells -> whether each run was right on each test row, split by split."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import scipy.stats
+
+from ablation.catalogue import group_of
+from ablation.cells import Cell
+from ablation.estimators import (
+    LEVEL,
+    SplitRows,
+    StandardError,
+    binomial_error,
+    chance_level,
+    difference,
+    difference_over_splits,
+    standard_error,
+    standard_error_over_splits,
+)
+
+Predictions = dict[Cell, dict[str, np.ndarray]]  # of each cell the arrays of its predictions/<cell>.npz
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What a cell's runs made of the test rows, by the name of the split.
+
+    `right` (R, n) says whether each run was right on each of the test rows `rows` (n,). `ratio` is that of
+    test to training rows, `groups` (N,) are those of the data set's rows.
+    """
+
+    right: dict[str, np.ndarray]
+    rows: dict[str, np.ndarray]
+    ratio: float
+    chance: float
+    groups: np.ndarray | None
+
+    def shared_splits(self, other: Sample) -> list[str]:
+        """Splits in which both have the same number of runs and the same test rows."""
+        return [
+            split
+            for split, right in self.right.items()
+            if split in other.right
+            and right.shape == other.right[split].shape
+            and np.array_equal(self.rows[split], other.rows[split])
+        ]
+
+    def groups_on(self, split: str) -> np.ndarray | None:
+        """The groups of a split's test rows."""
+        return None if self.groups is None else self.groups[self.rows[split]]
+
+    def split_rows(self, splits: Iterable[str]) -> SplitRows:
+        """The rows behind some of the splits."""
+        return SplitRows([self.rows[split] for split in splits], self.ratio, self.groups)
+
+    def minus(self, other: Sample, margin: float) -> dict[str, Any] | None:
+        """The difference of the two accuracies; None if the samples share no split."""
+        splits = self.shared_splits(other)
+        if not splits:
+            return None
+        first = [self.right[split] for split in splits]
+        second = [other.right[split] for split in splits]
+        if len(splits) == 1:
+            return difference(first[0], second[0], margin, self.groups_on(splits[0]))
+        return difference_over_splits(first, second, margin, self.split_rows(splits))
+
+    def standard_error_of(self, D: dict[str, np.ndarray]) -> StandardError:
+        """The standard error of the mean of D[split] (R, n) over splits, runs and examples."""
+        if len(D) == 1:
+            ((split, only),) = D.items()
+            return standard_error(only, self.groups_on(split))
+        return standard_error_over_splits(list(D.values()), self.split_rows(D))
+
+    @property
+    def accuracy(self) -> dict[str, Any]:
+        """Mean accuracy, its 95 % interval for new examples and runs, and two errors that are often confused.
+
+        The interval is not shorter than Wilson's. `p_above_chance` is that of a one-sided t test.
+        `binomial_error` is that of the mean accuracy on n independent examples, `seeds_std` the std over the
+        runs: where the std is smaller, an interval over seeds is narrower than the test set allows.
+        """
+        right = {split: hits.astype(np.float64) for split, hits in self.right.items()}
+        spread = self.standard_error_of(right)
+        mean = float(np.mean([hits.mean() for hits in right.values()]))
+        R, n = next(iter(right.values())).shape
+        low, high = mean - spread.half_width, mean + spread.half_width
+        if self.groups is None:  # near 0 and 1 a t interval from few errors is too short
+            test = scipy.stats.binomtest(round(mean * spread.units), spread.units)
+            wilson = test.proportion_ci(1 - LEVEL, method="wilson")
+            low, high = min(low, wilson.low), max(high, wilson.high)
+        error, seeds_std = (
+            binomial_error(mean, n),
+            float(np.mean([hits.mean(1).std() for hits in right.values()])),
+        )
+        is_known = spread.error < math.inf
+        above = float(scipy.stats.t.sf((mean - self.chance) / spread.error, spread.dof)) if is_known else 1.0
+        return {
+            "accuracy": mean,
+            "interval": (max(0.0, low), min(1.0, high)),
+            "binomial_error": error,
+            "p_above_chance": above,
+            "standard_error": spread.error if is_known else None,
+            "splits": len(right),
+            "seeds_std": seeds_std if R > 1 else None,
+            "seeds_narrower_than_test_set": R > 1 and seeds_std < error,
+        }
+
+
+# --- from predictions to samples
+
+
+def samples_of(predictions: Predictions, groups: np.ndarray | None) -> dict[str, dict[Cell, Sample]]:
+    """Samples by kind of split ('' for the first split) and by cell; the cells are named without their split.
+
+    The draws of random_half are joined into one sample, run by run and example by example.
+    """
+    arrays: dict[str, dict[Cell, dict[str, dict[str, np.ndarray]]]] = {}
+    for cell, of_cell in predictions.items():
+        by_cell = arrays.setdefault(cell.split.rstrip("0123456789"), {})
+        by_cell.setdefault(cell._replace(split=""), {})[cell.split] = of_cell
+    samples = {
+        kind: {cell: sample_of(splits, groups) for cell, splits in cells.items()}
+        for kind, cells in arrays.items()
+    }
+    for by_cell in samples.values():
+        join_random_halves(by_cell)
+    return samples
+
+
+def sample_of(splits: dict[str, dict[str, np.ndarray]], groups: np.ndarray | None) -> Sample:
+    """The sample of a cell from its predictions in several splits."""
+    ratios = [len(arrays["test_rows"]) / len(arrays["train_rows"]) for arrays in splits.values()]
+    chances = [chance_level(arrays["test_labels"]) for arrays in splits.values()]
+    return Sample(
+        right={
+            split: arrays["test_predictions"] == arrays["test_labels"] for split, arrays in splits.items()
+        },
+        rows={split: arrays["test_rows"] for split, arrays in splits.items()},
+        ratio=float(np.mean(ratios)),
+        chance=float(np.mean(chances)),
+        groups=groups,
+    )
+
+
+def join_random_halves(samples: dict[Cell, Sample]) -> None:
+    """Add for each representation the mean over the draws of random_half."""
+    draws: dict[Cell, list[Sample]] = {}
+    for cell, sample in samples.items():
+        if group_of(cell.layer_set) == "random_half":
+            draws.setdefault(cell._replace(layer_set="random_half"), []).append(sample)
+    for cell, halves in draws.items():
+        first = halves[0]
+        splits = [
+            split for split in first.right if all(split in first.shared_splits(half) for half in halves)
+        ]
+        if splits:
+            right = {split: np.mean([half.right[split] for half in halves], axis=0) for split in splits}
+            samples[cell] = replace(first, right=right)
+
+
+def join_first_split(samples: dict[str, dict[Cell, Sample]], kind: str) -> dict[str, dict[Cell, Sample]]:
+    """Put the first split, whose name is '', together with the further splits of its kind."""
+    first, further = samples.get("", {}), samples.get(kind, {})
+
+    def joined(cell: Cell, sample: Sample) -> Sample:
+        if cell not in further:
+            return sample
+        more = further[cell]
+        return replace(sample, right=sample.right | more.right, rows=sample.rows | more.rows)
+
+    others = {other: cells for other, cells in samples.items() if other not in ("", kind)}
+    return others | {kind: {cell: joined(cell, sample) for cell, sample in first.items()}}

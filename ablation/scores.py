@@ -1,0 +1,194 @@
+"""Predictions -> confusion counts -> scores -> the record of a finished cell.
+
+A trained run hands over predictions. How they are counted and what a score means stands here and nowhere
+else. C classes, R runs.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ablation.cells import Cell
+
+if TYPE_CHECKING:
+    from ablation.collection import View
+    from ablation.mlp import Run, TrainedRuns
+
+SCORED_PARTS = ("val", "test")
+SCORES = ("acc", "f1", "precision", "recall")  # of each scored part, in the records and in results.json
+
+
+def confusion_matrix(labels: np.ndarray, predictions: np.ndarray, num_classes: int) -> np.ndarray:
+    """Counts (C, C): rows are true classes, columns predicted classes, all C of them whether they occur or
+    not.
+    """
+    counts = np.bincount(labels * num_classes + predictions, minlength=num_classes**2)
+    return counts.reshape(num_classes, num_classes)
+
+
+def scores(confusion: np.ndarray) -> dict[str, float]:
+    """Accuracy, and the macro averages of F1, precision and recall, as fractions, from counts (C, C).
+
+    Averages run over the classes that occur among the labels or the predictions; a ratio 0/0 counts as 0
+    (scikit-learn's macro average with zero_division=0).
+    """
+    true, predicted, hits = confusion.sum(1), confusion.sum(0), np.diag(confusion)
+    occurs = (true + predicted) > 0
+
+    def macro(numerator, denominator) -> float:
+        ratios = np.divide(numerator, denominator, out=np.zeros(len(numerator)), where=denominator > 0)
+        return float(ratios[occurs].mean()) if occurs.any() else 0.0
+
+    return {
+        "acc": float(hits.sum() / confusion.sum()),
+        "f1": macro(2 * hits, true + predicted),
+        "precision": macro(hits, predicted),
+        "recall": macro(hits, true),
+    }
+
+
+def part_scores(confusions: dict[str, np.ndarray]) -> dict[str, float]:
+    """SCORES of each scored part (`test_acc`, ...) from its confusion counts."""
+    by_part = {part: scores(confusions[part]) for part in SCORED_PARTS}
+    return {f"{part}_{score}": by_part[part][score] for score in SCORES for part in SCORED_PARTS}
+
+
+def run_scores(
+    labels: dict[str, np.ndarray], run: Run, num_classes: int
+) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+    """A run's scores (`train_acc`, and SCORES of val and test) and its confusion counts by part.
+
+    `labels` has the class numbers of the rows of each part.
+    """
+    confusions = {part: confusion_matrix(labels[part], run.predictions[part], num_classes) for part in labels}
+    return {"train_acc": scores(confusions["train"])["acc"], **part_scores(confusions)}, confusions
+
+
+def mean_and_std(values) -> tuple[float, float]:
+    """Mean and population std over the runs (0 for one run)."""
+    return float(np.mean(values)), float(np.std(values))
+
+
+# --- the record of a cell
+
+
+def cell_record(
+    cell: Cell, trained: TrainedRuns, view: View, num_classes: int, sizes: dict[str, int]
+) -> dict[str, Any]:
+    """The record of a finished cell under the origin's keys. `sizes` has num_layers and feature_dim."""
+    labels = view.labels_by_part()
+    per_run, confusions = [], []
+    for number, run in enumerate(trained.runs, 1):
+        scores_of_run, counts = run_scores(labels, run, num_classes)
+        timing = {"training_time": run.seconds, "best_epoch": run.best_epoch}
+        per_run.append({"run": number, **scores_of_run, **timing, "feature_dim": sizes["feature_dim"]})
+        confusions.append(counts)
+    record: dict[str, Any] = {
+        "representation": f"{cell.representation}_{cell.layer_set}",
+        "num_layers": sizes["num_layers"],
+        "feature_dim": sizes["feature_dim"],
+        "trained_dim": trained.trained_dim,
+        **summaries(per_run),
+        "training_time_total": sum(run["training_time"] for run in per_run),
+        "per_run_results": per_run,
+        "learning_curves": [learning_curve(run) for run in trained.runs],
+    }
+    for part in SCORED_PARTS:
+        record[f"{part}_confusion_matrices"] = [counts[part].tolist() for counts in confusions]
+    for part in labels:
+        record[f"{part}_acc_all_runs"] = [run[f"{part}_acc"] for run in per_run]
+    return record
+
+
+def summaries(per_run: list[dict]) -> dict[str, float]:
+    """`<key>_mean` and `<key>_std` over the runs for every score, the time and the best epoch."""
+    summary = {}
+    for key in (key for key in per_run[0] if key not in ("run", "feature_dim")):
+        summary[f"{key}_mean"], summary[f"{key}_std"] = mean_and_std([run[key] for run in per_run])
+    return summary
+
+
+def learning_curve(run: Run) -> dict[str, Any]:
+    """A run's history by epoch."""
+    return {
+        "val_acc_history": run.val_accuracy,
+        "train_loss_history": run.train_loss,
+        "learning_rate_history": run.learning_rate,
+        "best_epoch": run.best_epoch,
+    }
+
+
+def with_all_scores(record: dict[str, Any]) -> dict[str, Any]:
+    """The record with every score of SCORES, also of one that is newer than the record.
+
+    Val and test scores are derived from the confusion counts, so a new metric needs no new run.
+    """
+    if all(f"{part}_{score}_mean" in record for part in SCORED_PARTS for score in SCORES):
+        return record
+    per_run = []
+    for number, run in enumerate(record["per_run_results"]):
+        counts = {part: np.array(record[f"{part}_confusion_matrices"][number]) for part in SCORED_PARTS}
+        per_run.append({**part_scores(counts), **run})
+    return {**record, **summaries(per_run), "per_run_results": per_run}
+
+
+# --- predictions
+
+
+def stacked_predictions(trained: TrainedRuns, part: str) -> np.ndarray:
+    """Predictions (R, n) of a part of the rows."""
+    return np.stack([run.predictions[part] for run in trained.runs]).astype(np.int32)
+
+
+def prediction_arrays(trained: TrainedRuns, view: View) -> dict[str, np.ndarray]:
+    """For predictions/<cell>.npz: of each part the row numbers (n,), class numbers (n,) and predictions (R,
+    n).
+    """
+    arrays = {}
+    for part, labels in view.labels_by_part().items():
+        arrays[f"{part}_rows"] = view.split.rows(part)
+        arrays[f"{part}_labels"] = labels.astype(np.int32)
+        arrays[f"{part}_predictions"] = stacked_predictions(trained, part)
+    arrays["seeds"] = np.array([run.seed for run in trained.runs])
+    return arrays
+
+
+# --- audits
+
+
+def audit_record(
+    cell: Cell, trained: TrainedRuns, test_labels: np.ndarray, changes: dict[str, dict[str, float]]
+) -> dict[str, Any]:
+    """What an audit adds to the record of the runs that it scores: test accuracies on each variant of the
+    test rows.
+
+    `changes` has by variant how far the features moved. `agreement` is the share of test predictions that
+    stay the same.
+    """
+    predictions = [run.predictions for run in trained.runs]
+
+    def of_variant(variant: str, change: dict[str, float]) -> dict[str, Any]:
+        changed = [of_run[f"{cell.audit} {variant}"] for of_run in predictions]
+        accuracies = [float(np.mean(classes == test_labels)) for classes in changed]
+        mean, std = mean_and_std(accuracies)
+        same = [np.mean(a == of_run["test"]) for a, of_run in zip(changed, predictions, strict=True)]
+        return {
+            "test_acc_mean": mean,
+            "test_acc_std": std,
+            "test_acc_all_runs": accuracies,
+            "change": change,
+            "agreement": float(np.mean(same)),
+        }
+
+    variants = {variant: of_variant(variant, change) for variant, change in changes.items()}
+    return {"audit": cell.audit, "layer_set": cell.layer_set, "variants": variants}
+
+
+def variant_arrays(cell: Cell, trained: TrainedRuns, variants) -> dict[str, np.ndarray]:
+    """What an audit adds to predictions/<cell>.npz: predictions (R, n) of each variant of the test rows."""
+    return {
+        f"{variant}_predictions": stacked_predictions(trained, f"{cell.audit} {variant}")
+        for variant in variants
+    }

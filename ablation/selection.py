@@ -1,0 +1,80 @@
+"""Which cells a run has, in which order, and which of them a data set has something for."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+from ablation.catalogue import CONTROL_SETS, METADATA_COLUMNS, REPRESENTATIONS
+from ablation.cells import Cell, cells_of
+from ablation.controls import control_cells
+from ablation.layers import expand_layer_sets
+from ablation.settings import InputError, Settings
+from ablation.splits import split_names
+
+if TYPE_CHECKING:
+    from ablation.collection import LoraCollection
+
+log = logging.getLogger("visual_ablation")
+
+
+def list_cells(settings: Settings, layer_sets: list[str]) -> list[Cell]:
+    """Every cell that the settings ask for, the table first.
+
+    `layer_sets` are those of the settings with groups expanded (`layers.expand_layer_sets`).
+    """
+    table = cells_of(layer_sets, settings.representations)
+    further = [cell._replace(split=split) for split in split_names(settings) if split for cell in table]
+    classified = [
+        cell._replace(classifier=classifier)
+        for classifier in settings.classifiers
+        for cell in table + further
+        if not cell.own_classifier
+    ]
+    audited = cells_of(layer_sets, settings.representations, settings.audit)
+    return audited + further + classified + control_cells(settings, layer_sets)
+
+
+def possible_cells(settings: Settings, data: LoraCollection) -> tuple[list[Cell], dict[Cell, str]]:
+    """The cells that can be computed from this data set, and for each other cell the reason why not.
+
+    Raises InputError if no cell is left, or if a module that is needed cannot be multiplied.
+    """
+    if "gauge" in settings.audit:
+        data.layers.check_modules()
+    requested = list_cells(
+        settings, expand_layer_sets(settings.layer_sets, data.layers.names, settings.random_halves)
+    )
+    skipped = {cell: reason for cell in requested if (reason := why_impossible(cell, data))}
+    for reason in dict.fromkeys(skipped.values()):
+        names = ", ".join(cell.name for cell, cause in skipped.items() if cause == reason)
+        log.info(f"Skipped, {reason}: {names}")
+    cells = [cell for cell in requested if cell not in skipped]
+    if not cells:
+        reason = next(iter(skipped.values()))
+        raise InputError(f"nothing can be computed: {reason}; choose other --representations or --layer-sets")
+    return cells, skipped
+
+
+def why_impossible(cell: Cell, data: LoraCollection) -> str:
+    """Why a cell cannot be computed from this data set, or '' if it can."""
+    spec = REPRESENTATIONS[cell.representation]
+    if spec.source == "module":
+        unpaired = data.layers.without_partner(cell.layer_set)
+        if unpaired:
+            return (
+                f"{len(unpaired)} layers of {cell.layer_set} are there without the other half of their "
+                "module, "
+                f"such as '{unpaired[0]}'"
+            )
+    if data.num_rows > spec.max_rows:
+        return f"for at most {spec.max_rows:,} rows, the data set has {data.num_rows:,}"
+    if spec.source == "row" and not data.metadata:
+        names = ", ".join(METADATA_COLUMNS)
+        return f"the data set has no numeric column {names}; --metadata-columns names others"
+    if spec.source == "row" and not data.metadata_varies:
+        return f"{', '.join(data.metadata)} are the same for all training rows"
+    is_empty = cell.layer_set in CONTROL_SETS and not data.layers.positions(cell.layer_set)
+    if is_empty and spec.source != "row":
+        return f"the data set has no layer of {cell.layer_set}"
+    return ""

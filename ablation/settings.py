@@ -1,0 +1,309 @@
+"""Every setting of the experiment: name, type, default, unit and range in one place, checked where it
+enters.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ablation.catalogue import (
+    AUDITS,
+    CHOICES,
+    CLASSIFIERS,
+    CONTROL_SETS,
+    CONTROLS,
+    DATASET_NAMES,
+    GROUP_COLUMN,
+    LAYER_SET_GROUPS,
+    LAYER_SETS,
+    METADATA_COLUMNS,
+    NINE,
+    REPRESENTATION_GROUPS,
+    REPRESENTATIONS,
+    SPLITS,
+)
+
+
+class InputError(Exception):
+    """Bad input or settings. The message is one line that names the value, the choice and the remedy.
+
+    It ends the program with exit status 2.
+    """
+
+
+@dataclass(frozen=True)
+class Range:
+    """An interval of numbers; `open_low` and `open_high` leave out its ends."""
+
+    low: float = -math.inf
+    high: float = math.inf
+    open_low: bool = False
+    open_high: bool = False
+
+    def __contains__(self, value) -> bool:
+        above = value > self.low if self.open_low else value >= self.low
+        return above and (value < self.high if self.open_high else value <= self.high)
+
+    def __str__(self) -> str:
+        if self.high == math.inf:
+            return f"{'above' if self.open_low else 'at least'} {self.low:g}"
+        left, right = "(" if self.open_low else "[", ")" if self.open_high else "]"
+        return f"in {left}{self.low:g}, {self.high:g}{right}"
+
+
+def setting(default, help: str, allowed: Range | tuple[str, ...] | None = None, groups=None) -> Any:
+    """A dataclass field with its help text and its allowed values.
+
+    `allowed` is a Range, a tuple of choices, or None for any value of the field's type. `groups` maps names
+    to the several choices that each of them stands for.
+    """
+    metadata = {"help": help, "allowed": allowed, "groups": groups or {}}
+    if isinstance(default, dict):
+        return field(default_factory=lambda: dict(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """Everything about training that can change a number in results.json."""
+
+    num_runs: int = setting(10, "runs, with seeds seed .. seed + num_runs - 1", Range(1))
+    seed: int = setting(42, "seed of the first run: initial weights, batch order, dropout", Range(0, 2**31))
+    hidden_dim: int = setting(512, "units in each of the three hidden layers", Range(1))
+    dropout: float = setting(0.5, "probability of zeroing a hidden unit", Range(0, 1, open_high=True))
+    batch_size: int = setting(64, "rows a step (BatchNorm needs two)", Range(2))
+    learning_rate: float = setting(1e-3, "Adam's first learning rate", Range(0, open_low=True))
+    weight_decay: float = setting(1e-4, "L2 penalty added to the gradient", Range(0))
+    max_epochs: int = setting(300, "epochs at most", Range(1))
+    patience: int = setting(15, "epochs without a new best validation accuracy before a run stops", Range(1))
+    trainer: str = setting(
+        "auto",
+        "train one model after another, or all runs as one pack; auto: packed on a GPU, sequential on a CPU",
+        ("auto", "sequential", "packed"),
+    )
+    precision: str = setting(
+        "float32",
+        "arithmetic of the matrix products while training; tf32 needs a GPU",
+        ("float32", "tf32", "bfloat16"),
+    )
+
+    def __post_init__(self):
+        check_fields(self)
+
+    @property
+    def seeds(self) -> list[int]:
+        """One seed for each run."""
+        return list(range(self.seed, self.seed + self.num_runs))
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to read, what to compute, where to put it. `training` holds the rest."""
+
+    dataset: str = setting("digits", f"data set: {DATASET_NAMES}")
+    data_split: str = setting("", "split of the data set to read (default: train, or the only one there is)")
+    revision: str = setting("", "branch, tag or commit of a data set on the Hub")
+    label_column: str = setting(
+        "category_label", "column that holds the class: strings, integers or ClassLabel"
+    )
+    representations: tuple[str, ...] = setting(
+        NINE,
+        f"which to compute; also {', '.join(REPRESENTATION_GROUPS)} for those of a kind",
+        tuple(CHOICES),
+        REPRESENTATION_GROUPS,
+    )
+    layer_sets: tuple[str, ...] = setting(
+        ("all_layers", "visual_only"),
+        f"which to train on: {', '.join([*LAYER_SETS, *LAYER_SET_GROUPS])}, or a name of named_layer_sets",
+    )
+    named_layer_sets: dict = setting(
+        {}, "in a YAML file: a mapping of names to lists of shell patterns on layer names"
+    )
+    random_halves: int = setting(
+        5,
+        "draws of random_half: as many modules of each block as visual_only has, of both kinds",
+        Range(1, 100),
+    )
+    split: tuple[str, ...] = setting(
+        ("random",),
+        "70/10/20 rows: random (the origin's), stratified by class, or grouped (no group of --group-column "
+        "in two "
+        "parts); the tables show the first, further kinds are set beside it",
+        SPLITS,
+    )
+    num_splits: int = setting(
+        1,
+        "splits of each kind, with seeds split_seed .. split_seed + num_splits - 1; each has the same runs",
+        Range(1, 1000),
+    )
+    group_column: str = setting(
+        GROUP_COLUMN, "column of what rows have in common (such as their images), where there is one"
+    )
+    margin: float = setting(
+        0.02,
+        "accuracies that differ by less count as equal in the test of equivalence",
+        Range(0, 1, open_low=True),
+    )
+    audit: tuple[str, ...] = setting(
+        (), "score the trained runs on test rows whose weights are changed", tuple(AUDITS)
+    )
+    controls: tuple[str, ...] = setting(
+        (),
+        "cells that should not read the class as the weights do, or that show what else reads it; also all: "
+        "labels "
+        "shuffled, metadata columns alone, norms of the layers alone, down or up matrices alone",
+        CONTROLS,
+        {"all": CONTROLS},
+    )
+    metadata_columns: tuple[str, ...] = setting(
+        (), f"numeric columns for the metadata control, besides {', '.join(METADATA_COLUMNS)}"
+    )
+    classifiers: tuple[str, ...] = setting(
+        (), "beside the MLP: multinomial logistic regression, gradient boosting", tuple(CLASSIFIERS)
+    )
+    sketch_size: int = setting(16, "rows and columns of product_sketch", Range(1, 64))
+    pca_components: int = setting(128, "components of pca and kernel_pca, at most", Range(1))
+    split_seed: int = setting(42, "seed of the 70/10/20 split", Range(0, 2**32, open_high=True))
+    output_dir: str = setting("visual-ablation-results", "folder that gets visual_ablation_<data set>/")
+    cache_features: bool = setting(True, "keep the computed features on disk")
+    cache_dir: str = setting(".feature_cache", "folder of the feature cache")
+    device: str = setting("auto", "auto (cuda if there is one), cpu, cuda or cuda:N")
+    training: TrainingSettings = field(default_factory=TrainingSettings)
+
+    def __post_init__(self):
+        check_fields(self)
+        check_lists(self)
+        check_named_layer_sets(self.named_layer_sets)
+        check_layer_sets(self)
+        if {"down", "up"} & set(self.controls) and not self.representations_of("layer"):
+            raise InputError(
+                "--controls down and up need one of --representations that describes single layers"
+            )
+        if self.classifiers and all(REPRESENTATIONS[name].classifier for name in self.representations):
+            raise InputError(
+                "--classifiers need one of --representations besides kernel_ridge, which is a classifier "
+                "itself"
+            )
+        for name in ("dataset", "label_column", "output_dir", "cache_dir"):
+            if not getattr(self, name):
+                raise InputError(f"{flag(name)} is empty: give a name")
+
+    def representations_of(self, source: str) -> list[str]:
+        """The chosen representations that describe a "layer", or a "module"."""
+        return [name for name in self.representations if REPRESENTATIONS[name].source == source]
+
+    def width_of(self, representation: str) -> int:
+        """Columns of one layer or module."""
+        if representation == "product_sketch":
+            return self.sketch_size**2
+        return REPRESENTATIONS[representation].width
+
+    def options_of(self, representation: str) -> dict:
+        """The settings that change a representation's numbers."""
+        return {option: getattr(self, option) for option in REPRESENTATIONS[representation].options}
+
+    @property
+    def short_name(self) -> str:
+        """The alias, or the last part of the data set's path; for `.` and the like the folder's own name."""
+        last = self.dataset.rstrip("/").split("/")[-1]
+        if last not in ("", ".", "..", "~"):
+            return last
+        return Path(self.dataset).expanduser().resolve().name or "root"
+
+    @property
+    def output_folder(self) -> Path:
+        """The folder that gets the results of this data set."""
+        return Path(self.output_dir).expanduser() / f"visual_ablation_{self.short_name}"
+
+    @property
+    def cache_folder(self) -> Path | None:
+        """The folder of the feature cache, or None without a cache."""
+        return Path(self.cache_dir).expanduser() if self.cache_features else None
+
+
+def flag(name: str) -> str:
+    """The command-line flag of a setting."""
+    return "--" + name.replace("_", "-")
+
+
+def setting_fields() -> dict[str, dataclasses.Field]:
+    """Every setting by name, in the order of --help."""
+    fields = (*dataclasses.fields(Settings), *dataclasses.fields(TrainingSettings))
+    return {f.name: f for f in fields if f.name != "training"}
+
+
+# --- checks
+
+
+def check_fields(settings: Settings | TrainingSettings) -> None:
+    """Raise InputError unless every field of the dataclass has an allowed value."""
+    for f in dataclasses.fields(settings):
+        allowed, value = f.metadata.get("allowed"), getattr(settings, f.name)
+        if isinstance(allowed, Range) and not (math.isfinite(value) and value in allowed):
+            raise InputError(
+                f"{flag(f.name)} {value} is out of range: use a value {allowed} ({f.metadata['help']})"
+            )
+        if isinstance(allowed, tuple):
+            for choice in value if isinstance(value, tuple) else (value,):
+                if choice not in allowed:
+                    choices = ", ".join([*f.metadata["groups"], *allowed])
+                    raise InputError(f"unknown {flag(f.name)} '{choice}': use {choices}")
+
+
+def check_lists(settings: Settings) -> None:
+    """Raise InputError for a list that names a choice twice, or that is empty and must not be."""
+    for f in dataclasses.fields(settings):
+        chosen = getattr(settings, f.name)
+        if not isinstance(chosen, tuple):
+            continue
+        if len(set(chosen)) < len(chosen):
+            raise InputError(f"{flag(f.name)} names one twice: {' '.join(chosen)}")
+        if not chosen and f.name in ("representations", "layer_sets", "split"):
+            raise InputError(f"{flag(f.name)} names nothing")
+
+
+def check_named_layer_sets(named: Mapping[str, tuple[str, ...]]) -> None:
+    """Raise InputError unless each name can stand in a file's name and has at least one pattern."""
+    taken = [*LAYER_SETS, *LAYER_SET_GROUPS, *CONTROL_SETS]
+    for name, patterns in named.items():
+        if not re.fullmatch(r"[A-Za-z][A-Za-z0-9-]*(_[A-Za-z0-9-]+)*", name) or name in taken:
+            raise InputError(
+                f"named_layer_sets: '{name}' is no name for a layer set: use letters, digits, - and _, and "
+                "none of " + ", ".join(taken)
+            )
+        if any(name.endswith(f"_{prefix}") for prefix in ambiguous_prefixes()):
+            raise InputError(
+                f"named_layer_sets: the files of '{name}' would be taken for another representation's: "
+                "choose another name"
+            )
+        if not patterns:
+            raise InputError(f"named_layer_sets: '{name}' has no pattern: give a list such as ['*.to_q.*']")
+
+
+def ambiguous_prefixes() -> set[str]:
+    """Prefixes that make one representation's name another's: `simple`, because simple_stats ends with
+    stats.
+    """
+    return {
+        longer.removesuffix(f"_{shorter}")
+        for longer in REPRESENTATIONS
+        for shorter in REPRESENTATIONS
+        if longer.endswith(f"_{shorter}")
+    }
+
+
+def check_layer_sets(settings: Settings) -> None:
+    """Raise InputError for a layer set that neither the catalogue nor the YAML file names."""
+    known = [*LAYER_SETS, *LAYER_SET_GROUPS, *settings.named_layer_sets]
+    for layer_set in settings.layer_sets:
+        if layer_set not in known:
+            raise InputError(
+                f"unknown --layer-sets '{layer_set}': use {', '.join(known)}, "
+                "or name one in named_layer_sets of a --config file"
+            )

@@ -1,0 +1,255 @@
+"""Questions that run nothing: --status and --watch (what is finished), --dry-run (what would run, and what it
+needs).
+"""
+
+from __future__ import annotations
+
+import calendar
+import logging
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from ablation.catalogue import AUDITS, LAYER_SET_GROUPS, METADATA_COLUMNS, REPRESENTATIONS, components_of
+from ablation.cells import Cell
+from ablation.fingerprints import requested_inputs
+from ablation.layers import expand_layer_sets
+from ablation.log import duration
+from ablation.provenance import read_events
+from ablation.results import earlier_entries
+from ablation.selection import list_cells
+from ablation.settings import Settings
+from ablation.survey import Survey, survey
+from checkpointing import ResultStore, State, is_held, read_json
+
+log = logging.getLogger("visual_ablation")
+
+WATCH_SECONDS = 10.0
+METADATA_CELL = Cell("metadata", "no_layers")
+REASONS = {  # why a cell runs or not, in the plan
+    "done": "kept, if the data set has not changed",
+    "missing": "runs: no checkpoint",
+    "damaged": "runs: damaged checkpoint, ",
+    "stale": "stops the run, or runs with --rerun-stale: ",
+}
+
+
+def print_progress_summary(cells: list[Cell], missing: list[Cell]) -> None:
+    """How many cells of each kind are finished, the table's first, and in total."""
+    log.info("PROGRESS SUMMARY")
+    for title in dict.fromkeys(cell.title for cell in sorted(cells, key=lambda cell: not cell.is_plain)):
+        total = sum(cell.title == title for cell in cells)
+        left = sum(cell.title == title for cell in missing)
+        log.info(f"{title + ':':<22}{total - left}/{total} completed, {left} remaining")
+    total = len(cells)
+    done = total - len(missing)
+    log.info(f"{'Total Progress:':<22}{done}/{total} ({100 * done / total:.1f}%)")
+    if not missing:
+        log.info("All experiments already completed! Loading results from checkpoints...")
+    elif done:
+        log.info(f"Resuming from checkpoints. Will run {len(missing)} remaining...")
+    else:
+        log.info(f"No finished cell of these settings yet. Will run {len(missing)}...")
+
+
+def cell_states(settings: Settings, layers: list[str] | None = None) -> dict[Cell, State]:
+    """The state of every cell that the settings ask for, from the files of the output folder alone.
+
+    `layers` are the names of the data set's layers, where they are known.
+    """
+    store = ResultStore(settings.output_folder)
+    layer_sets = list(settings.layer_sets)
+    if set(layer_sets) & set(LAYER_SET_GROUPS):
+        if layers is None:
+            layers = read_json(store.folder / "results.json").get("layer_names", [])
+        layer_sets = expand_layer_sets(settings.layer_sets, layers, settings.random_halves)
+    if "by_block" in settings.layer_sets and not any(name.startswith("by_block.") for name in layer_sets):
+        log.info(
+            "The blocks of --layer-sets by_block are not known before the first run: they are not counted"
+        )
+    skipped = earlier_entries(store.folder, "skipped_cells", "reason")
+    if settings.metadata_columns:  # they may not have been named when the cell was skipped
+        skipped.pop(METADATA_CELL, None)
+    cells = [cell for cell in list_cells(settings, layer_sets) if cell not in skipped]
+    return {cell: store.state(cell.name, requested_inputs(settings, cell)) for cell in cells}
+
+
+def unfinished(states: dict[Cell, State]) -> list[Cell]:
+    """Cells that are missing, damaged or stale."""
+    return [cell for cell, state in states.items() if state.kind != "done"]
+
+
+# --- --status
+
+
+def print_status(settings: Settings) -> int:
+    """Say what is finished; nothing is moved. Returns the exit status."""
+    states = cell_states(settings)
+    print_progress_summary(list(states), unfinished(states))
+    for cell, state in states.items():
+        if state.kind in ("damaged", "stale"):
+            log.info(f"{cell.name} is {state.kind}: {state.why}")
+    return 0
+
+
+@dataclass(frozen=True)
+class Watched:
+    """What the output folder tells at one moment. Events are those since the last run began its cells."""
+
+    states: dict[Cell, State]
+    events: list[dict]
+    is_held: bool  # by a run
+
+    @property
+    def done(self) -> int:
+        """Finished cells."""
+        return len(self.states) - len(unfinished(self.states))
+
+    @property
+    def is_loading(self) -> bool:
+        """True while a run has the folder and has not begun its cells."""
+        return self.is_held and (not self.events or any(e["event"] == "ended" for e in self.events))
+
+    def count(self, event: str) -> int:
+        """Events of this kind since the run began."""
+        return 0 if self.is_loading else sum(e["event"] == event for e in self.events)
+
+    @property
+    def left(self) -> int:
+        """Cells that are neither finished nor failed."""
+        return len(self.states) - self.done - self.count("failed")
+
+    def line(self) -> str:
+        """Cells done, failed, running and left; rate and time to go while a run works."""
+        running = int(self.is_held and not self.is_loading and self.left > 0)
+        line = (
+            f"{self.done}/{len(self.states)} cells done, {self.count('failed')} failed, {running} running, "
+            f"{self.left - running} left" + " | loading" * self.is_loading
+        )
+        finished = self.count("finished")
+        if running and finished:
+            elapsed = calendar.timegm(time.gmtime()) - seconds_of(self.events[0]["time"])
+            rate = finished / max(elapsed, 1)
+            line += f" | Rate: {60 * rate:.1f} cells/min | ETA: {duration(self.left / rate)}"
+        return line
+
+
+def watch_status(settings: Settings) -> int:
+    """Say what is finished whenever it changes, until all is. Returns the exit status."""
+    folder, shown = settings.output_folder, ""
+    while True:
+        watched = Watched(cell_states(settings), events_of_last_run(folder), is_held(folder))
+        line = watched.line()
+        if line != shown:
+            log.info(line)
+            shown = line
+        if not watched.is_held or not (watched.left or watched.is_loading):
+            if watched.left:
+                log.info("No run is working on this folder: the same command without --status resumes it")
+            return 0
+        time.sleep(WATCH_SECONDS)
+
+
+def events_of_last_run(folder: Path) -> list[dict]:
+    """The events since the last run began its cells."""
+    events = read_events(folder)
+    started = [i for i, event in enumerate(events) if event["event"] == "started"]
+    return events[started[-1] :] if started else []
+
+
+def seconds_of(moment: str) -> int:
+    """A time of `checkpointing.utc_now` in seconds since 1970."""
+    return calendar.timegm(time.strptime(moment, "%Y-%m-%dT%H:%M:%SZ"))
+
+
+# --- --dry-run
+
+
+def print_plan(settings: Settings) -> int:
+    """Say what would run and why, and what it needs. Reads file headers and writes nothing. Returns the exit
+    status.
+    """
+    surveyed = survey(settings.dataset, settings.data_split)
+    layers = None if surveyed is None else [layer for layer, _, _ in surveyed.shapes]
+    states = cell_states(settings, layers)
+    if surveyed is not None:
+        states = {cell: state for cell, state in states.items() if is_possible(cell, surveyed, settings)}
+    print_progress_summary(list(states), unfinished(states))
+    log.info(f"\nOutput folder: {settings.output_folder}")
+    for cell, state in states.items():
+        log.info(f"  {cell.name:<28} {REASONS[state.kind]}{state.why}")
+    if surveyed is None:
+        log.info(f"\nData set {settings.dataset}: its size is not known before the download")
+    else:
+        print_needs(settings, surveyed, unfinished(states))
+    return 0
+
+
+def is_possible(cell: Cell, surveyed: Survey, settings: Settings) -> bool:
+    """False if the data set is too large for the cell, or has no metadata column."""
+    if surveyed.rows > REPRESENTATIONS[cell.representation].max_rows:
+        return False
+    if cell != METADATA_CELL or surveyed.numeric_columns is None:
+        return True
+    return bool(set(surveyed.numeric_columns) & {*METADATA_COLUMNS, *settings.metadata_columns})
+
+
+def print_needs(settings: Settings, surveyed: Survey, to_run: list[Cell]) -> None:
+    """The memory and disk that these cells need."""
+
+    def size(name: str) -> float:
+        return feature_bytes(name, surveyed, settings)
+
+    parts = {part for cell in to_run for part in components_of(cell.representation)}
+    cached = sum(size(part) for part in parts if not REPRESENTATIONS[part].fitted)
+    growth = 1 + sum(AUDITS[audit].changed_rows for audit in settings.audit)
+    per_cell = [sum(map(size, components_of(cell.representation))) for cell in to_run]
+    memory, largest = growth * cached, growth * max(per_cell, default=0)
+    weights = gigabytes(surveyed.weight_bytes)
+    log.info(
+        f"\nData set {settings.dataset}: {surveyed.rows} rows, {len(surveyed.shapes)} layers, {weights} of "
+        "weights"
+    )
+    log.info(
+        f"Memory:  {gigabytes(memory)} features, up to {gigabytes(3 * largest)} more while the largest cell "
+        "trains"
+    )
+    if settings.cache_features:
+        log.info(
+            f"Disk:    {gigabytes(cached)} feature cache in {settings.cache_dir}, less what is cached already"
+        )
+    if surveyed.is_downloaded:
+        log.info(
+            f"Disk:    about {weights} download in the cache of huggingface_hub (HF_HOME), unless it is "
+            "there already"
+        )
+    if surveyed.is_copied:
+        log.info(
+            f"Disk:    {weights} Arrow copy in the cache of datasets (HF_DATASETS_CACHE), unless it is there "
+            "already"
+        )
+
+
+def feature_bytes(name: str, surveyed: Survey, settings: Settings) -> float:
+    """Bytes of a representation's features of all rows. The number of classes is not known: centroid_cosine
+    takes ten.
+    """
+    rows, layers = surveyed.rows, len(surveyed.shapes)
+    modules = layers // 2
+    spec = REPRESENTATIONS[name]
+    if not spec.fitted:
+        return 4 * rows * settings.width_of(name) * (modules if spec.source == "module" else layers)
+    fitted = {
+        "flat_vec": surveyed.weight_bytes,
+        "pca": 4 * rows * settings.pca_components,
+        "centroid_cosine": 4 * rows * 2 * modules * 10,
+        "kernel_pca": 8 * rows**2,
+        "kernel_ridge": 8 * rows**2,
+        "metadata": 0,
+    }
+    return fitted[name]
+
+
+def gigabytes(size: float) -> str:
+    """Bytes as gigabytes."""
+    return f"{size / 1e9:.2f} GB"

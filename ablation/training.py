@@ -1,0 +1,261 @@
+"""Features and labels -> trained runs: standardise the columns, then train R runs of the MLP.
+
+There are two trainers with the same arithmetic. The sequential one, here, is the reference: each run is an
+nn.Sequential with torch's Adam and ReduceLROnPlateau, and on a CPU each core trains one run. The packed one
+(`packed.py`) takes each step for all runs at once. They agree to rounding: initial weights, batch order and,
+on one device, dropout of a run are bit-equal whatever the trainer and R.
+
+Suffixes name the axes: R runs, B rows of a batch, N rows, D features, H hidden units, C classes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ablation.mlp import (
+    EVAL_ROWS,
+    AdamState,
+    Dropout,
+    Listener,
+    Prepared,
+    Run,
+    Task,
+    TrainedRuns,
+    TrainingError,
+    adam_step,
+    arithmetic,
+    autocast,
+    batch_order,
+    batches,
+    build_model,
+    dropout_factors,
+    has_stopped,
+    learning_rate_of,
+    new_scheduler,
+    record_epoch,
+    rows_on,
+)
+from ablation.packed import train_packed
+from ablation.settings import InputError, TrainingSettings
+from ablation.splits import PARTS
+
+log = logging.getLogger("visual_ablation")
+
+COLUMN_BLOCK = 256  # columns standardised at a time in float64
+COPIES = 4  # of the features that must fit on a GPU: as they come, standardised, the training rows, all else
+
+
+def resolve_training(settings: TrainingSettings, device: str) -> TrainingSettings:
+    """Replace the trainer `auto`: packed on a GPU, where a step is bound by launches; sequential on a CPU.
+
+    Raises InputError for tf32 on a CPU.
+    """
+    on_gpu = torch.device(device).type == "cuda"
+    if settings.precision == "tf32" and not on_gpu:
+        raise InputError("--precision tf32 needs a CUDA GPU: use float32 or bfloat16 on a CPU")
+    trainer = settings.trainer if settings.trainer != "auto" else ("packed" if on_gpu else "sequential")
+    return dataclasses.replace(settings, trainer=trainer)
+
+
+def train_runs(
+    task: Task, settings: TrainingSettings, device: str = "cpu", listener: Listener | None = None
+) -> TrainedRuns:
+    """Train one MLP for each seed, and predict every row of the split and every extra row.
+
+    Raises TrainingError if no column varies over the training rows, if there is only one training row, or if
+    a loss is not finite.
+    """
+    prepared = prepare(task, device)
+    trainer = {"sequential": train_sequential, "packed": train_packed}[settings.trainer]
+    # The first optimizer of a process makes torch import its compiler; those seconds must not count as a
+    # run's.
+    new_scheduler(settings)
+    with arithmetic(settings.precision):
+        runs = trainer(prepared, settings, listener or Listener())
+    return TrainedRuns(runs, prepared.x_ND.shape[1])
+
+
+def prepare(task: Task, device: str) -> Prepared:
+    """The task's columns standardised, its rows by part, its labels on the device."""
+    if len(task.split.train) < 2:
+        raise TrainingError("one training row: BatchNorm needs at least two")
+    features = torch.cat([task.features, *task.extra.values()]) if task.extra else task.features
+    home = home_of(features, device)
+    parts = {part: torch.from_numpy(task.split.rows(part)).to(home) for part in PARTS}
+    rows = len(task.labels)
+    for name, extra in task.extra.items():
+        parts[name] = torch.arange(rows, rows + len(extra), device=home)
+        rows += len(extra)
+    x_ND = standardise(features.to(home), parts["train"])
+    return Prepared(x_ND, torch.from_numpy(task.labels).to(device), parts, task.num_classes)
+
+
+def home_of(features: Tensor, device: str) -> str:
+    """Where features lie while they are trained on: the device, or the host if a GPU has no room for their
+    copies.
+    """
+    if torch.device(device).type != "cuda":
+        return device
+    size, (free, _) = features.numel() * features.element_size(), torch.cuda.mem_get_info(device)
+    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(
+        device
+    )  # kept by torch for new tensors
+    if size * COPIES <= free:
+        return device
+    log.info(
+        f"The features ({size / 1e9:.1f} GB) stay in the host's memory: {device} has {free / 1e9:.1f} GB free"
+    )
+    return "cpu"
+
+
+def standardise(x_ND: Tensor, train_rows: Tensor) -> Tensor:
+    """The columns that vary over the training rows, less those rows' mean, over their population std; in
+    float64.
+
+    A constant column (max == min) carries nothing, but its weights would still take Adam's absolute steps.
+    Raises TrainingError if every column is constant.
+    """
+    varying = []
+    for block in x_ND.split(COLUMN_BLOCK, dim=1):
+        low, high = block[train_rows].aminmax(dim=0)
+        wide = block[:, high > low].double()
+        if wide.shape[1]:
+            std, mean = torch.std_mean(wide[train_rows], dim=0, correction=0)
+            varying.append(((wide - mean) / std).to(x_ND.dtype))
+    if not varying:
+        raise TrainingError("no column varies over the training rows: there is nothing to learn from")
+    return torch.cat(varying, dim=1)
+
+
+# --- one model a run
+
+
+def train_sequential(data: Prepared, settings: TrainingSettings, listener: Listener) -> list[Run]:
+    """Train run after run. On a CPU each core trains one, because small products gain little from a second
+    core.
+    """
+    inputs = data.x_ND.shape[1]
+    models = [
+        build_model(seed, inputs, data.num_classes, settings).to(data.device, data.x_ND.dtype)
+        for seed in settings.seeds
+    ]
+    stop, runs = threading.Event(), []
+    watch = Watch(stop, listener)
+    with one_thread_a_core(settings.num_runs if data.device.type == "cpu" else 1) as pool:
+        try:
+            jobs = [
+                pool.submit(train_one, model, data, settings, seed, watch)
+                for seed, model in zip(settings.seeds, models, strict=True)
+            ]
+            for job in jobs:
+                runs.append(job.result())
+                listener.on_run(runs[-1], len(runs))
+        finally:
+            stop.set()
+    return runs
+
+
+class Watch(NamedTuple):
+    """What a run in a thread looks at: the event that ends it, and who is told of its epochs."""
+
+    stop: threading.Event
+    listener: Listener
+
+
+@contextlib.contextmanager
+def one_thread_a_core(most: int) -> Iterator[ThreadPoolExecutor]:
+    """A pool of as many threads as torch uses, at most `most`; torch's own threads are shared out among them.
+
+    At the end jobs that have not begun are cancelled.
+    """
+    threads = torch.get_num_threads()
+    workers = min(threads, most)
+    torch.set_num_threads(threads // workers)
+    pool = ThreadPoolExecutor(workers)
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(threads)
+
+
+def train_one(
+    model: nn.Sequential, data: Prepared, settings: TrainingSettings, seed: int, watch: Watch
+) -> Run:
+    """Train and score one run. Ends with a TrainingError within a step once `watch.stop` is set."""
+    start = time.perf_counter()
+    state = AdamState.before(list(model.parameters()))
+    scheduler = new_scheduler(settings)
+    order, run, best = batch_order(seed), Run(seed), {}
+    x_train, y_train = data.rows_of("train")
+    x_val, y_val = data.rows_of("val")
+    batch_size = min(settings.batch_size, len(x_train))
+    factors = dropout_factors(seed, batch_size, settings, next(model.parameters()))
+    while not has_stopped(run, settings):
+        model.train()
+        learning_rate = learning_rate_of(scheduler)
+        total, rows = torch.zeros((), dtype=torch.float64, device=data.device), 0
+        permutation = torch.randperm(len(x_train), generator=order).to(data.device)
+        for batch in batches(permutation, settings.batch_size):
+            if watch.stop.is_set():
+                raise TrainingError("stopped")
+            rows_of_batch = (rows_on(x_train, batch, data.device), y_train[batch])
+            set_dropout(model, next(factors)[:, : len(batch)] if settings.dropout else None)
+            total += training_step(model, rows_of_batch, state, learning_rate, settings) * len(batch)
+            rows += len(batch)
+        set_dropout(model, None)
+        correct = int((predict(model, x_val, settings, data.device) == y_val).sum())
+        if record_epoch(run, total.item() / rows, correct, len(y_val), learning_rate):
+            best = {
+                name: tensor.clone() for name, tensor in model.state_dict().items()
+            }  # training goes on: a copy
+        scheduler.step(run.val_accuracy[-1])
+        watch.listener.on_epoch(run)
+    model.load_state_dict(best)
+    run.predictions = data.predict(lambda x: predict(model, x, settings, data.device))
+    run.seconds = time.perf_counter() - start
+    return run
+
+
+def set_dropout(model: nn.Sequential, factors_LBH: Tensor | None) -> None:
+    """Hand each Dropout of the model its factors for the next step; None switches dropout off."""
+    for level, module in enumerate(module for module in model if isinstance(module, Dropout)):
+        module.factors = None if factors_LBH is None else factors_LBH[level]
+
+
+def training_step(
+    model: nn.Sequential,
+    batch: tuple[Tensor, Tensor],
+    state: AdamState,
+    learning_rate: float,
+    settings: TrainingSettings,
+) -> Tensor:
+    """One step of Adam on a batch of columns (B, D) and class numbers (B,). Returns the mean loss before the
+    step.
+    """
+    x_BD, y_B = batch
+    parameters = list(model.parameters())
+    with autocast(x_BD.device, settings.precision):
+        logits_BC = model(x_BD)
+    loss = F.cross_entropy(logits_BC.to(x_BD.dtype), y_B)
+    adam_step(parameters, list(torch.autograd.grad(loss, parameters)), state, learning_rate, settings)
+    return loss.detach()
+
+
+@torch.no_grad()
+def predict(model: nn.Module, x_ND: Tensor, settings: TrainingSettings, device: torch.device) -> Tensor:
+    """Class numbers (N,), with BatchNorm's running statistics and without dropout."""
+    model.eval()
+    with autocast(device, settings.precision):
+        return torch.cat([model(part.to(device)).argmax(1) for part in x_ND.split(EVAL_ROWS)])
