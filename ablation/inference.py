@@ -75,7 +75,10 @@ def infer(
     every = {name: plain[cell] for name, cell in first_set.items() if cell in plain}
     return {
         **test_set_facts(first_arrays, groups),
-        "margin": margin, "level": LEVEL, "power": POWER, "split": kind,
+        "margin": margin,
+        "level": LEVEL,
+        "power": POWER,
+        "split": kind,
         "splits": max(len(sample.right) for sample in plain.values()),
         "runs": max(len(right) for sample in plain.values() for right in sample.right.values()),
         "accuracies": accuracies,

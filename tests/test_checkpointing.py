@@ -135,7 +135,7 @@ def test_unchanged_files_are_not_hashed_again(counted, tmp_path, monkeypatch):
 
 
 def test_a_file_that_was_touched_moved_or_just_written_is_hashed(counted):
-    file, identity, calls = counted
+    file, identity, _ = counted
     first = identity()
     os.utime(file)
     assert identity() == (first[0], False)
@@ -145,7 +145,7 @@ def test_a_file_that_was_touched_moved_or_just_written_is_hashed(counted):
 
 
 def test_a_damaged_memory_is_not_believed(counted, tmp_path):
-    file, identity, calls = counted
+    _, identity, _ = counted
     first = identity()
     (memory,) = (tmp_path / "cache" / "identities").iterdir()
     for content in ("", "{}", "[1]", memory.read_text().replace(first[0][:4], "0000", 1)):
@@ -280,8 +280,8 @@ def test_stale_cells_stop_the_run_unless_told_otherwise(tmp_path):
     wanted = MADE_WITH | {"num_runs": 10, "data": "xyz"}
     with pytest.raises(
         Refused,
-        match=r"1 finished cells in .* were made with other settings \(num_runs was 3, is now 10; the weights of the "
-        r"data set changed\): choose another --output-dir, or give --rerun-stale",
+        match=r"1 finished cells in .* were made with other settings \(num_runs was 3, is now 10; "
+        r"the weights of the data set changed\): choose another --output-dir, or give --rerun-stale",
     ):
         store.clear({CELL: wanted}, [CELL], rerun_stale=False)
     assert store.path(CELL).exists()

@@ -352,6 +352,7 @@ def test_a_layer_set_must_be_known():
     )
     with pytest.raises(
         InputError,
-        match="unknown --layer-sets 'yours': use all_layers, visual_only, text_only, random_half, by_block, or name one",
+        match="unknown --layer-sets 'yours': use all_layers, visual_only, text_only, random_half, by_block, "
+        "or name one",
     ):
         build_settings({"layer_sets": ["yours"]})

@@ -1,0 +1,148 @@
+"""Signals, pipes and terminals."""
+
+import contextlib
+import os
+import shlex
+import signal
+import subprocess
+import sys
+
+import pytest
+from builders import lora_dataset
+from conftest import ROOT
+from experiments import FAST, SCRIPT, folder, interfere, visible
+
+from ablation import log as program_log
+
+
+@pytest.mark.parametrize("redirect", [">/dev/full", "| head -1", ">&-"])
+def test_a_log_that_cannot_be_written_costs_no_cell(place, redirect):
+    command = [sys.executable, str(SCRIPT), "--dataset", "./loras", *FAST, "--representations", "stats"]
+    done = subprocess.run(
+        ["bash", "-c", f"set -o pipefail; {shlex.join(command)} {redirect}"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(visible(folder(place) / "checkpoints")) == 2 and (folder(place) / "results.txt").exists()
+
+
+def test_a_terminal_without_the_signs_of_the_log_shows_others(place):
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), "--dataset", "./loras", *FAST, "--representations", "stats"],
+        capture_output=True,
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+    )
+    assert done.returncode == 0 and b"Results: Train=" in done.stdout
+
+
+def default_signals():
+    """A shell that runs the tests in the background has SIGINT ignored, and children inherit that."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
+def start(*flags, prefix=(), **kwargs):
+    return subprocess.Popen(
+        [
+            *prefix,
+            sys.executable,
+            str(SCRIPT),
+            "--dataset",
+            "./loras",
+            "--max-epochs",
+            "300",
+            "--patience",
+            "300",
+            *flags,
+        ],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        preexec_fn=default_signals,
+        **kwargs,
+    )
+
+
+def wait_for(process, text):
+    seen = ""
+    for line in process.stdout:
+        seen += line
+        if text in line:
+            return seen
+    raise AssertionError(seen)
+
+
+@pytest.mark.parametrize(
+    "number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
+)
+def test_signals_end_a_run_with_their_status_and_release_the_folder(place, number, status):
+    process = start()
+    wait_for(process, "[1/18]")
+    process.send_signal(number)
+    rest = process.communicate(timeout=60)[0]
+    assert process.returncode == status and f"Stopped by {number.name}" in rest and "Traceback" not in rest
+    again = start("--hidden-dim", "8", "--representations", "stats", "--max-epochs", "1", "--num-runs", "1")
+    assert "another process" not in again.communicate(timeout=60)[0] and again.returncode == 0
+    assert not list((place / "visual-ablation-results").rglob("*.tmp"))
+
+
+def test_a_stop_that_a_library_swallowed_ends_the_run_at_the_next_epoch(run, place, monkeypatch):
+    def swallow(*arguments):
+        with contextlib.suppress(SystemExit):
+            program_log.stop(signal.SIGTERM, None)
+
+    monkeypatch.setattr(program_log, "stopped_by", None)
+    interfere(monkeypatch, swallow)
+    with pytest.raises(SystemExit) as ended:
+        run("--representations", "stats", "frequency")
+    assert ended.value.code == 143 and len(visible(folder(place) / "checkpoints")) == 2
+
+
+def test_under_nohup_a_hangup_is_ignored_and_the_log_has_whole_lines(place):
+    lora_dataset(n=40).to_parquet("loras.parquet")  # datasets would draw a bar while it copies this
+    process = start(
+        "--num-runs",
+        "1",
+        "--hidden-dim",
+        "8",
+        "--max-epochs",
+        "5",
+        "--dataset",
+        "loras.parquet",
+        prefix=["nohup"],
+        stdin=subprocess.DEVNULL,
+        env={**os.environ, "HF_DATASETS_CACHE": str(place / "hf")},
+    )
+    log = wait_for(process, "[1/18]")
+    process.send_signal(signal.SIGHUP)
+    log += process.communicate(timeout=120)[0]
+    assert (
+        process.returncode == 0 and "\r" not in log and "Results: " in log and log.endswith("report.html\n")
+    )
+
+
+def test_a_second_run_on_the_same_folder_ends_with_status_3(place):
+    process = start()
+    try:
+        wait_for(process, "[1/18]")
+        second = start()
+        assert "another process holds" in second.communicate(timeout=60)[0] and second.returncode == 3
+        third = start("--status")
+        assert "PROGRESS SUMMARY" in third.communicate(timeout=60)[0] and third.returncode == 0
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.parametrize("flag", ["--help", "--status", "--dry-run"])
+def test_questions_import_neither_torch_nor_datasets_and_write_nothing(place, flag):
+    code = (
+        f"import sys; sys.argv = ['x', '--dataset', './loras', {flag!r}]; sys.path.insert(0, {str(ROOT)!r})\n"
+        "import visual_ablation_experiment as e\n"
+        "try: status = e.main()\nexcept SystemExit as error: status = error.code\n"
+        "assert status == 0 and not {'torch', 'datasets'} & set(sys.modules), sorted({'torch', 'datasets'} & "
+        "set(sys.modules))"
+    )
+    before = visible(place)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert visible(place) == before

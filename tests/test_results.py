@@ -1,0 +1,103 @@
+"""results.json and results.txt: comparisons matched by name."""
+
+import types
+
+import numpy as np
+import pytest
+
+from ablation import results as results_module
+from ablation.cells import Cell
+from ablation.collection import View
+from ablation.results_text import results_text
+from ablation.scores import cell_record
+from ablation.splits import Split
+
+
+def trained(test_accuracies, n=40):
+    """Runs whose test predictions are right for the first so many of n rows."""
+    labels = {part: np.arange(n) % 2 for part in ("train", "val", "test")}
+    runs = []
+    for i, accuracy in enumerate(test_accuracies):
+        right = labels["test"].copy()
+        right[round(accuracy * n) :] = 1 - right[round(accuracy * n) :]
+        predictions = {"train": labels["train"], "val": labels["val"], "test": right}
+        runs.append(
+            types.SimpleNamespace(
+                seed=42 + i,
+                best_epoch=i + 1,
+                predictions=predictions,
+                seconds=2.0,
+                train_loss=[1.0],
+                val_accuracy=[0.5],
+                learning_rate=[1e-3],
+            )
+        )
+    return types.SimpleNamespace(runs=runs, trained_dim=4), labels
+
+
+def record(cell, accuracies):
+    runs, labels = trained(accuracies)
+    rows = np.arange(40)
+    view = View(labels["train"], Split(rows, rows, rows, False))
+    return cell_record(cell, runs, view, 2, {"num_layers": 8, "feature_dim": 40})
+
+
+def header():
+    return {
+        "dataset": "x",
+        "num_runs": 2,
+        "num_classes": 2,
+        "num_all_layers": 8,
+        "num_visual_layers": 4,
+        "num_text_layers": 4,
+        "label_mapping": {},
+        "splits_overlap": False,
+        "data": {"rows": 120, "split": {"train": 40, "val": 40, "test": 40}},
+        "inference": {},
+        "verdict": "No verdict.",
+    }
+
+
+def test_the_comparison_goes_by_name_where_cells_are_missing():
+    records = {}
+    for i, name in enumerate(("simple_stats", "stats", "frequency")):
+        records[Cell(name, "all_layers")] = record(Cell(name, "all_layers"), [0.9 - 0.1 * i, 0.8 - 0.1 * i])
+    for name in ("frequency", "simple_stats"):  # stats failed there, and the order is another
+        records[Cell(name, "visual_only")] = record(Cell(name, "visual_only"), [0.6, 0.4])
+    records[Cell("frequency", "text_only")] = record(Cell("frequency", "text_only"), [0.3, 0.3])
+    results = results_module.collect(records, {Cell("stats", "visual_only"): "ValueError: no"}, {}, header())
+    assert [entry["representation"] for entry in results["comparison"]] == ["simple_stats", "frequency"]
+    first, last = results["comparison"]
+    assert (first["all_layers"], first["visual_only"], first["text_only"]) == (
+        pytest.approx(0.85),
+        pytest.approx(0.5),
+        None,
+    )
+    assert last["drop"] == pytest.approx(0.65 - 0.5) and last["text_only"] == pytest.approx(0.3)
+    assert last["drop_std"] == pytest.approx(np.std([0.7 - 0.6, 0.6 - 0.4])) and last[
+        "retention"
+    ] == pytest.approx(0.5 / 0.65)
+    assert [row["representation"] for row in results["visual_only_results"]] == [
+        "simple_stats_visual_only",
+        "frequency_visual_only",
+    ]
+    assert results["failed_cells"] == [
+        {
+            "cell": "visual_only_stats",
+            "representation": "stats",
+            "layer_set": "visual_only",
+            "error": "ValueError: no",
+        }
+    ]
+    text = results_text(results)
+    assert (
+        "stats               FAILED: ValueError: no" in text and "1 cells FAILED: visual_only_stats" in text
+    )
+    (line,) = [line for line in text.splitlines() if line.startswith("frequency") and "76.9%" in line]
+    assert line.split() == ["frequency", "65.0±5.0", "50.0±10.0", "30.0±0.0", "15.0±5.0", "76.9%"]
+
+
+def test_results_of_nothing_are_still_results():
+    results = results_module.collect({}, {}, {}, header())
+    assert results["all_layers_results"] == [] == results["visual_only_results"] == results["comparison"]
+    assert "text_only_results" not in results and "drop" not in results_text(results)

@@ -1,0 +1,262 @@
+"""Resumption, and data that changes under a finished run."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from builders import lora_dataset
+from experiments import (
+    FAST,
+    SCRIPT,
+    cell_files,
+    checkpoints,
+    experiment_data,
+    folder,
+    never,
+    snapshot,
+    visible,
+)
+
+from ablation.catalogue import REPRESENTATIONS
+from ablation.reading import WeightReader
+
+# --- resuming
+
+
+def test_a_finished_run_is_only_read_again(run, place, monkeypatch):
+    run()
+    before, results = (
+        snapshot(folder(place) / "checkpoints"),
+        json.loads((folder(place) / "results.json").read_text()),
+    )
+    manifest = (folder(place) / "manifest.json").read_bytes()
+    monkeypatch.setattr(WeightReader, "read_layer", never)
+    monkeypatch.setattr("ablation.runs.train_runs", never)
+    status, log = run()
+    assert status == 0 and "Total Progress:       18/18 (100.0%)" in log
+    assert "All experiments already completed! Loading results from checkpoints..." in log
+    assert (
+        snapshot(folder(place) / "checkpoints") == before
+        and json.loads((folder(place) / "results.json").read_text()) == results
+    )
+    assert (folder(place) / "manifest.json").read_bytes() == manifest, "how long the cells took is still told"
+
+
+def test_three_deleted_cells_and_only_those_run_again(run, place, monkeypatch):
+    run()
+    gone = ["all_layers_ensemble.json", "visual_only_spectral.json", "visual_only_ensemble.json"]
+    before, whole = snapshot(folder(place) / "checkpoints"), cell_files(place)
+    for name in gone:
+        (folder(place) / "checkpoints" / name).unlink()
+    monkeypatch.setattr(WeightReader, "read_layer", never)  # the features are cached
+    status, log = run()
+    assert status == 0
+    for line in (
+        "All Layers Config:    8/9 completed, 1 remaining",
+        "Visual-Only Config:   7/9 completed, 2 remaining",
+        "Total Progress:       15/18 (83.3%)",
+        "Resuming from checkpoints. Will run 3 remaining...",
+    ):
+        assert line in log.splitlines()
+    assert log.count("Run 1/2") == 3
+    after = snapshot(folder(place) / "checkpoints")
+    assert {name for name in after if after[name] != before[name]} == set(gone)
+    assert cell_files(place) == whole
+
+
+def test_without_a_cache_only_what_is_missing_is_computed(run, place):
+    run("--no-cache-features")
+    assert not (place / ".feature_cache").exists()
+    (folder(place) / "checkpoints" / "visual_only_stats.json").unlink()
+    status, log = run("--no-cache-features")
+    assert status == 0 and "Computing stats\n" in log
+
+
+def test_a_folder_collects_cells_over_several_commands(run, place):
+    run("--representations", "stats", "--layer-sets", "visual_only")
+    _, log = run(
+        "--representations", "frequency", "stats", "--layer-sets", "all_layers", "visual_only", "text_only"
+    )
+    assert (
+        "Text-Only Config:     0/2 completed, 2 remaining" in log
+        and "Total Progress:       1/6 (16.7%)" in log
+    )
+    run("--representations", "simple_stats", "--layer-sets", "text_only")
+    results = json.loads((folder(place) / "results.json").read_text())
+    assert [row["representation"] for row in results["text_only_results"]] == [
+        f"{name}_text_only" for name in ("simple_stats", "stats", "frequency")
+    ]
+    assert [entry["representation"] for entry in results["comparison"]] == ["stats", "frequency"]
+
+
+CHANGES = [
+    ["--num-runs", "3"],
+    ["--max-epochs", "4"],
+    ["--hidden-dim", "9"],
+    ["--batch-size", "9"],
+    ["--dropout", "0.4"],
+    ["--weight-decay", "0.01"],
+    ["--learning-rate", "0.01"],
+    ["--patience", "2"],
+    ["--seed", "7"],
+    ["--trainer", "packed"],
+    ["--precision", "bfloat16"],
+    ["--split-seed", "7"],
+    ["--label-column", "group"],
+]
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=" ".join)
+def test_each_setting_that_changes_a_number_makes_old_cells_stale(run, place, change):
+    chosen = ["--representations", "info_theoretic"]
+    run(*chosen)
+    before = snapshot(folder(place) / "checkpoints")
+    status, log = run(*chosen, *change)
+    assert (
+        status == 2
+        and "were made with other settings" in log
+        and "--rerun-stale" in log
+        and "another --output-dir" in log
+    )
+    named = {"--split-seed": "rows of the split", "--label-column": "labels"}.get(
+        change[0], change[0][2:].replace("-", "_")
+    )
+    assert named in log
+    assert snapshot(folder(place) / "checkpoints") == before
+    status, log = run(*chosen, *change, "--rerun-stale")
+    assert status == 0 and log.count("Set aside stale checkpoint") == 2 and log.count("Run 1/") == 2
+    assert len(checkpoints_set_aside(place)) == 2
+    assert run(*chosen, *change)[0] == 0
+
+
+def checkpoints_set_aside(place):
+    return sorted(path.name for path in (folder(place) / "set_aside").glob("*.json"))
+
+
+def test_settings_that_change_no_number_change_nothing(run, place):
+    run("--representations", "stats")
+    before = snapshot(folder(place) / "checkpoints")
+    assert (
+        run(
+            "--representations", "stats", "--cache-dir", "elsewhere", "--device", "cpu", "--no-cache-features"
+        )[0]
+        == 0
+    )
+    assert snapshot(folder(place) / "checkpoints") == before
+
+
+def test_a_new_version_of_a_representation_makes_its_cells_stale_and_the_ensembles(run, place, monkeypatch):
+    run()
+    monkeypatch.setitem(REPRESENTATIONS, "spectral", REPRESENTATIONS["spectral"]._replace(version=99))
+    status, log = run()
+    assert status == 2 and "4 finished cells" in log
+    status, log = run("--rerun-stale")
+    assert status == 0 and log.count("Run 1/2") == 4 and "cached features of spectral are not used" in log
+
+
+@pytest.mark.parametrize("damage", ["truncated", "empty", "flipped"])
+def test_damaged_checkpoints_are_set_aside_and_run_again(run, place, damage):
+    run()
+    whole = cell_files(place)
+    path = folder(place) / "checkpoints" / "all_layers_stats.json"
+    content = path.read_bytes()
+    position = content.index(b"test_acc_mean") + len(b'test_acc_mean": 0.')
+    flipped = content[:position] + bytes([content[position] ^ 1]) + content[position + 1 :]
+    path.write_bytes({"truncated": content[: len(content) // 2], "empty": b"", "flipped": flipped}[damage])
+    status, log = run("--status")
+    assert (
+        "Total Progress:       17/18 (94.4%)" in log
+        and "all_layers_stats is damaged" in log
+        and path.exists()
+    )
+    status, log = run()
+    assert (
+        status == 0 and "Set aside damaged checkpoint all_layers_stats" in log and log.count("Run 1/2") == 1
+    )
+    assert checkpoints_set_aside(place) == ["all_layers_stats.1.json"] and cell_files(place) == whole
+
+
+def test_damaged_features_are_computed_again_and_said_so(run, place):
+    run("--representations", "stats")
+    (path,) = (place / ".feature_cache").rglob("stats.safetensors")
+    good = path.read_bytes()
+    path.write_bytes(good[:-1] + bytes([good[-1] ^ 64]))
+    status, log = run("--representations", "stats", "--layer-sets", "text_only")
+    assert status == 0 and "WARNING: cached features of stats are not used" in log
+    assert path.read_bytes() == good
+
+
+def test_killed_in_the_middle_and_rerun_equals_a_run_that_was_not(run, place):
+    run("--output-dir", "whole")
+    command = [sys.executable, str(SCRIPT), "--dataset", "./loras", *FAST, "--output-dir", "killed"]
+    done = folder(place, output="killed") / "checkpoints"
+    with open("log", "w") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log)
+        while process.poll() is None and (not done.exists() or len(visible(done)) < 5):
+            time.sleep(0.005)
+        process.kill()
+    assert process.wait() == -signal.SIGKILL
+    finished = snapshot(done)
+    assert 5 <= len(finished) < 18
+    status, log = run("--output-dir", "killed")
+    assert status == 0 and f"Will run {18 - len(finished)} remaining..." in log
+    assert {name: content for name, content in snapshot(done).items() if name in finished} == finished
+    assert cell_files(place, output="killed") == cell_files(place, output="whole")
+
+
+# --- the data set changes under a finished run
+
+
+def test_a_data_set_rebuilt_at_the_same_path_gets_neither_old_cells_nor_old_features(run, place):
+    run("--representations", "stats")
+    shutil.rmtree("loras")
+    lora_dataset(n=40, signal=True, seed=9).save_to_disk("loras")
+    status, log = run("--representations", "stats")
+    assert status == 2 and "the weights of the data set changed" in log
+    status, log = run("--representations", "stats", "--rerun-stale")
+    assert status == 0 and "Computing stats\n" in log
+    fresh = run("--representations", "stats", "--output-dir", "fresh", "--cache-dir", "fresh_cache")
+    assert fresh[0] == 0 and cell_files(place, output="fresh") == cell_files(place)
+
+
+def test_one_row_changed_in_place_is_noticed(run, place):
+    time.sleep(2.2)  # the files are old enough for their identity to be remembered
+    run("--representations", "stats")
+    assert any((place / ".feature_cache" / "identities").iterdir())
+    (file,) = (place / "loras").glob("*.arrow")
+    stat, content = file.stat(), file.read_bytes()
+    weight = np.float32(
+        experiment_data().weights.read_layer(experiment_data().layers.names[0], 7, 8)[0, 1, 2]
+    ).tobytes()
+    assert content.count(weight) == 1
+    with file.open("r+b") as opened:
+        opened.seek(content.index(weight))
+        opened.write(np.float32(0.123).tobytes())
+    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    status, log = run("--representations", "stats")
+    assert status == 2 and "the weights of the data set changed" in log
+    status, log = run("--representations", "stats", "--output-dir", "other")
+    assert status == 0 and "Computing stats\n" in log
+
+
+def test_the_same_data_moved_keeps_its_features(run, place, monkeypatch):
+    run("--representations", "stats")
+    shutil.move("loras", "elsewhere")
+    monkeypatch.setattr(WeightReader, "read_layer", never)
+    status, log = run("--representations", "stats", dataset="./elsewhere")
+    assert status == 0 and "Cached features: stats" in log and checkpoints(place, name="elsewhere")
+
+
+def test_a_parquet_file_rebuilt_at_the_same_path_is_noticed(run, place):
+    lora_dataset(n=40).to_parquet("loras.parquet")
+    run("--representations", "stats", dataset="loras.parquet")
+    time.sleep(0.05)
+    lora_dataset(n=40, seed=3).to_parquet("loras.parquet")
+    status, log = run("--representations", "stats", dataset="loras.parquet")
+    assert status == 2 and "the weights of the data set changed" in log
