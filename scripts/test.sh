@@ -5,5 +5,6 @@ set -euo pipefail
 cd "$root"
 install tests/requirements.txt requirements.txt
 .venv/bin/ruff check .
+.venv/bin/ruff format --check .
 export OMP_WAIT_POLICY=PASSIVE   # idle threads of one process do not take the cores from the other
 exec .venv/bin/python -m pytest -n 2 --dist loadfile "$@"
