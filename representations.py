@@ -570,7 +570,7 @@ def function_of(name: str) -> Callable:
     """The function that computes a representation: that of the two registries, or of this module by its
     name.
     """
-    registered = {**REPRESENTATIONS, **PRODUCT_REPRESENTATIONS}
+    registered: dict[str, Callable] = {**REPRESENTATIONS, **PRODUCT_REPRESENTATIONS}
     return registered[name] if name in registered else globals()[name]
 
 
@@ -596,7 +596,7 @@ def describe_module(
     return in_slices(
         (down, up),
         limit // size,
-        lambda *part: Module(*part, sketch_size),
+        lambda part_down, part_up: Module(part_down, part_up, sketch_size),
         {name: function_of(name) for name in names},
     )
 

@@ -281,9 +281,10 @@ def describe_at_once(
     # A GPU may have had no room to read a layer to it.
     on_device = [w.to(request.data.weights.device) for w in weights]
     if len(on_device) == 2:
-        features, failed = representations.describe_module(*on_device, names, request.sketch_size)
+        down, up = on_device
+        features, failed = representations.describe_module(down, up, names, request.sketch_size)
     else:
-        features, failed = representations.describe(*on_device, names)
+        features, failed = representations.describe(on_device[0], names)
     if features:
         widths = [columns.shape[1] for columns in features.values()]
         joined = torch.cat(list(features.values()), dim=1).cpu()  # one transfer

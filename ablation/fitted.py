@@ -10,6 +10,7 @@ the rows that it audits.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -196,7 +197,8 @@ def zeros(fit: Fit, *shape: int) -> Tensor:
 def centred(fit: Fit, position: int) -> Tensor:
     """A layer's weights (N + E, d) less the training rows' mean."""
     x = fit.read(position).flatten(1)
-    total = sum(x[rows].sum(0, dtype=torch.float64) for rows in fit.train.split(BLOCK_ROWS))
+    sums = [x[rows].sum(0, dtype=torch.float64) for rows in fit.train.split(BLOCK_ROWS)]
+    total = functools.reduce(torch.add, sums)
     return x.sub_((total / len(fit.train)).float()).to(fit.device)
 
 

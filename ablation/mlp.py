@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -253,8 +253,8 @@ class AdamState(NamedTuple):
 
 @torch.no_grad()
 def adam_step(
-    parameters: list[Tensor],
-    gradients: list[Tensor],
+    parameters: Sequence[Tensor],
+    gradients: Sequence[Tensor],
     state: AdamState,
     rate: float | Tensor,
     settings: TrainingSettings,
@@ -266,8 +266,8 @@ def adam_step(
     # The fused kernel assumes that gradients have the parameters' order of memory.
     gradients = [gradient.contiguous() for gradient in gradients]
     adam(
-        parameters,
-        gradients,
+        list(parameters),
+        list(gradients),
         state.first,
         state.second,
         [],

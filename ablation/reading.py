@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from itertools import islice
@@ -52,7 +52,8 @@ def layout_of(dataset: Dataset, column: str) -> ColumnLayout:
         raise InputError(
             f"column '{column}', row 0: a LoRA layer is a matrix of numbers, this column holds {values.type}"
         )
-    return ColumnLayout(column, *first.shape, str(first.dtype), False)
+    rows, cols = first.shape
+    return ColumnLayout(column, rows, cols, str(first.dtype), False)
 
 
 def weight_type(kind: pa.DataType) -> pa.DataType | None:
@@ -222,9 +223,9 @@ class WeightReader:
                 stop = min(start + BLOCK_ROWS, self.num_rows)
                 if self.layers.layouts[layer].in_arrow:
                     for values in self.stored_values(layer, start, stop):
-                        digest.update(values)
+                        digest.update(values.data)
                 else:
-                    digest.update(self.read_layer_formatted(layer, start, stop).cpu().numpy())
+                    digest.update(self.read_layer_formatted(layer, start, stop).cpu().numpy().data)
             on_layer()
         return digest.hexdigest()
 
@@ -264,7 +265,7 @@ class ReadAhead:
         self.reader, self.layers, self.start, self.stop = reader, layers, start, stop
         self.threads, self.waited = min(threads, READ_AHEAD), 0.0
 
-    def __iter__(self) -> Iterator[Tensor]:
+    def __iter__(self) -> Generator[Tensor]:
         stream = self.reader.copy_stream
         pool = ThreadPoolExecutor(self.threads)
         jobs = (pool.submit(self.fetch, layer, stream) for layer in self.layers)

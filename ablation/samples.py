@@ -128,8 +128,8 @@ def samples_of(predictions: Predictions, groups: np.ndarray | None) -> dict[str,
         kind: {cell: sample_of(splits, groups) for cell, splits in cells.items()}
         for kind, cells in arrays.items()
     }
-    for by_cell in samples.values():
-        join_random_halves(by_cell)
+    for of_kind in samples.values():
+        join_random_halves(of_kind)
     return samples
 
 

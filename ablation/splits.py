@@ -68,8 +68,10 @@ def split_rows(
         return random_split(num_rows, spec.seed)
     if spec.kind == "grouped" and groups is None:
         raise InputError("--split grouped needs a column of groups: give --group-column")
+    if labels is None:
+        raise ValueError(f"a {spec.kind} split needs the labels")
     try:
-        if spec.kind == "stratified":
+        if groups is None or spec.kind == "stratified":
             return stratified_split(labels, spec.seed)
         return grouped_split(labels, groups, spec.seed)
     except ValueError as error:
@@ -82,11 +84,11 @@ def random_split(num_rows: int, seed: int) -> Split:
 
     first = Dataset.from_dict({"row": np.arange(num_rows)}).train_test_split(test_size=0.3, seed=seed)
     second = first["test"].train_test_split(test_size=0.67, seed=seed)
-    parts = [
+    train, val, test = (
         np.array(part.with_format("numpy")["row"][:])
         for part in (first["train"], second["train"], second["test"])
-    ]
-    return Split(*parts, overlap=False)
+    )
+    return Split(train, val, test, False)
 
 
 def stratified_split(labels: np.ndarray, seed: int) -> Split:

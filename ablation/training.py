@@ -249,7 +249,7 @@ def training_step(
     with autocast(x_BD.device, settings.precision):
         logits_BC = model(x_BD)
     loss = F.cross_entropy(logits_BC.to(x_BD.dtype), y_B)
-    adam_step(parameters, list(torch.autograd.grad(loss, parameters)), state, learning_rate, settings)
+    adam_step(parameters, torch.autograd.grad(loss, parameters), state, learning_rate, settings)
     return loss.detach()
 
 

@@ -10,6 +10,7 @@ A run that was stopped goes on from its last finished block when the same comman
 import argparse
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import _root  # noqa: F401
 import torch
@@ -34,9 +35,10 @@ def main(argv: list[str] | None = None) -> None:
     """Run the command with these arguments."""
     arguments = parse_command_line(argv)
     torch.set_num_threads(arguments.threads)
-    fields = {f.name: getattr(arguments, f.name) for f in dataclasses.fields(Recipe)}
-    lists = {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
-    build(arguments.output, arguments.loras, Recipe(**lists), arguments.block_size)
+    fields: dict[str, Any] = {f.name: getattr(arguments, f.name) for f in dataclasses.fields(Recipe)}
+    for name, value in fields.items():
+        fields[name] = tuple(value) if isinstance(value, list) else value
+    build(arguments.output, arguments.loras, Recipe(**fields), arguments.block_size)
 
 
 def parse_command_line(argv: list[str] | None) -> argparse.Namespace:

@@ -28,6 +28,7 @@ def run(capsys, *flags):
     return json.loads(capsys.readouterr().out)
 
 
+@pytest.mark.slow
 def test_every_stage_is_measured_beside_its_yardstick_and_its_limit(small_set, capsys):
     report = run(
         capsys,
@@ -51,6 +52,7 @@ def test_every_stage_is_measured_beside_its_yardstick_and_its_limit(small_set, c
     assert report["rates"]["float32"] > 0
 
 
+@pytest.mark.slow
 def test_one_stage_as_a_table_on_synthetic_rows(capsys):
     assert benchmark.main(["--stage", "read", "--rows", "5", "--repeats", "1", "--origin-layers", "1"]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -61,6 +63,7 @@ def test_one_stage_as_a_table_on_synthetic_rows(capsys):
     )
 
 
+@pytest.mark.slow
 def test_batch_sizes_and_precisions(small_set, capsys):
     found = run(
         capsys,

@@ -18,6 +18,7 @@ import pytest
 import torch
 from builders import load
 from conftest import ROOT
+from experiments import FAST
 from safetensors.numpy import load_file, save_file
 from safetensors.torch import save_file as save_torch_file
 
@@ -1050,10 +1051,7 @@ def test_the_experiment_runs_on_what_was_built(place, build, capsys, style):
     assert data.summary()["rows_per_class"] == {"class_0": 20, "class_1": 20} and all(
         data.layers.layouts[layer].in_arrow for layer in data.layers.names
     )
-    assert (
-        experiment.main(["--dataset", dataset, "--num-runs", "1", "--max-epochs", "2", "--hidden-dim", "8"])
-        == 0
-    )
+    assert experiment.main(["--dataset", dataset, *FAST]) == 0
     results = json.loads((place / "visual-ablation-results/visual_ablation_out/results.json").read_text())
     assert len(results["all_layers_results"]) == len(results["visual_only_results"]) == 9
     assert results["num_visual_layers"] == results["num_text_layers"] == 2

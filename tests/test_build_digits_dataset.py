@@ -14,6 +14,7 @@ from builders import load
 from conftest import ROOT
 from datasets import List, Value, load_dataset
 from diffusers.utils import convert_state_dict_to_diffusers
+from experiments import FAST
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 
@@ -353,22 +354,8 @@ def test_the_embedded_collection():
 
 def test_a_built_collection_runs(tiny, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    status = experiment.main(
-        [
-            "--dataset",
-            str(tiny / "named.parquet"),
-            "--num-runs",
-            "1",
-            "--max-epochs",
-            "2",
-            "--hidden-dim",
-            "8",
-            "--layer-sets",
-            "all_layers",
-            "visual_only",
-            "text_only",
-        ]
-    )
+    layer_sets = ["--layer-sets", "all_layers", "visual_only", "text_only"]
+    status = experiment.main(["--dataset", str(tiny / "named.parquet"), *FAST, *layer_sets])
     assert status == 0, capsys.readouterr().out
     results = json.loads(
         (tmp_path / "visual-ablation-results" / "visual_ablation_named.parquet" / "results.json").read_text()

@@ -95,6 +95,7 @@ def test_predictions_give_the_confusion_counts_and_accuracies(run, place):
                             )
 
 
+@pytest.mark.slow
 def test_what_only_the_text_layers_know_is_lost_without_them(run, place):
     lora_dataset(n=200, signal=True).save_to_disk("many")
     status, _ = run(
@@ -340,6 +341,7 @@ SAID = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("knowing", TRUTHS, ids="+".join)
 @pytest.mark.parametrize("strength", [1.0, 0.06], ids=["strong", "weak"])
 def test_the_verdict_is_right_where_the_answer_is_known_or_says_that_it_cannot_tell(

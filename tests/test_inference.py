@@ -631,6 +631,7 @@ def test_the_verdict_is_never_stronger_than_the_numbers():
     )
 
 
+@pytest.mark.slow
 def test_over_many_experiments_no_verdict_claims_a_drop_that_is_not_there(quick):
     rng, claims = np.random.default_rng(5), 0
     for _ in range(200):

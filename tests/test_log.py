@@ -19,6 +19,7 @@ from ablation.cells import Cell
 from ablation.log import Progress, duration
 
 
+@pytest.mark.slow
 def test_silence_is_broken_by_a_whole_line(capsys, monkeypatch):
     monkeypatch.setattr(Progress, "SILENCE", 0.5)
     experiment.log_to_stdout()

@@ -299,6 +299,7 @@ def large(results, names, classes):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("classes", [2, 100])
 def test_nothing_overlaps_with_twelve_long_names_and_many_classes(results, classes, monkeypatch):
     names = [f"representation_no_{i:03}" for i in range(12)]
@@ -599,6 +600,7 @@ def test_the_full_report_of_18_cells_has_its_sections_and_files(results):
     assert "retention" not in names and "tables/retention.csv" in files  # one column is no figure
 
 
+@pytest.mark.slow
 def test_what_other_settings_left_in_the_folder_stays_out_and_is_said(tmp_path):
     lora_dataset(n=40, signal=1.0).save_to_disk(tmp_path / "loras")
     fixed = [

@@ -14,6 +14,7 @@ from ablation import status as program_status
 # --- the report
 
 
+@pytest.mark.slow
 def test_the_page_follows_a_run_and_an_unchanged_one_leaves_it(run, place, monkeypatch):
     from ablation.report import write
 

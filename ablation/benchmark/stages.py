@@ -63,14 +63,14 @@ def time_reading(data: LoraCollection, options: StageOptions) -> list[Row]:
         read_formatted(data, some)
 
     gigabytes = total_weights(data) * 4 / 1e9
-    timed = interleaved(
+    ours_timed, origin, limit = interleaved(
         options.repeats,
         reader.device,
         (ahead if reader.on_gpu else ours, 1),
         (one_by_one, factor),
         (copier(data), 1),
     )
-    return [Row("read", f"{len(layers)} layers, {gigabytes:.2f} GB", *timed)]
+    return [Row("read", f"{len(layers)} layers, {gigabytes:.2f} GB", ours_timed, origin, limit)]
 
 
 def total_weights(data: LoraCollection) -> int:

@@ -38,7 +38,8 @@ def inspect(data: LoraCollection, name: str, groups: tuple[str, list] | None) ->
     chosen = np.sort(rng.permutation(data.num_rows)[:SAMPLE_ROWS])
     likeness = {side: Likeness(data.labels[chosen]) for side in ("down", "up")}
     columns = {representation: ColumnCensus(representation) for representation in NINE}
-    hashes, zeros = np.zeros(data.num_rows, np.uint64), Counter()
+    hashes = np.zeros(data.num_rows, np.uint64)
+    zeros: Counter[str] = Counter()
     progress = Progress(len(data.layers), "layers", sys.stderr)
     for layer, facts in read_layers(data, chosen):
         side, shape = module_and_side(layer)[1], data.layers.layouts[layer]
@@ -223,7 +224,8 @@ def leaks(data: LoraCollection, column: str, values: list) -> dict:
     of the class.
     """
     sides = sides_of(data)
-    where, labels, held_out = defaultdict(set), defaultdict(set), Counter()
+    where, labels = defaultdict(set), defaultdict(set)
+    held_out: Counter[str] = Counter()
     for value, side, label in zip(values, sides, data.labels, strict=True):
         where[value].add(str(side))
         labels[value].add(int(label))

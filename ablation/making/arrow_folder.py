@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -48,7 +49,7 @@ def finish_folder(folder: Path, features: Features, shards: list[str], fingerpri
     which order.
     """
     write_bytes(folder / "dataset_info.json", json.dumps({"features": features.to_dict()}).encode())
-    state = {
+    state: dict[str, Any] = {
         "_data_files": [{"filename": name} for name in shards],
         "_fingerprint": fingerprint,
         "_format_columns": None,

@@ -106,7 +106,7 @@ def summarise(request: BuildRequest, plan: Plan, labels: Labels, shards: list[Sh
     rows = sum(shard.rows for shard in shards)
     if not rows:
         raise InputError(f"no file is left: {describe_bad(bad)}")
-    files = labels.inputs.count
+    files = labels.inputs.file_count
     if rows + len(bad) + plan.other_rank != files:
         raise RuntimeError(
             f"{files} files became {rows} rows and {len(bad)} bad ones: this is a defect of the builder"

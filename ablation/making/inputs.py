@@ -29,7 +29,7 @@ class Inputs(NamedTuple):
     passed_over: int  # hidden files and trainer state
 
     @property
-    def count(self) -> int:
+    def file_count(self) -> int:
         """Files, pickles included."""
         return len(self.files) + len(self.pickles)
 

@@ -93,7 +93,8 @@ def make_plan(options: BuildOptions, inputs: Inputs, labels: Labels) -> Plan:
     rank = choose_rank(options, headers)
     columns = choose_columns(headers, rank)
     bad = headers.bad
-    kept, other_rank, styles = [], 0, collections.Counter()
+    kept, other_rank = [], 0
+    styles: collections.Counter[str] = collections.Counter()
     for name, number in zip(inputs.files, headers.number_of_file, strict=True):
         if number < 0:
             continue

@@ -89,7 +89,8 @@ def class_directions(seed: int, number: int, out: int, inner: int) -> tuple[np.n
 def make_shard(recipe: Recipe, start: int, stop: int, schema: pa.Schema) -> pa.Table:
     """Rows start:stop."""
     labels = np.random.default_rng([recipe.seed, 0]).integers(0, NUM_CLASSES, stop)[start:]
-    columns, down = [], np.zeros(0)
+    columns: list[pa.Array] = []
+    down = np.zeros((0, 0, 0), np.float32)
     for number, (layer, rows, cols) in enumerate(recipe.shapes, 1):
         rng = np.random.Generator(np.random.SFC64([recipe.seed, 2, number, start]))
         weights = rng.standard_normal((stop - start, rows, cols), dtype=np.float32)

@@ -48,6 +48,12 @@ def accuracy_of(results: Results, layer_set: str, representation: str) -> float 
     return known["accuracy"] if known else row["test_acc_mean"] if row else None
 
 
+def accuracies_of(results: Results, layer_set: str) -> dict[str, float]:
+    """Test accuracy of each finished cell of a layer set, by representation."""
+    accuracies = {name: accuracy_of(results, layer_set, name) for name in rows_of(results, layer_set)}
+    return {name: accuracy for name, accuracy in accuracies.items() if accuracy is not None}
+
+
 def representations(results: Results) -> list[str]:
     """Representations with a finished cell, in the order of the catalogue."""
     found = {name for layer_set in layer_sets(results) for name in rows_of(results, layer_set)}
@@ -60,7 +66,8 @@ def best_representation(results: Results) -> str:
     """
     sets = layer_sets(results)
     layer_set = "all_layers" if "all_layers" in sets else sets[0]
-    return max(rows_of(results, layer_set), key=lambda name: accuracy_of(results, layer_set, name))
+    accuracies = accuracies_of(results, layer_set)
+    return max(accuracies, key=lambda name: accuracies[name])
 
 
 def accuracy_rows(results: Results) -> Rows:
@@ -206,16 +213,12 @@ def shares(record: dict) -> np.ndarray:
 
 def retention_rows(results: Results) -> Rows:
     """Test accuracy of each layer set over that with all layers."""
-    every = {name: accuracy_of(results, "all_layers", name) for name in rows_of(results, "all_layers")}
+    every = accuracies_of(results, "all_layers")
     return [
-        {
-            "representation": name,
-            "layer_set": layer_set,
-            "retention": accuracy_of(results, layer_set, name) / every[name],
-        }
+        {"representation": name, "layer_set": layer_set, "retention": accuracy / every[name]}
         for layer_set in layer_sets(results)
         if layer_set != "all_layers"
-        for name in rows_of(results, layer_set)
+        for name, accuracy in accuracies_of(results, layer_set).items()
         if every.get(name, 0) > 0
     ]
 

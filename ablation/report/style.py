@@ -28,7 +28,7 @@ COLOURS = {
     "by_block": "#E69F00",
 }
 FURTHER_COLOURS = ("#56B4E9", "#7F6000", "#5D3A9B", "#8C8C8C")
-STYLE = {
+STYLE: Any = {
     "font.size": 7.5,
     "axes.titlesize": 7.5,
     "axes.labelsize": 7.5,

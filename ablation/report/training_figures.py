@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -14,6 +15,7 @@ import matplotlib.ticker
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.transforms import Bbox
 
 from ablation.catalogue import group_of, title_of
 from ablation.report.rows import (
@@ -96,15 +98,11 @@ def confusion_all(results: Results) -> Figure | None:
             name,
             layer_set,
             grid[i // per_line, (i % per_line) * len(sets) + j],
-            rows_of(results, layer_set).get(name),
+            shares(rows_of(results, layer_set)[name]),
         )
         for i, name in enumerate(names)
         for j, layer_set in enumerate(sets)
-    ]
-    panels = [
-        (name, layer_set, axes, shares(record))
-        for name, layer_set, axes, record in panels
-        if record is not None
+        if name in rows_of(results, layer_set)
     ]
     high = max(float(np.nanmax(matrix)) for *_, matrix in panels)
     for axes in grid.flat:
@@ -172,11 +170,9 @@ def scatter(axes, rows: list[dict], x: Callable[[dict], float], y: Callable[[dic
     canvas = FigureCanvasAgg(figure)
     axes.autoscale_view()
     canvas.draw()
-    renderer, taken, boxes = (
-        canvas.get_renderer(),
-        [axes.transData.transform((x(row), y(row))) for row in rows],
-        [],
-    )
+    renderer = canvas.get_renderer()
+    taken = [axes.transData.transform((x(row), y(row))) for row in rows]
+    boxes: list[Bbox] = []
     frame = axes.get_window_extent(renderer)
     for row in (row for row in rows if row["layer_set"] == rows[0]["layer_set"]):
         for shift in SHIFTS:
@@ -247,13 +243,13 @@ def cost(results: Results) -> Figure | None:
     panels[0].set_ylabel("test accuracy, %")
     key_of_layer_sets(figure, list(dict.fromkeys(row["layer_set"] for row in rows)))
     for axes, quantity in zip(panels, ("feature_dim", "seconds_a_run"), strict=True):
-        scatter(
-            axes,
-            rows,
-            lambda row, quantity=quantity: max(row[quantity], 1e-3),
-            lambda row: 100 * row["accuracy"],
-        )
+        scatter(axes, rows, functools.partial(drawable, quantity), lambda row: 100 * row["accuracy"])
     return figure
+
+
+def drawable(quantity: str, row: dict) -> float:
+    """The value of a quantity in a row, large enough for a logarithmic axis."""
+    return max(row[quantity], 1e-3)
 
 
 @drawn
