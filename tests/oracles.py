@@ -112,25 +112,9 @@ def ensemble(w):
     return [*spectral(w), *matrix_norms(w), *distribution(w), *frequency(w), *info_theoretic(w)]
 
 
-REPRESENTATIONS = {
-    f.__name__: f
-    for f in (
-        simple_stats,
-        rank_based,
-        stats,
-        spectral,
-        matrix_norms,
-        distribution,
-        frequency,
-        info_theoretic,
-        ensemble,
-    )
-}
-
-
 def represent(name, batch):
-    """(n, rows, cols) -> (n, width) float64, one matrix at a time."""
-    return np.array([REPRESENTATIONS[name](np.asarray(w, dtype=np.float64)) for w in batch])
+    """(n, rows, cols) -> (n, width) float64, one matrix at a time, by this module's function of that name."""
+    return np.array([globals()[name](np.asarray(w, dtype=np.float64)) for w in batch])
 
 
 # --- of the product, formed as a dense matrix: down (r, in), up (out, r) float64
@@ -200,23 +184,10 @@ def product_directions(down, up):
     return found.ravel()
 
 
-PRODUCT_REPRESENTATIONS = {
-    f.__name__: f
-    for f in (
-        product_spectral,
-        product_norms,
-        product_moments,
-        product_quantiles,
-        product_sketch,
-        product_directions,
-    )
-}
-
-
 def represent_product(name, downs, ups):
     """(n, r, in) and (n, out, r) -> (n, width) float64, one module at a time."""
     pairs = zip(np.asarray(downs, dtype=np.float64), np.asarray(ups, dtype=np.float64), strict=True)
-    return np.array([PRODUCT_REPRESENTATIONS[name](down, up) for down, up in pairs])
+    return np.array([globals()[name](down, up) for down, up in pairs])
 
 
 def linear_kernel(modules):
