@@ -207,11 +207,10 @@ def test_groups_of_representations_stand_for_their_names():
         "product_norms",
         "product_spectral",
     )  # nothing twice where a group is named
-    assert (
-        set(chosen("all"))
-        == set(CHOICES)
-        == {name for group in ("nine", "product", "fitted") for name in REPRESENTATION_GROUPS[group]}
-    )
+    assert set(chosen("all")) == set(CHOICES)
+    groups = [REPRESENTATION_GROUPS[group] for group in ("nine", "product", "fitted")]
+    members = [name for group in groups for name in group]
+    assert len(members) == len(set(members)) and set(members) <= set(CHOICES)
     with pytest.raises(InputError, match="names one twice"):
         chosen("stats", "stats")
 
