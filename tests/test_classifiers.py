@@ -7,7 +7,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from ablation import classifiers
-from ablation.catalogue import CLASSIFIERS
+from ablation.catalogue import CLASSIFIERS, REPRESENTATIONS
 from ablation.classifiers import PROBE_PENALTIES, TRAINERS
 from ablation.mlp import Listener, Task
 from ablation.splits import Split
@@ -25,6 +25,12 @@ def blobs(n=240, columns=12, seed=0):
     x[:, 2] = 1.5
     rows = rng.permutation(n)
     return torch.from_numpy(x).float(), labels, Split(rows[:150], rows[150:180], rows[180:], False)
+
+
+def test_every_classifier_of_the_catalogue_has_a_trainer():
+    assert list(BESIDE_THE_MLP) == list(CLASSIFIERS)
+    fitted_with_their_own = {spec.classifier for spec in REPRESENTATIONS.values()} - {""}
+    assert set(TRAINERS) == {*CLASSIFIERS, *fitted_with_their_own}
 
 
 def test_the_linear_probe_is_scikit_learns_on_standardised_columns():
@@ -59,9 +65,7 @@ def test_boosting_learns_what_no_line_divides():
         ).mean()
         for name, make in BESIDE_THE_MLP.items()
     }
-    assert accuracy["boosting"] > 0.9 > 0.65 > accuracy["linear"] and list(BESIDE_THE_MLP) == list(
-        CLASSIFIERS
-    )
+    assert accuracy["boosting"] > 0.9 > 0.65 > accuracy["linear"]
     again = [
         TRAINERS["boosting"](Task(x, outer, split, 4), Listener()).runs[0].predictions["test"].tolist()
         for _ in range(2)

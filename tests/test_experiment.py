@@ -389,7 +389,9 @@ def test_splits_classifiers_and_controls_are_more_cells_of_the_same_run(run, pla
         "--num-splits",
         "2",
         "--controls",
+        *("shuffled", "metadata", "norms", "down", "up"),
         "--classifiers",
+        *("linear", "boosting"),
         "--metadata-columns",
         "num_images",
     )

@@ -568,7 +568,7 @@ def test_scripts_for_the_origins_results_read_ours(finished):
         assert isinstance(record[key], float), key
     assert isinstance(record["training_time_total"], float) and {"num_layers", "feature_dim"} <= set(record)
     assert [run["run"] for run in record["per_run_results"]] == [1, 2, 3]
-    assert set(record["per_run_results"][0]) == {"run", *scores, "training_time", "best_epoch", "feature_dim"}
+    assert {"run", *scores, "training_time", "best_epoch", "feature_dim"} <= set(record["per_run_results"][0])
     assert {"val_acc_history", "train_loss_history", "best_epoch"} <= set(record["learning_curves"][0])
     assert (
         np.array(record["val_confusion_matrices"]).shape

@@ -52,6 +52,7 @@ def test_scores_are_scikit_learns(case):
         "f1": f1,
     }
     assert scoring.scores(counts) == pytest.approx(expected, abs=1e-12)
+    assert set(scoring.SCORES) == set(expected)
 
 
 def trained(test_accuracies, n=40):

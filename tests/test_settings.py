@@ -9,9 +9,20 @@ import pytest
 from conftest import ROOT
 
 import visual_ablation_experiment as experiment
-from ablation.catalogue import CHOICES, NINE, REPRESENTATION_GROUPS, REPRESENTATIONS, title_of
+from ablation.catalogue import (
+    CHOICES,
+    CLASSIFIERS,
+    CONTROLS,
+    LAYER_SET_GROUPS,
+    LAYER_SETS,
+    NINE,
+    REPRESENTATION_GROUPS,
+    REPRESENTATIONS,
+    title_of,
+)
 from ablation.cells import Cell, cells_of
 from ablation.command_line import parse_command_line, read_yaml
+from ablation.controls import CONTROL_CELLS
 from ablation.conversion import build_settings
 from ablation.selection import list_cells
 from ablation.settings import InputError, Settings, TrainingSettings, setting_fields
@@ -236,9 +247,9 @@ def test_splits_classifiers_and_controls_are_further_cells():
         "split": ["grouped", "random"],
         "num_splits": 2,
         "classifiers": ["linear"],
-        "controls": ["all"],
         "split_seed": 7,
     }
+    chosen["controls"] = ["shuffled", "metadata", "norms", "down", "up"]
     settings = build_settings(chosen)
     assert split_names(settings) == ["", "grouped1", "random0", "random1"]
     assert [split_spec(settings, name) for name in split_names(settings)] == [
@@ -291,6 +302,16 @@ def test_splits_classifiers_and_controls_are_further_cells():
     ):
         with pytest.raises(InputError, match=reason):
             build_settings(wrong)
+
+
+def test_every_control_lists_its_cells_and_a_bare_flag_asks_for_all_of_them():
+    assert tuple(CONTROL_CELLS) == CONTROLS
+    for flags in ("--controls", "--classifiers"), ("--controls", "all", "--classifiers", *CLASSIFIERS):
+        settings = parse_command_line(["--dataset", "x", *flags], experiment.__doc__)[0]
+        assert settings.controls == CONTROLS and settings.classifiers == tuple(CLASSIFIERS)
+    for control in CONTROLS:
+        cells = list_cells(build_settings({"controls": [control]}), ["all_layers", "visual_only"])[18:]
+        assert cells and all(cell.is_control and Cell.named(cell.name) == cell for cell in cells), control
 
 
 def test_options_belong_to_the_representations_that_they_change():
@@ -351,7 +372,7 @@ def test_a_layer_set_must_be_known():
     )
     with pytest.raises(
         InputError,
-        match="unknown --layer-sets 'yours': use all_layers, visual_only, text_only, random_half, by_block, "
-        "or name one",
+        match=f"unknown --layer-sets 'yours': use {', '.join([*LAYER_SETS, *LAYER_SET_GROUPS])}, "
+        "or name one in named_layer_sets",
     ):
         build_settings({"layer_sets": ["yours"]})
