@@ -43,7 +43,7 @@ PROJECTION_SEED = 0
 NORM_PERCENTS = (0, 5, 10, 25, 50, 75, 90, 95, 100)
 
 
-class Layer:
+class LayerBatch:
     """A batch of matrices with the intermediate results that several representations share, each computed
     once.
     """
@@ -57,9 +57,9 @@ class Layer:
         self.m = min(w.shape[1:])
 
     @classmethod
-    def of(cls, w: Tensor | Layer) -> Layer:
+    def of(cls, w: Tensor | LayerBatch) -> LayerBatch:
         """The batch itself, or a batch made of matrices (n, rows, cols)."""
-        return w if isinstance(w, Layer) else cls(w)
+        return w if isinstance(w, LayerBatch) else cls(w)
 
     @cached_property
     def sorted(self) -> Tensor:
@@ -190,35 +190,35 @@ def columns(*parts: Tensor) -> Tensor:
     return torch.cat([part[:, None] if part.ndim == 1 else part for part in parts], dim=1).float()
 
 
-def simple_stats(w: Tensor | Layer) -> Tensor:
+def simple_stats(w: Tensor | LayerBatch) -> Tensor:
     """Frobenius norm, mean, std, max, min, in weight units. (n, rows, cols) -> (n, 5)."""
-    layer = Layer.of(w)
+    layer = LayerBatch.of(w)
     return columns(layer.frobenius, layer.mean, layer.std, layer.max, layer.min)
 
 
-def rank_based(w: Tensor | Layer) -> Tensor:
+def rank_based(w: Tensor | LayerBatch) -> Tensor:
     """Percentiles 1 5 10 25 50 75 90 95 99, p75-p25, p99-p1, in weight units. (n, rows, cols) -> (n, 11)."""
-    p = Layer.of(w).percentiles(1, 5, 10, 25, 50, 75, 90, 95, 99)  # (n, 9)
+    p = LayerBatch.of(w).percentiles(1, 5, 10, 25, 50, 75, 90, 95, 99)  # (n, 9)
     return columns(p, p[:, 5] - p[:, 3], p[:, 8] - p[:, 0])
 
 
-def stats(w: Tensor | Layer) -> Tensor:
+def stats(w: Tensor | LayerBatch) -> Tensor:
     """Mean, std, median (lower middle value), min, max in weight units; skewness, kurtosis. (n, rows, cols)
     -> (n, 7).
     """
-    layer = Layer.of(w)
+    layer = LayerBatch.of(w)
     median = layer.sorted[:, (layer.N - 1) // 2].double()
     return columns(layer.mean, layer.std, median, layer.min, layer.max, layer.skewness, layer.kurtosis)
 
 
-def spectral(w: Tensor | Layer) -> Tensor:
+def spectral(w: Tensor | LayerBatch) -> Tensor:
     """Profile of the singular values. (n, rows, cols) -> (n, 32).
 
     s_1..s_10 (weight units, padded with 0); their shares s_i/sum(s); nine gaps (s_i - s_{i+1})/(s_i + EPS), 0
     for i >= m; entropy of the shares (nats); condition number s_1/max(s_m, 1e-6 s_1); nuclear norm. Shares,
     entropy and nuclear norm use all m values. A zero matrix has shares, entropy and condition number 0.
     """
-    return spectral_profile(Layer.of(w).singular_values)
+    return spectral_profile(LayerBatch.of(w).singular_values)
 
 
 def spectral_profile(s: Tensor) -> Tensor:
@@ -236,14 +236,14 @@ def spectral_profile(s: Tensor) -> Tensor:
     return columns(top, top_shares, gaps, torch.special.entr(shares).sum(1), condition, nuclear)
 
 
-def matrix_norms(w: Tensor | Layer) -> Tensor:
+def matrix_norms(w: Tensor | LayerBatch) -> Tensor:
     """Frobenius, nuclear, spectral, induced 1- and inf-norm (weight units); nuclear and spectral over
     Frobenius + EPS.
 
     The induced 1-norm is the largest column sum of absolute values, the induced inf-norm the largest row sum.
     (n, rows, cols) -> (n, 7).
     """
-    layer = Layer.of(w)
+    layer = LayerBatch.of(w)
     s, absolute = layer.singular_values, layer.w.abs()
     nuclear, largest = s.sum(1), s[:, 0]
     one = absolute.sum(1, dtype=torch.float64).amax(1)
@@ -252,20 +252,20 @@ def matrix_norms(w: Tensor | Layer) -> Tensor:
     return columns(layer.frobenius, nuclear, largest, one, inf, nuclear / scale, largest / scale)
 
 
-def distribution(w: Tensor | Layer) -> Tensor:
+def distribution(w: Tensor | LayerBatch) -> Tensor:
     """Percentiles 5 10 25 50 75 90 95, p75-p25, mean |x - mean| (weight units); std/(|mean| + EPS), skewness,
     kurtosis.
 
     (n, rows, cols) -> (n, 12).
     """
-    layer = Layer.of(w)
+    layer = LayerBatch.of(w)
     p = layer.percentiles(5, 10, 25, 50, 75, 90, 95)  # (n, 7)
     deviation = layer.central_sums[0] / layer.N
     variation = layer.std / (layer.mean.abs() + EPS)
     return columns(p, p[:, 4] - p[:, 2], deviation, variation, layer.skewness, layer.kurtosis)
 
 
-def frequency(w: Tensor | Layer) -> Tensor:
+def frequency(w: Tensor | LayerBatch) -> Tensor:
     """Magnitudes of the unnormalised 2-D FFT, in weight units but for the last column. (n, rows, cols) -> (n,
     14).
 
@@ -273,7 +273,7 @@ def frequency(w: Tensor | Layer) -> Tensor:
     the ten in the energy: sum of the ten squared / (sum of all squared + EPS), the latter N * sum(x^2) by
     Parseval's theorem.
     """
-    layer = Layer.of(w)
+    layer = LayerBatch.of(w)
     once, twice = layer.fft_magnitudes  # (n, a), (n, b)
     candidates = [once.topk(min(TOP, once.shape[1])).values]
     candidates.append(twice.topk(min(TOP, twice.shape[1])).values.repeat_interleave(2, dim=1))
@@ -287,13 +287,13 @@ def frequency(w: Tensor | Layer) -> Tensor:
     return columns(top, mean, std, top[:, 0], share)
 
 
-def info_theoretic(w: Tensor | Layer) -> Tensor:
+def info_theoretic(w: Tensor | LayerBatch) -> Tensor:
     """Entropy (nats) of the 50-bin histogram over the matrix's own min..max, and the same over log 50 (0 to
     1).
 
     Bins are closed below and open above, the last one closed, as NumPy's. (n, rows, cols) -> (n, 2).
     """
-    layer = Layer.of(w)
+    layer = LayerBatch.of(w)
     step = (layer.max - layer.min) / BINS  # (n,)
     inner = torch.arange(1, BINS, dtype=torch.float64, device=step.device)
     edges = inner * step[:, None] + layer.min[:, None]  # (n, 49)
@@ -307,11 +307,11 @@ def info_theoretic(w: Tensor | Layer) -> Tensor:
     return columns(entropy, entropy / math.log(BINS))
 
 
-def ensemble(w: Tensor | Layer) -> Tensor:
+def ensemble(w: Tensor | LayerBatch) -> Tensor:
     """spectral, matrix_norms, distribution, frequency, info_theoretic side by side. (n, rows, cols) -> (n,
     67).
     """
-    layer = Layer.of(w)
+    layer = LayerBatch.of(w)
     parts = (spectral, matrix_norms, distribution, frequency, info_theoretic)
     return columns(*(part(layer) for part in parts))
 
@@ -334,7 +334,7 @@ def projection(count: int, size: int, side: str, device: torch.device) -> Tensor
     return torch.from_numpy(rng.standard_normal((count, size))).to(device)
 
 
-class Module:
+class ModuleBatch:
     """A batch of pairs `down` (n, r, in), `up` (n, out, r) with what several representations of W = up @ down
     share, each computed once.
     """
@@ -460,7 +460,7 @@ class Module:
         )
 
 
-def product_spectral(module: Module) -> Tensor:
+def product_spectral(module: ModuleBatch) -> Tensor:
     """Profile of W's singular values, the columns of `spectral`, of the m = min(r, out, in) that need not be
     0. (n, 32).
 
@@ -470,7 +470,7 @@ def product_spectral(module: Module) -> Tensor:
     return spectral_profile(module.singular_values)
 
 
-def product_norms(module: Module) -> Tensor:
+def product_norms(module: ModuleBatch) -> Tensor:
     """Frobenius, nuclear, spectral norm, largest row and largest column norm of W (weights squared); nuclear
     and spectral over Frobenius. (n, 7).
 
@@ -491,7 +491,7 @@ def product_norms(module: Module) -> Tensor:
     )
 
 
-def product_moments(module: Module) -> Tensor:
+def product_moments(module: ModuleBatch) -> Tensor:
     """Means of w, w^2, w^3 and w^4 over the entries w of W, raw. (n, 4).
 
     W^2 (entry by entry) is a product too, of the r (r + 1) / 2 products of two columns of `up` with those of
@@ -509,7 +509,7 @@ def product_moments(module: Module) -> Tensor:
     return columns(one / N, two / N, three / N, four / N)
 
 
-def product_quantiles(module: Module) -> Tensor:
+def product_quantiles(module: ModuleBatch) -> Tensor:
     """Percentiles 0 5 10 25 50 75 90 95 100 of the norms of W's rows, then of its columns, linearly
     interpolated. (n, 18).
 
@@ -521,7 +521,7 @@ def product_quantiles(module: Module) -> Tensor:
     )
 
 
-def product_sketch(module: Module) -> Tensor:
+def product_sketch(module: ModuleBatch) -> Tensor:
     """R_out @ W @ R_in.mT with fixed Gaussian R_out (k, out) and R_in (k, in), row by row. (n, k^2), k = 16
     unless told.
 
@@ -534,12 +534,12 @@ def product_sketch(module: Module) -> Tensor:
     return columns((left[:, :k] @ right[:, :, :k]).flatten(1))
 
 
-def product_directions(module: Module) -> Tensor:
+def product_directions(module: ModuleBatch) -> Tensor:
     """The four first left singular vectors of W, then the right ones, times sqrt(s_i), each by 16 fixed
     projections. (n, 128).
 
-    The balanced factors by QR and SVD that W2T reads, signs fixed (`Module.directions`); 0 beyond rank r.
-    Units: weights.
+    The balanced factors by QR and SVD that W2T reads, signs fixed (`ModuleBatch.directions`); 0
+    beyond rank r. Units: weights.
     """
     left, right = module.directions(DIRECTIONS)
     return columns(left.flatten(1), right.flatten(1))
@@ -582,7 +582,7 @@ def describe(w: Tensor, names: list[str]) -> tuple[dict[str, Tensor], dict[str, 
     caller's to answer.
     """
     limit = SLICE_WEIGHTS["cpu" if w.device.type == "cpu" else "gpu"]
-    return in_slices((w,), limit // w[0].numel(), Layer, {name: function_of(name) for name in names})
+    return in_slices((w,), limit // w[0].numel(), LayerBatch, {name: function_of(name) for name in names})
 
 
 def describe_module(
@@ -596,7 +596,7 @@ def describe_module(
     return in_slices(
         (down, up),
         limit // size,
-        lambda part_down, part_up: Module(part_down, part_up, sketch_size),
+        lambda part_down, part_up: ModuleBatch(part_down, part_up, sketch_size),
         {name: function_of(name) for name in names},
     )
 

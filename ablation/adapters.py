@@ -51,18 +51,18 @@ NUMPY_TYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": 
 DTYPE_NAMES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 
-Entry = tuple[str, str, tuple[int, ...]]  # name, dtype and shape of a tensor
+TensorHeader = tuple[str, str, tuple[int, ...]]  # name, dtype and shape of a tensor
 
 
 @functools.lru_cache(maxsize=64)  # a collection has a handful of layouts, and each costs hundreds of names
-def layout_of(entries: tuple[Entry, ...], leave_out: str = "") -> Layout:
+def layout_of_tensors(entries: tuple[TensorHeader, ...], leave_out: str = "") -> Layout:
     """The layout of some tensors without those in whose name the pattern `leave_out` is found. Raises
     BadFile.
     """
     columns: list[tuple[str, int, int]] = []
     keys: dict[str, str] = {}
     alphas: dict[str, str] = {}
-    sides: dict[str, dict[str, Entry]] = {}
+    sides: dict[str, dict[str, TensorHeader]] = {}
     flattened = []
     for entry in entries:
         key, _, shape = entry
@@ -101,7 +101,7 @@ def parsed_key(key: str) -> tuple[str, str]:
     return parsed
 
 
-def check_weight(entry: Entry, side: str) -> None:
+def check_weight(entry: TensorHeader, side: str) -> None:
     """Raise BadFile unless a `down` or `up` is a matrix, or a convolution, of a float type."""
     key, dtype, shape = entry
     if dtype not in NUMPY_TYPES:
@@ -112,7 +112,9 @@ def check_weight(entry: Entry, side: str) -> None:
         raise BadFile(f"'{key}' has shape {list(shape)}: an `up` convolution has kernel 1 x 1")
 
 
-def modules_of(sides: dict[str, dict[str, Entry]], alphas: dict[str, str]) -> dict[str, tuple[str, int]]:
+def modules_of(
+    sides: dict[str, dict[str, TensorHeader]], alphas: dict[str, str]
+) -> dict[str, tuple[str, int]]:
     """Module -> (as the file names it, rank), sorted. Raises BadFile if a module is not whole, or if there is
     none.
     """
@@ -142,7 +144,7 @@ def survey_file(path: Path, leave_out: str = "") -> Layout:
             entries = tuple((key, part.get_dtype(), tuple(part.get_shape())) for key, part in slices)
     except (SafetensorError, OSError) as error:
         raise BadFile(f"cannot be read: {' '.join(str(error).split())}") from error
-    return layout_of(entries, leave_out)
+    return layout_of_tensors(entries, leave_out)
 
 
 # --- a file's weights
@@ -170,7 +172,7 @@ def read_adapter(path: Path, leave_out: str = "", with_scales: bool = True) -> A
     for tensor in tensors.values():
         tensor["dtype"] = DTYPE_NAMES.get(tensor["dtype"], tensor["dtype"])
     entries = tuple((key, tensor["dtype"], tuple(tensor["shape"])) for key, tensor in sorted(tensors.items()))
-    layout = layout_of(entries, leave_out)
+    layout = layout_of_tensors(entries, leave_out)
     matrices = {}
     for column, rows, cols in layout.columns:
         values = as_float32(tensors[layout.keys[column]])

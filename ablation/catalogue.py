@@ -29,7 +29,7 @@ class Representation(NamedTuple):
     classifier: str = ""  # the classifier that reads it in place of the MLP
 
 
-REPRESENTATIONS = {
+SPECS = {  # of every representation, by name
     "simple_stats": Representation("layer", 5, 1),
     "rank_based": Representation("layer", 11, 1),
     "stats": Representation("layer", 7, 1),
@@ -73,7 +73,7 @@ NINE = (
     "ensemble",
 )
 ENSEMBLE_PARTS = ("spectral", "matrix_norms", "distribution", "frequency", "info_theoretic")
-CHOICES = {name: spec for name, spec in REPRESENTATIONS.items() if not spec.control}
+CHOICES = {name: spec for name, spec in SPECS.items() if not spec.control}
 REPRESENTATION_GROUPS = {
     "nine": NINE,
     "product": tuple(name for name, spec in CHOICES.items() if spec.source == "module" and not spec.fitted),

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from ablation.catalogue import AUDITS, CLASSIFIERS, CONTROL_SETS, REPRESENTATIONS, SHUFFLED, SPLITS, title_of
+from ablation.catalogue import AUDITS, CLASSIFIERS, CONTROL_SETS, SHUFFLED, SPECS, SPLITS, title_of
 
 # How each further field of a Cell is written in a file's name, in this order:
 # all_layers_stats.random1.linear.json
@@ -47,7 +47,7 @@ class Cell(NamedTuple):
         if match is None:
             return None
         stem, suffixes = match.group(1), {field: text or "" for field, text in match.groupdict().items()}
-        for representation in sorted(REPRESENTATIONS, key=len, reverse=True):  # simple_stats before stats
+        for representation in sorted(SPECS, key=len, reverse=True):  # simple_stats before stats
             layer_set = stem.removesuffix(f"_{representation}")
             if layer_set not in ("", stem):
                 return cls(representation, layer_set, **suffixes)
@@ -61,11 +61,7 @@ class Cell(NamedTuple):
     @property
     def is_control(self) -> bool:
         """True for the cells of --controls."""
-        return (
-            bool(self.labels)
-            or REPRESENTATIONS[self.representation].control
-            or self.layer_set in CONTROL_SETS
-        )
+        return bool(self.labels) or SPECS[self.representation].control or self.layer_set in CONTROL_SETS
 
     @property
     def is_plain(self) -> bool:
@@ -75,7 +71,7 @@ class Cell(NamedTuple):
     @property
     def own_classifier(self) -> str:
         """The classifier that is trained in place of the MLP, or ''."""
-        return self.classifier or REPRESENTATIONS[self.representation].classifier
+        return self.classifier or SPECS[self.representation].classifier
 
     @property
     def title(self) -> str:

@@ -32,7 +32,7 @@ BOOSTING_ITERATIONS, BOOSTING_PATIENCE = 100, 10
 # both.
 BOOSTING_LEAVES, BOOSTING_BINS = 8, 32
 RIDGE_PENALTIES = tuple(10.0**power for power in range(-6, 3))  # times the kernel's mean over its diagonal
-NEGLIGIBLE = 1e-6  # kernels whose spread is smaller, relative to their size, hold rounding only
+NEGLIGIBLE_SPREAD = 1e-6  # kernels whose spread is smaller, relative to their size, hold rounding only
 
 
 def train_linear(task: Task, listener: Listener) -> TrainedRuns:
@@ -110,7 +110,7 @@ def train_kernel_ridge(task: Task, listener: Listener) -> TrainedRuns:
     targets = np.eye(task.num_classes)[labels[split.train]]
     mean, scale = targets.mean(0), centred["train"].trace() / len(targets)
     size = abs(kernel[split.train].diagonal().mean().item())
-    if scale <= NEGLIGIBLE**2 * size or len(targets) < 2:
+    if scale <= NEGLIGIBLE_SPREAD**2 * size or len(targets) < 2:
         raise TrainingError("the products of the training rows do not differ: there is nothing to learn from")
     best, predictions = -1.0, {}
     for penalty in sorted(RIDGE_PENALTIES, reverse=True):

@@ -16,7 +16,7 @@ from torch import Tensor
 
 import representations
 from ablation.audits import Audit
-from ablation.catalogue import REPRESENTATIONS
+from ablation.catalogue import SPECS
 from ablation.collection import LoraCollection
 from ablation.reading import BLOCK_ROWS, ReadAhead
 from ablation.training import one_thread_a_core
@@ -54,12 +54,12 @@ class Request:
 
     def names_of(self, source: str) -> list[str]:
         """The representations of each "layer", or of each "module"."""
-        return [name for name in self.widths if REPRESENTATIONS[name].source == source]
+        return [name for name in self.widths if SPECS[name].source == source]
 
     def count(self, name: str) -> int:
         """How many layers or modules a representation describes."""
         layers = self.data.layers
-        return len(layers if REPRESENTATIONS[name].source == "layer" else layers.modules)
+        return len(layers if SPECS[name].source == "layer" else layers.modules)
 
     @property
     def num_rows(self) -> int:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ablation.audits import AUDIT_CLASSES, Audit
-from ablation.catalogue import REPRESENTATIONS, components_of
+from ablation.catalogue import SPECS, components_of
 from ablation.cells import Cell
 from ablation.collection import LoraCollection, View
 from ablation.extraction import Request, extract_features
@@ -42,7 +42,7 @@ class Features:
 
     def columns_of(self, cell: Cell, audits: list[Audit], view: View) -> tuple[Tensor, dict[str, Tensor]]:
         """The cell's columns of all rows, (N, D), and of each audit's changed rows, (E, D)."""
-        if REPRESENTATIONS[cell.representation].fitted:
+        if SPECS[cell.representation].fitted:
             from ablation.fitted import FITTED
 
             sizes = [self.data.num_rows, *(len(audit.rows) for audit in audits)]
@@ -71,7 +71,7 @@ def cell_columns(features: dict[str, Tensor], cell: Cell, data: LoraCollection) 
 
     The parts of an ensemble are joined within each layer. Norms are the first column of simple_stats.
     """
-    is_layer = REPRESENTATIONS[cell.representation].source == "layer"
+    is_layer = SPECS[cell.representation].source == "layer"
     count = len(data.layers if is_layer else data.layers.modules)
     parts = [features[name].unflatten(1, (count, -1)) for name in components_of(cell.representation)]
     x = parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)  # (N, P, k)
@@ -83,7 +83,7 @@ def cell_columns(features: dict[str, Tensor], cell: Cell, data: LoraCollection) 
 
 def positions_of(cell: Cell, data: LoraCollection) -> list[int]:
     """Positions of the layers, or of the modules, that the cell's layer set keeps."""
-    if REPRESENTATIONS[cell.representation].source == "layer":
+    if SPECS[cell.representation].source == "layer":
         return data.layers.positions(cell.layer_set)
     return data.layers.module_positions(cell.layer_set)
 
@@ -94,7 +94,7 @@ def refuse_non_finite_features(x: Tensor, cell: Cell, data: LoraCollection) -> N
     if finite.all():
         return
     row, column = (~finite).nonzero()[0].tolist()
-    spec = REPRESENTATIONS[cell.representation]
+    spec = SPECS[cell.representation]
     if spec.fitted:
         raise ValueError(f"feature {column} of row {row} is {x[row, column]}")
     positions = positions_of(cell, data)
@@ -116,7 +116,7 @@ def load_or_extract(context: Context, cells: list[Cell]) -> tuple[Features, dict
     audits = [name for name in context.settings.audit if any(cell.audit == name for cell in cells)]
     # An audit's change is measured against the features of the unchanged rows, so those are needed too.
     needed = {name for audit in ("", *audits) for name in extracted_names(cells, audit)}
-    names = [name for name in REPRESENTATIONS if name in needed]
+    names = [name for name in SPECS if name in needed]
     cache = open_cache(context)
     if cache:
         load_cached(context, cache, names, features)
@@ -145,7 +145,7 @@ def extracted_names(cells: list[Cell], audit: str) -> list[str]:
     weights.
     """
     parts = {part for cell in cells if cell.audit == audit for part in components_of(cell.representation)}
-    return [name for name, spec in REPRESENTATIONS.items() if name in parts and not spec.fitted]
+    return [name for name, spec in SPECS.items() if name in parts and not spec.fitted]
 
 
 def failures_of(cells: list[Cell], errors: dict[str, Exception]) -> dict[Cell, str]:
@@ -189,7 +189,7 @@ def open_cache(context: Context) -> FeatureCache | None:
         return None
 
     def description_of(name: str) -> dict:
-        return {"version": REPRESENTATIONS[name].version, **settings.options_of(name)}
+        return {"version": SPECS[name].version, **settings.options_of(name)}
 
     return FeatureCache(settings.cache_folder, data.files.identity, data.layers.names, description_of)
 

@@ -10,7 +10,7 @@ from ablation.catalogue import (
     AUDIT_VERSION,
     CLASSIFIER_VERSION,
     METADATA_COLUMNS,
-    REPRESENTATIONS,
+    SPECS,
     TRAINING_VERSION,
     components_of,
 )
@@ -69,7 +69,7 @@ def training_inputs(settings: Settings, cell: Cell) -> dict[str, Any]:
     used = dict.fromkeys([cell.representation, *components_of(cell.representation)])
     inputs = {
         "representation": cell.representation,
-        "representation_version": [REPRESENTATIONS[name].version for name in used],
+        "representation_version": [SPECS[name].version for name in used],
         **settings.options_of(cell.representation),
         "training_version": TRAINING_VERSION,
         **training,

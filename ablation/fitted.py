@@ -26,13 +26,13 @@ from ablation.controls import metadata_features
 from ablation.layers import Module
 from ablation.mlp import TrainingError
 from ablation.reading import BLOCK_ROWS
-from representations import Module as ModuleBatch
+from representations import ModuleBatch
 
 FIT_SEED = 0
 FOLDS = 5  # of the training rows, for scores that must not see a row's own label
 OVERSAMPLING = 2  # directions that randomised PCA looks at, for each component kept
 KERNEL_TILE = 2**24  # products of two columns held at a time
-NEGLIGIBLE = 1e-6  # components whose std is smaller, relative to the largest, hold rounding only
+NEGLIGIBLE_STD = 1e-6  # components whose std is smaller, relative to the largest, hold rounding only
 TINY = 1e-30
 
 
@@ -183,7 +183,7 @@ def pca(fit: Fit) -> Tensor:
         del x  # before the next layer is read
     squares, U = torch.linalg.eigh(gram)
     s = squares.flip(0)[:k].clamp_min(0).sqrt()
-    kept = s > NEGLIGIBLE * s[0]
+    kept = s > NEGLIGIBLE_STD * s[0]
     scores = scores @ U.flip(1)[:, :k][:, kept] / s[kept]
     largest = scores[train].gather(0, scores[train].abs().argmax(0, keepdim=True))
     return (scores * torch.where(largest < 0, -1.0, 1.0)).float().cpu()
@@ -222,7 +222,7 @@ def centroid_cosine(fit: Fit) -> Tensor:
     float32.
 
     M modules, C classes. A centroid is the mean of its class's vectors over the training rows, with signs
-    fixed (`representations.Module.directions`). A training row meets the centroids of the other FOLDS - 1
+    fixed (`ModuleBatch.directions`). A training row meets the centroids of the other FOLDS - 1
     folds only, so that no row sees its own label; folds are drawn without looking at labels. Other rows meet
     the centroids of all training rows. A class without a training row gives 0.
     """
@@ -275,7 +275,7 @@ def kernel_pca(fit: Fit) -> Tensor:
     # The dense solver would hold the interpreter for minutes and stop the thread that writes the log.
     model = KernelPCA(components, kernel="precomputed", eigen_solver="arpack", random_state=FIT_SEED)
     model.fit(kernel[fit.train])
-    kept = model.eigenvalues_ > NEGLIGIBLE**2 * model.eigenvalues_.max()
+    kept = model.eigenvalues_ > NEGLIGIBLE_STD**2 * model.eigenvalues_.max()
     sections = [model.transform(kernel[section])[:, kept] for section in fit.sections if kernel[section].size]
     return torch.from_numpy(np.concatenate(sections)).float()
 

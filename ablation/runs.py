@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from typing import Any, NamedTuple
 
-from ablation.catalogue import REPRESENTATIONS
+from ablation.catalogue import SPECS
 from ablation.cells import Cell
 from ablation.collection import View
 from ablation.context import Context
@@ -41,7 +41,7 @@ def prepare_cells(context: Context, cells: list[Cell], features: Features) -> Pr
         x, changed = features.columns_of(cell, audits, view)
         refuse_non_finite_features(x, cell, context.data)
         changes = {audit.name: audit.changes(x, changed[audit.name], view.split.train) for audit in audits}
-    if REPRESENTATIONS[cell.representation].fitted:  # such a representation reads the weights only now
+    if SPECS[cell.representation].fitted:  # such a representation reads the weights only now
         context.data.files.refuse_changes()
     extra = {
         f"{audit.name} {variant}": changed[audit.name][audit.positions(variant, view.split.test)]
@@ -102,7 +102,7 @@ def save_cell(
 
 def result_line(record: dict[str, Any]) -> str:
     """Accuracies of a cell, for the log."""
-    accuracies = [f"{part.title()}={mean_and_std(record, f'{part}_acc')}" for part in PARTS]
+    accuracies = [f"{part.title()}={mean_and_std_text(record, f'{part}_acc')}" for part in PARTS]
     epoch, columns = record["best_epoch_mean"], record["trained_dim"]
     return f"{', '.join(accuracies)}, best epoch {epoch:.0f}, {columns} columns trained"
 
@@ -110,11 +110,11 @@ def result_line(record: dict[str, Any]) -> str:
 def audit_line(record: dict[str, Any]) -> str:
     """Test accuracies of an audit, for the log."""
     variants = [
-        f"{variant}={mean_and_std(scores, 'test_acc')}" for variant, scores in record["variants"].items()
+        f"{variant}={mean_and_std_text(scores, 'test_acc')}" for variant, scores in record["variants"].items()
     ]
-    return ", ".join([f"Test={mean_and_std(record, 'test_acc')}", *variants])
+    return ", ".join([f"Test={mean_and_std_text(record, 'test_acc')}", *variants])
 
 
-def mean_and_std(scores: dict[str, Any], key: str) -> str:
+def mean_and_std_text(scores: dict[str, Any], key: str) -> str:
     """Mean and std over the runs, as 0.1234±0.0123."""
     return f"{scores[f'{key}_mean']:.4f}±{scores[f'{key}_std']:.4f}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
-from ablation.catalogue import CONTROL_SETS, METADATA_COLUMNS, REPRESENTATIONS
+from ablation.catalogue import CONTROL_SETS, METADATA_COLUMNS, SPECS
 from ablation.cells import Cell, cells_of
 from ablation.controls import control_cells
 from ablation.layers import expand_layer_sets
@@ -58,7 +58,7 @@ def possible_cells(settings: Settings, data: LoraCollection) -> tuple[list[Cell]
 
 def why_impossible(cell: Cell, data: LoraCollection) -> str:
     """Why a cell cannot be computed from this data set, or '' if it can."""
-    spec = REPRESENTATIONS[cell.representation]
+    spec = SPECS[cell.representation]
     if spec.source == "module":
         unpaired = data.layers.without_partner(cell.layer_set)
         if unpaired:

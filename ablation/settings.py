@@ -25,7 +25,7 @@ from ablation.catalogue import (
     METADATA_COLUMNS,
     NINE,
     REPRESENTATION_GROUPS,
-    REPRESENTATIONS,
+    SPECS,
     SPLITS,
 )
 
@@ -185,7 +185,7 @@ class Settings:
             raise InputError(
                 "--controls down and up need one of --representations that describes single layers"
             )
-        if self.classifiers and all(REPRESENTATIONS[name].classifier for name in self.representations):
+        if self.classifiers and all(SPECS[name].classifier for name in self.representations):
             raise InputError(
                 "--classifiers need one of --representations besides kernel_ridge, which is a classifier "
                 "itself"
@@ -196,17 +196,17 @@ class Settings:
 
     def representations_of(self, source: str) -> list[str]:
         """The chosen representations that describe a "layer", or a "module"."""
-        return [name for name in self.representations if REPRESENTATIONS[name].source == source]
+        return [name for name in self.representations if SPECS[name].source == source]
 
     def width_of(self, representation: str) -> int:
         """Columns of one layer or module."""
         if representation == "product_sketch":
             return self.sketch_size**2
-        return REPRESENTATIONS[representation].width
+        return SPECS[representation].width
 
     def options_of(self, representation: str) -> dict:
         """The settings that change a representation's numbers."""
-        return {option: getattr(self, option) for option in REPRESENTATIONS[representation].options}
+        return {option: getattr(self, option) for option in SPECS[representation].options}
 
     @property
     def short_name(self) -> str:
@@ -292,8 +292,8 @@ def ambiguous_prefixes() -> set[str]:
     """
     return {
         longer.removesuffix(f"_{shorter}")
-        for longer in REPRESENTATIONS
-        for shorter in REPRESENTATIONS
+        for longer in SPECS
+        for shorter in SPECS
         if longer.endswith(f"_{shorter}")
     }
 

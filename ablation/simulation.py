@@ -20,7 +20,7 @@ RATIO = 0.2 / 0.7  # of test to training rows
 
 
 @functools.cache
-def quantiles(mean: float) -> np.ndarray:
+def chances_of_being_right(mean: float) -> np.ndarray:
     """Quantiles on GRID of an example's chance of being right: Beta with this mean and weight 1.5.
 
     With so little weight many examples are easy or hopeless.
@@ -59,7 +59,9 @@ def experiment(rng: np.random.Generator, world: World) -> tuple[np.ndarray, np.n
         z = shared + 0.8 * rng.normal(size=n)
         if group is not None:
             z = z + rng.normal(size=groups)[group]
-        chance = np.interp(scipy.stats.norm.cdf(z / math.sqrt(1.64 + bool(groups))), GRID, quantiles(mean))
+        chance = np.interp(
+            scipy.stats.norm.cdf(z / math.sqrt(1.64 + bool(groups))), GRID, chances_of_being_right(mean)
+        )
         uniform = rng.random((world.runs, n))
         right.append(uniform < chance + world.run_sd * rng.normal(size=(world.runs, 1)))
     return right[0], right[1], group

@@ -10,7 +10,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from ablation.catalogue import AUDITS, LAYER_SET_GROUPS, METADATA_COLUMNS, REPRESENTATIONS, components_of
+from ablation.catalogue import AUDITS, LAYER_SET_GROUPS, METADATA_COLUMNS, SPECS, components_of
 from ablation.cells import Cell
 from ablation.fingerprints import requested_inputs
 from ablation.layers import expand_layer_sets
@@ -187,7 +187,7 @@ def print_plan(settings: Settings) -> int:
 
 def is_possible(cell: Cell, surveyed: Survey, settings: Settings) -> bool:
     """False if the data set is too large for the cell, or has no metadata column."""
-    if surveyed.rows > REPRESENTATIONS[cell.representation].max_rows:
+    if surveyed.rows > SPECS[cell.representation].max_rows:
         return False
     if cell != METADATA_CELL or surveyed.numeric_columns is None:
         return True
@@ -201,7 +201,7 @@ def print_needs(settings: Settings, surveyed: Survey, to_run: list[Cell]) -> Non
         return feature_bytes(name, surveyed, settings)
 
     parts = {part for cell in to_run for part in components_of(cell.representation)}
-    cached = sum(size(part) for part in parts if not REPRESENTATIONS[part].fitted)
+    cached = sum(size(part) for part in parts if not SPECS[part].fitted)
     growth = 1 + sum(AUDITS[audit].changed_rows for audit in settings.audit)
     per_cell = [sum(map(size, components_of(cell.representation))) for cell in to_run]
     memory, largest = growth * cached, growth * max(per_cell, default=0)
@@ -236,7 +236,7 @@ def feature_bytes(name: str, surveyed: Survey, settings: Settings) -> float:
     """
     rows, layers = surveyed.rows, len(surveyed.shapes)
     modules = layers // 2
-    spec = REPRESENTATIONS[name]
+    spec = SPECS[name]
     if not spec.fitted:
         return 4 * rows * settings.width_of(name) * (modules if spec.source == "module" else layers)
     fitted = {

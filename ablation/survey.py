@@ -46,7 +46,7 @@ def survey(name: str, data_split: str = "") -> Survey | None:
     rows, first, schema = 0, None, pa.schema([])
     try:
         for file in files_of_split(name, kind, Path(location), data_split):
-            count, head, schema = survey_file(file)
+            count, head, schema = rows_and_schema(file)
             rows, first = rows + count, first if first is not None else head
     except (OSError, pa.ArrowInvalid) as error:
         raise InputError(f"cannot read data set '{name}': {' '.join(str(error).split())[:500]}") from error
@@ -85,7 +85,7 @@ def files_of_split(name: str, kind: str, root: Path, data_split: str) -> list[Pa
     return by_split[choose_split(name, list(by_split), data_split.split("[")[0])]
 
 
-def survey_file(file: Path) -> tuple[int, pa.RecordBatch | None, pa.Schema]:
+def rows_and_schema(file: Path) -> tuple[int, pa.RecordBatch | None, pa.Schema]:
     """Rows of a file, its first row's layers (None if it has no row), and its columns."""
     if file.suffix == ".parquet":
         parquet = pq.ParquetFile(file)

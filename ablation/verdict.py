@@ -14,7 +14,7 @@ MANY_SPLITS = 5  # from as many on, the corrected test over splits has enough po
 FEWEST_RUNS = 3  # from as many on, the spread over runs is known well enough for a claim about new runs
 LISTED = 3  # names in one sentence
 
-Entry = dict[str, Any]
+Numbers = dict[str, Any]
 
 
 def verdict(inference: dict[str, Any]) -> str:
@@ -31,12 +31,12 @@ def verdict(inference: dict[str, Any]) -> str:
 # --- numbers and lists in sentences
 
 
-def percent(value: float) -> str:
+def in_percent(value: float) -> str:
     """A fraction in percent."""
     return f"{100 * value:.1f} %"
 
 
-def names_of(entries: list[Entry]) -> str:
+def names_of(entries: list[Numbers]) -> str:
     """The representations of some entries; beyond LISTED the first ones and how many more there are."""
     names = [entry["representation"] for entry in entries]
     if len(names) > LISTED + 1:
@@ -44,7 +44,7 @@ def names_of(entries: list[Entry]) -> str:
     return ", ".join(names)
 
 
-def drop_of(entry: Entry) -> str:
+def drop_of(entry: Numbers) -> str:
     """A representation's drop with its interval, as a sentence."""
     low, high = (100 * end for end in entry["interval"])
     points = f"{100 * entry['drop']:+.1f} points (95 % interval {low:+.1f} to {high:+.1f})"
@@ -73,7 +73,7 @@ def suspicion(inference: dict[str, Any]) -> list[str]:
         ]
     cells = {name: cell for name, cell in check["cells"].items() if cell["p_adjusted"] < check["level"]}
     shown = [
-        f"{name} ({percent(cell['accuracy'])} where {percent(cell['expected'])} are due)"
+        f"{name} ({in_percent(cell['accuracy'])} where {in_percent(cell['expected'])} are due)"
         for name, cell in list(cells.items())[:1]
     ]
     more = f" and {len(cells) - 1} more" if len(cells) > 1 else ""
@@ -93,8 +93,8 @@ def nuisances(inference: dict[str, Any]) -> list[str]:
         return []
     low, high = entry["interval"]
     numbers = (
-        f"{percent(entry['accuracy'])} (95 % interval {100 * low:.1f} to {100 * high:.1f}, chance "
-        f"{percent(inference['chance'])})"
+        f"{in_percent(entry['accuracy'])} (95 % interval {100 * low:.1f} to {100 * high:.1f}, chance "
+        f"{in_percent(inference['chance'])})"
     )
     if entry["p_above_chance"] < LEVEL:
         return [
@@ -113,15 +113,15 @@ class Classified:
     nothing.
     """
 
-    entries: list[Entry]
-    unable: list[Entry]
-    lost: list[Entry]
-    gained: list[Entry]
-    equal: list[Entry]
-    undecided: list[Entry]
+    entries: list[Numbers]
+    unable: list[Numbers]
+    lost: list[Numbers]
+    gained: list[Numbers]
+    equal: list[Numbers]
+    undecided: list[Numbers]
 
 
-def entries_of(inference: dict[str, Any], comparison: Comparison) -> list[Entry]:
+def entries_of(inference: dict[str, Any], comparison: Comparison) -> list[Numbers]:
     """The entries of a comparison, [] if it was not run."""
     for compared in inference["comparisons"]:
         if (compared["first"], compared["second"]) == (comparison.first, comparison.second):
@@ -129,7 +129,7 @@ def entries_of(inference: dict[str, Any], comparison: Comparison) -> list[Entry]
     return []
 
 
-def classify(inference: dict[str, Any], entries: list[Entry]) -> Classified:
+def classify(inference: dict[str, Any], entries: list[Numbers]) -> Classified:
     """Sort the entries of the main comparison by what is shown, after Holm's correction."""
     accuracies = inference["accuracies"]
     cells = [accuracies[f"{MAIN_COMPARISON.first}_{entry['representation']}"] for entry in entries]
@@ -174,7 +174,7 @@ def chance_sentences(classified: Classified, chance: float) -> list[str]:
     unable = classified.unable
     if len(unable) == len(classified.entries):
         return [
-            f"With all layers no representation is shown to be above chance ({percent(chance)}): there is "
+            f"With all layers no representation is shown to be above chance ({in_percent(chance)}): there is "
             "nothing here "
             "that a drop could be taken from."
         ]
@@ -182,7 +182,7 @@ def chance_sentences(classified: Classified, chance: float) -> list[str]:
         return []
     return [
         f"With all layers {names_of(unable)} {are(len(unable))} not shown to be above chance "
-        f"({percent(chance)}), so "
+        f"({in_percent(chance)}), so "
         "nothing can be said of a drop."
     ]
 
@@ -254,7 +254,7 @@ def size_matched_sentences(inference: dict[str, Any]) -> list[str]:
     return [f"{control}, accuracy with the visual layers is {result}.", *map(drop_of, worse)]
 
 
-def scope_sentences(inference: dict[str, Any], entries: list[Entry]) -> list[str]:
+def scope_sentences(inference: dict[str, Any], entries: list[Numbers]) -> list[str]:
     """What the sentences are about, and what a fall alone does not show."""
     splits, kind = inference["splits"], inference["split"]
     fewer = {entry["representation"]: entry["splits"] for entry in entries if entry["splits"] < splits}

@@ -34,7 +34,7 @@ from ablation.benchmark.training_settings import (
     compare_precisions,
     precision_line,
 )
-from ablation.catalogue import REPRESENTATIONS
+from ablation.catalogue import SPECS
 from ablation.collection import LoraCollection, collect_rows
 from ablation.command_line import find_device
 from ablation.settings import InputError, TrainingSettings
@@ -119,7 +119,7 @@ def build_parser() -> argparse.ArgumentParser:
     text = "whole runs at each of these, instead of the stages"
     add("--batch-sizes", type=int, nargs="+", metavar="N", help=text)
     text = "of all layers, for --batch-sizes and --precisions"
-    names = tuple(REPRESENTATIONS)
+    names = tuple(SPECS)
     add("--representations", choices=names, nargs="+", default=["ensemble"], metavar="NAME", help=text)
     precisions = ("float32", "tf32", "bfloat16")
     add("--precision", choices=precisions, default="float32", help="for --batch-sizes")

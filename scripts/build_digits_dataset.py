@@ -15,7 +15,7 @@ from typing import Any
 import _root  # noqa: F401
 import torch
 
-from ablation.making.digits import Recipe, build
+from ablation.making.digits import DigitsRecipe, build_digits
 
 COUNTS = (
     "loras",
@@ -35,15 +35,15 @@ def main(argv: list[str] | None = None) -> None:
     """Run the command with these arguments."""
     arguments = parse_command_line(argv)
     torch.set_num_threads(arguments.threads)
-    fields: dict[str, Any] = {f.name: getattr(arguments, f.name) for f in dataclasses.fields(Recipe)}
+    fields: dict[str, Any] = {f.name: getattr(arguments, f.name) for f in dataclasses.fields(DigitsRecipe)}
     for name, value in fields.items():
         fields[name] = tuple(value) if isinstance(value, list) else value
-    build(arguments.output, arguments.loras, Recipe(**fields), arguments.block_size)
+    build_digits(arguments.output, arguments.loras, DigitsRecipe(**fields), arguments.block_size)
 
 
 def parse_command_line(argv: list[str] | None) -> argparse.Namespace:
     """The arguments, checked; a bad one ends the program with status 2."""
-    default = Recipe()
+    default = DigitsRecipe()
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )

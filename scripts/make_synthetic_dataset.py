@@ -11,7 +11,7 @@ from pathlib import Path
 
 import _root  # noqa: F401
 
-from ablation.making.synthetic import LAYOUTS, SIGNAL_KINDS, STRENGTHS, Recipe, write_synthetic
+from ablation.making.synthetic import LAYOUTS, SIGNAL_KINDS, STRENGTHS, SyntheticRecipe, write_synthetic
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> None:
         if not (arguments.overwrite and (output / "state.json").is_file()):
             parser.error(f"{output} exists: choose another folder, or --overwrite to replace a data set")
         shutil.rmtree(output)
-    recipe = Recipe(
+    recipe = SyntheticRecipe(
         rows=arguments.rows,
         rank=arguments.rank,
         layout=arguments.layout,

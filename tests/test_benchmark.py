@@ -130,7 +130,7 @@ def test_equivalence_is_an_interval_within_the_margin(shift, spread, equivalent)
     assert (
         found["equivalent"]
         == equivalent
-        == (found["low"] > -training_settings.MARGIN and found["high"] < training_settings.MARGIN)
+        == (found["low"] > -training_settings.EQUAL_WITHIN and found["high"] < training_settings.EQUAL_WITHIN)
     )
     half = 1.6644 * spread / np.sqrt(80)  # Student's t, 79 degrees of freedom, 95% quantile
     assert found["difference"] == pytest.approx(shift, abs=1e-12) and found["high"] - found[

@@ -187,7 +187,7 @@ def test_a_lora_does_not_depend_on_how_many_there_are(tiny, tmp_path):
 # --- the training against its slow twins
 
 
-RECIPE = training.Recipe(prompt="named", rank=2, batch_size=3, learning_rate=1e-2)
+RECIPE = training.DigitsRecipe(prompt="named", rank=2, batch_size=3, learning_rate=1e-2)
 
 
 @pytest.fixture(scope="module")
@@ -204,7 +204,7 @@ def some_plans(steps):
     images, digits = builder.read_images()
     rng = np.random.default_rng(0)
     plans = [
-        training.Plan(
+        training.AdapterPlan(
             digit, 0, rng.choice(np.flatnonzero(digits == digit), 4, replace=False), count, 100 + digit
         )
         for digit, count in enumerate(steps)

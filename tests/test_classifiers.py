@@ -7,7 +7,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from ablation import classifiers
-from ablation.catalogue import CLASSIFIERS, REPRESENTATIONS
+from ablation.catalogue import CLASSIFIERS, SPECS
 from ablation.classifiers import PROBE_PENALTIES, TRAINERS
 from ablation.mlp import Listener, Task
 from ablation.splits import Split
@@ -29,7 +29,7 @@ def blobs(n=240, columns=12, seed=0):
 
 def test_every_classifier_of_the_catalogue_has_a_trainer():
     assert list(BESIDE_THE_MLP) == list(CLASSIFIERS)
-    fitted_with_their_own = {spec.classifier for spec in REPRESENTATIONS.values()} - {""}
+    fitted_with_their_own = {spec.classifier for spec in SPECS.values()} - {""}
     assert set(TRAINERS) == {*CLASSIFIERS, *fitted_with_their_own}
 
 

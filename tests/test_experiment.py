@@ -10,7 +10,7 @@ from datasets import Dataset
 from experiments import BOTH, cell_files, checkpoints, experiment_data, folder, snapshot, visible
 
 import representations
-from ablation.catalogue import NINE, REPRESENTATIONS
+from ablation.catalogue import NINE, SPECS
 from ablation.cells import cells_of
 from ablation.estimators import difference
 from ablation.reading import WeightReader
@@ -48,7 +48,7 @@ def test_a_run_writes_everything_that_is_promised(run, place):
     for layer_set, layers in (("all_layers", 16), ("visual_only", 8)):
         rows = results[f"{layer_set}_results"]
         assert [row["representation"] for row in rows] == [f"{name}_{layer_set}" for name in NINE]
-        assert [row["feature_dim"] for row in rows] == [layers * REPRESENTATIONS[name].width for name in NINE]
+        assert [row["feature_dim"] for row in rows] == [layers * SPECS[name].width for name in NINE]
         assert {row["num_layers"] for row in rows} == {layers}
     assert len(results["comparison"]) == 9 and results["failed_cells"] == []
     for entry in results["comparison"]:
@@ -142,7 +142,7 @@ def test_features_are_the_representations_of_the_layers_in_their_order(run, plac
         pattern = {"all_layers": "attn", "visual_only": "attn1", "text_only": "attn2"}[cell.layer_set]
         layers = [layer for layer in data.layers.names if pattern in layer]
         expected = torch.cat(
-            [representations.REPRESENTATIONS[cell.representation](whole[layer]) for layer in layers], dim=1
+            [representations.SPECS[cell.representation](whole[layer]) for layer in layers], dim=1
         )
         assert torch.allclose(seen[number], expected, rtol=1e-6), cell
 

@@ -6,12 +6,12 @@ from builders import collect, lora_dataset, room_for
 
 import representations
 from ablation import extraction
-from ablation.catalogue import NINE, REPRESENTATION_GROUPS, REPRESENTATIONS
+from ablation.catalogue import NINE, REPRESENTATION_GROUPS, SPECS
 from ablation.collection import LoraCollection
 from ablation.extraction import Request, extract_features
 
 NAMES = [*(name for name in NINE if name != "ensemble"), *REPRESENTATION_GROUPS["product"]]
-WIDTHS = {name: REPRESENTATIONS[name].width for name in NAMES}
+WIDTHS = {name: SPECS[name].width for name in NAMES}
 
 
 @pytest.fixture

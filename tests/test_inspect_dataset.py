@@ -12,7 +12,7 @@ import pytest
 from builders import collect
 from datasets import Dataset, Features, List, Value
 
-from ablation.catalogue import ENSEMBLE_PARTS, NINE, REPRESENTATIONS
+from ablation.catalogue import ENSEMBLE_PARTS, NINE, SPECS
 from ablation.inspection import likeness, measure
 from ablation.inspection.columns import COLUMN_NAMES, POSITIONS, Moments, redundant
 from ablation.inspection.measure import inspect, read_groups
@@ -354,7 +354,7 @@ def test_untrained_modules_are_counted(plain):
 
 def test_every_column_has_its_name():
     assert {name: len(names) for name, names in COLUMN_NAMES.items()} == {
-        name: REPRESENTATIONS[name].width for name in NINE
+        name: SPECS[name].width for name in NINE
     }
     assert all(len(set(names)) == len(names) for names in COLUMN_NAMES.values())
     assert sorted(

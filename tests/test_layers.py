@@ -5,6 +5,7 @@ from collections import Counter
 import pytest
 from builders import collect, lora_dataset
 
+from ablation.catalogue import ATTENTION_KINDS, CONTROL_SETS, LAYER_SET_GROUPS, LAYER_SETS
 from ablation.layers import (
     ColumnLayout,
     Layers,
@@ -155,3 +156,11 @@ def test_named_sets_are_patterns_on_layer_names():
         0,
     ]
     assert len(layers.without_partner("ups")) == 64 and not layers.without_partner("queries")
+
+
+def test_every_layer_set_of_the_catalogue_names_known_layers_and_has_a_title_of_its_own():
+    sets = LAYER_SETS | CONTROL_SETS
+    for name, spec in sets.items():
+        assert set(spec.kinds) <= set(ATTENTION_KINDS) and spec.side in ("", "down", "up"), name
+    titles = [spec.title for spec in sets.values()] + list(LAYER_SET_GROUPS.values())
+    assert len(set(titles)) == len(titles)

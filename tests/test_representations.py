@@ -15,8 +15,8 @@ from ablation import catalogue as project
 from representations import (
     PRODUCT_REPRESENTATIONS,
     REPRESENTATIONS,
-    Layer,
-    Module,
+    LayerBatch,
+    ModuleBatch,
     describe_module,
     function_of,
 )
@@ -67,7 +67,7 @@ def assert_agrees(name, w, spread=None):
     """Within 1e-5 of each column's spread over the rows, and the float32 that holds the result."""
     ours = FUNCTIONS[name](torch.from_numpy(w)).numpy()
     truth = oracles.represent(name, w)
-    assert ours.shape == truth.shape == (len(w), project.REPRESENTATIONS[name].width)
+    assert ours.shape == truth.shape == (len(w), project.SPECS[name].width)
     assert ours.dtype == np.float32
     spread = truth.std(0) if spread is None else spread
     allowed = 1e-5 * spread + 2e-7 * np.abs(truth).max(0) + 1e-13
@@ -86,7 +86,7 @@ def test_the_catalogue_has_the_registries_names_in_their_order():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_catalogue_has_each_width(name):
-    assert FUNCTIONS[name](torch.randn(2, 3, 4)).shape == (2, project.REPRESENTATIONS[name].width)
+    assert FUNCTIONS[name](torch.randn(2, 3, 4)).shape == (2, project.SPECS[name].width)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -305,10 +305,7 @@ def product(name, down, up, **options):
 
 def assert_product_agrees(name, down, up):
     ours, truth = product(name, down, up).numpy(), oracles.represent_product(name, down, up)
-    assert (
-        ours.shape == truth.shape == (len(down), project.REPRESENTATIONS[name].width)
-        and ours.dtype == np.float32
-    )
+    assert ours.shape == truth.shape == (len(down), project.SPECS[name].width) and ours.dtype == np.float32
     allowed = 1e-5 * truth.std(0) + 2e-7 * np.abs(truth).max(0) + 1e-13
     if (
         name == "product_directions"
@@ -340,7 +337,7 @@ def test_products_of_less_than_their_rank(name, shape, kind):
 @pytest.mark.parametrize("shape", [(2, 64, 48), (4, 96, 64), (3, 2, 9)], ids=str)
 def test_singular_values_and_directions_of_ill_conditioned_products(shape, kind):
     down, up = draw_module(kind, 12, *shape)
-    module = Module(torch.from_numpy(down), torch.from_numpy(up))
+    module = ModuleBatch(torch.from_numpy(down), torch.from_numpy(up))
     dense = up.astype(np.float64) @ down
     truth = np.linalg.svd(dense, compute_uv=False)[:, : module.m]
     assert np.abs(module.singular_values.numpy() - truth).max() <= 1e-12 * truth.max()
@@ -358,7 +355,10 @@ def test_both_kinds_of_rows_in_one_batch_stay_apart():
     """Well- and ill-conditioned rows take different ways; each row's numbers are its own."""
     well, ill = draw_module("initial", 5, 4, 30, 20), draw_module("ill-conditioned", 5, 4, 30, 20)
     down, up = (np.stack([well[side], ill[side]], 1).reshape(10, *well[side].shape[1:]) for side in (0, 1))
-    assert Module(torch.from_numpy(down), torch.from_numpy(up)).svd_of_grams[3].tolist() == [False, True] * 5
+    assert (
+        ModuleBatch(torch.from_numpy(down), torch.from_numpy(up)).svd_of_grams[3].tolist()
+        == [False, True] * 5
+    )
     for name in PRODUCT_NAMES:
         mixed = product(name, down, up)
         assert torch.allclose(mixed[0::2], product(name, *well), rtol=1e-5, atol=1e-9), name
@@ -445,7 +445,7 @@ def test_slices_of_rows_do_not_change_a_product(monkeypatch):
 )
 def test_what_is_no_module_is_refused(down, up):
     with pytest.raises(ValueError, match="expected down"):
-        Module(torch.zeros(down), torch.zeros(up))
+        ModuleBatch(torch.zeros(down), torch.zeros(up))
 
 
 # --- devices
@@ -459,10 +459,10 @@ def test_a_product_runs_on_a_device_that_is_not_the_cpu(name, shape, monkeypatch
     monkeypatch.setattr(representations, "projection", on_meta)
     with FakeTensorMode(allow_non_fake_inputs=True):
         found = FUNCTIONS[name](
-            Module(torch.empty(7, r, inner, device="meta"), torch.empty(7, out, r, device="meta"))
+            ModuleBatch(torch.empty(7, r, inner, device="meta"), torch.empty(7, out, r, device="meta"))
         )
     assert found.device.type == "meta" and found.dtype == torch.float32
-    assert found.shape == (7, project.REPRESENTATIONS[name].width)
+    assert found.shape == (7, project.SPECS[name].width)
 
 
 @pytest.mark.parametrize("shape", [(1, 320), (1280, 1), (4, 64), (64, 64), (1, 1)], ids=str)
@@ -471,14 +471,14 @@ def test_runs_on_a_device_that_is_not_the_cpu(name, shape):
     with FakeTensorMode(allow_non_fake_inputs=True):
         out = FUNCTIONS[name](torch.empty(7, *shape, device="meta"))
     assert out.device.type == "meta" and out.dtype == torch.float32
-    assert out.shape == (7, project.REPRESENTATIONS[name].width)
+    assert out.shape == (7, project.SPECS[name].width)
 
 
 def test_many_matrices_are_decomposed_in_batches(monkeypatch):
     w = torch.from_numpy(draw("normal", 10, 4, 9))
-    whole = Layer(w).singular_values
+    whole = LayerBatch(w).singular_values
     monkeypatch.setattr(representations, "EIGH_BATCH", 3)
-    assert torch.equal(Layer(w).singular_values, whole)
+    assert torch.equal(LayerBatch(w).singular_values, whole)
 
 
 def test_describe_shares_work_names_failures_and_leaves_out_of_memory_to_the_caller(monkeypatch):
@@ -502,4 +502,4 @@ def test_describe_shares_work_names_failures_and_leaves_out_of_memory_to_the_cal
 
 def test_torchs_sort_gives_what_numpys_does():
     w = torch.from_numpy(draw("integers", 6, 4, 50))
-    assert torch.equal(Layer(w).sorted, Layer(w).x.sort(dim=1).values)
+    assert torch.equal(LayerBatch(w).sorted, LayerBatch(w).x.sort(dim=1).values)

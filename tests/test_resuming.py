@@ -23,7 +23,7 @@ from experiments import (
     visible,
 )
 
-from ablation.catalogue import REPRESENTATIONS
+from ablation.catalogue import SPECS
 from ablation.reading import WeightReader
 
 # --- resuming
@@ -153,7 +153,7 @@ def test_settings_that_change_no_number_change_nothing(run, place):
 
 def test_a_new_version_of_a_representation_makes_its_cells_stale_and_the_ensembles(run, place, monkeypatch):
     run()
-    monkeypatch.setitem(REPRESENTATIONS, "spectral", REPRESENTATIONS["spectral"]._replace(version=99))
+    monkeypatch.setitem(SPECS, "spectral", SPECS["spectral"]._replace(version=99))
     status, log = run()
     assert status == 2 and "4 finished cells" in log
     status, log = run("--rerun-stale")

@@ -10,7 +10,7 @@ from datasets import Dataset
 from experiments import cell_files, folder, never, snapshot, visible
 
 import representations
-from ablation.catalogue import CHOICES, REPRESENTATIONS
+from ablation.catalogue import CHOICES, SPECS
 from ablation.cells import cells_of
 from ablation.reading import WeightReader
 
@@ -141,7 +141,7 @@ def test_what_a_layer_set_or_its_size_rules_out_is_skipped_and_said(run, place, 
     status, log = run("--representations", "product", "--layer-sets", "visual_only", dataset="./cut")
     assert status == 2 and "error: nothing can be computed: 1 layers of visual_only" in log
     for name in ("kernel_pca", "kernel_ridge"):
-        monkeypatch.setitem(REPRESENTATIONS, name, REPRESENTATIONS[name]._replace(max_rows=39))
+        monkeypatch.setitem(SPECS, name, SPECS[name]._replace(max_rows=39))
     status, log = run("--representations", "stats", "kernel_ridge")
     assert (
         status == 0

@@ -17,7 +17,7 @@ from ablation.catalogue import (
     LAYER_SETS,
     NINE,
     REPRESENTATION_GROUPS,
-    REPRESENTATIONS,
+    SPECS,
     title_of,
 )
 from ablation.cells import Cell, cells_of
@@ -317,7 +317,7 @@ def test_every_control_lists_its_cells_and_a_bare_flag_asks_for_all_of_them():
 def test_options_belong_to_the_representations_that_they_change():
     settings = build_settings({"sketch_size": 5, "pca_components": 7})
     assert settings.width_of("product_sketch") == 25 and settings.width_of("stats") == 7
-    assert {name: settings.options_of(name) for name in REPRESENTATIONS if settings.options_of(name)} == {
+    assert {name: settings.options_of(name) for name in SPECS if settings.options_of(name)} == {
         "product_sketch": {"sketch_size": 5},
         "pca": {"pca_components": 7},
         "kernel_pca": {"pca_components": 7},
@@ -332,7 +332,7 @@ def test_every_cell_is_found_again_by_the_name_of_its_files():
         "queries",
         "to_q-only",
     ]
-    for cell in cells_of(sets, REPRESENTATIONS, ("gauge", "noise")):
+    for cell in cells_of(sets, SPECS, ("gauge", "noise")):
         for way in (
             {},
             {"split": "grouped12"},

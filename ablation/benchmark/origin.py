@@ -31,7 +31,7 @@ def describe_one_by_one(w: Tensor) -> list[Tensor]:
     x, n = w.flatten(1), len(w)
     simple = [x.norm(dim=1), x.mean(1), x.std(1), x.amax(1), x.amin(1)]
     median = [x.median(1).values, x.amin(1), x.amax(1)]
-    once = [*simple, quantiles(x, PERCENTS), *median, *moments(x)]
+    once = [*simple, row_quantiles(x, PERCENTS), *median, *moments(x)]
     # The five parts stand alone, and again in the ensemble.
     results = [*once, *five_parts(w, x), *five_parts(w, x)]
     return [part.reshape(-1)[:n] for part in results]
@@ -43,13 +43,13 @@ def five_parts(w: Tensor, x: Tensor) -> list[Tensor]:
     """
     norms = [torch.linalg.matrix_norm(w, order) for order in ("fro", 1, math.inf)]
     deviation = (x - x.mean(1, keepdim=True)).abs().mean(1)
-    spread = [quantiles(x, PERCENTS[1:8]), deviation, *moments(x)]
+    spread = [row_quantiles(x, PERCENTS[1:8]), deviation, *moments(x)]
     histograms = [torch.histc(row, 50) for row in x]
     singular = [torch.linalg.svdvals(w), *norms, torch.linalg.svdvals(w)]
     return [*singular, *spread, *magnitudes(w), *histograms]
 
 
-def quantiles(x: Tensor, percents: tuple[float, ...]) -> Tensor:
+def row_quantiles(x: Tensor, percents: tuple[float, ...]) -> Tensor:
     """Quantiles of each row."""
     return torch.quantile(x, torch.tensor(percents, device=x.device), dim=1)
 

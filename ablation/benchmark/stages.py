@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ablation.benchmark.origin import describe_one_by_one, read_formatted, train_from_loader
 from ablation.benchmark.timing import Measured, Row, gemm_rate, interleaved
-from ablation.catalogue import NINE, REPRESENTATION_GROUPS, REPRESENTATIONS, components_of
+from ablation.catalogue import NINE, REPRESENTATION_GROUPS, SPECS, components_of
 from ablation.cells import Cell, cells_of
 from ablation.collection import LoraCollection
 from ablation.extraction import Request, extract_features
@@ -24,7 +24,7 @@ from ablation.settings import TrainingSettings
 from ablation.splits import Split
 from ablation.training import resolve_training, standardise, train_runs
 
-LAYER_SETS = ("all_layers", "visual_only")
+BENCHMARKED_SETS = ("all_layers", "visual_only")
 PRECISIONS = ("float32", "bfloat16")
 COPY_WEIGHTS = 2**28  # the plain copy reads and writes at most 1 GiB, which no cache holds
 
@@ -132,13 +132,13 @@ def time_features(data: LoraCollection, options: StageOptions) -> list[Row]:
 
 def widths_of(names: list[str]) -> dict[str, int]:
     """Columns a layer or module."""
-    return {name: REPRESENTATIONS[name].width for name in names}
+    return {name: SPECS[name].width for name in names}
 
 
 def inputs_of(data: LoraCollection, cells: list[Cell]) -> dict[Cell, Tensor]:
     """(N, D) of each cell, as the experiment hands it to the trainer."""
     needed = {part for cell in cells for part in components_of(cell.representation)}
-    names = [name for name, spec in REPRESENTATIONS.items() if name in needed and not spec.fitted]
+    names = [name for name, spec in SPECS.items() if name in needed and not spec.fitted]
     extracted = extract_features(Request(data, widths_of(names)))
     if extracted.errors:
         raise SystemExit(f"error: features failed: {extracted.errors}")
@@ -148,7 +148,7 @@ def inputs_of(data: LoraCollection, cells: list[Cell]) -> dict[Cell, Tensor]:
 
 def time_training(data: LoraCollection, options: StageOptions) -> list[Row]:
     """Runs of the 18 cells; the limit is the matrix products at the rate measured for large ones."""
-    cells = cells_of(LAYER_SETS, NINE)
+    cells = cells_of(BENCHMARKED_SETS, NINE)
     inputs = list(inputs_of(data, cells).values())
     base = TrainingSettings(
         num_runs=options.runs,

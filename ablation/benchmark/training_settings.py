@@ -16,7 +16,7 @@ from ablation.collection import LoraCollection
 from ablation.mlp import TrainedRuns
 from ablation.settings import TrainingSettings
 
-MARGIN = 0.01  # accuracies that differ by less count as equal
+EQUAL_WITHIN = 0.01  # accuracies that differ by less count as equal
 TEST_LEVEL = 0.05  # of each of the two one-sided tests
 PRECISION_HEAD = (
     "| representation | float32, % | bfloat16, % | difference | 90% interval | p | |\n"
@@ -95,17 +95,17 @@ def compare_precisions(data: LoraCollection, representations: list[str], seeds: 
 def equivalence(differences: np.ndarray) -> dict:
     """Two one-sided t tests on the paired differences (R,) in accuracy.
 
-    Equivalent if both reject a mean difference of MARGIN or more at TEST_LEVEL: just if the interval of level
-    1 - 2 TEST_LEVEL lies within the margin.
+    Equivalent if both reject a mean difference of EQUAL_WITHIN or more at TEST_LEVEL: just if the interval
+    of level 1 - 2 TEST_LEVEL lies within it.
     """
     mean, error = differences.mean(), scipy.stats.sem(differences)
     if error == 0:  # as when no prediction changed
         low = high = mean
-        p = float(abs(mean) >= MARGIN)
+        p = float(abs(mean) >= EQUAL_WITHIN)
     else:
         low, high = scipy.stats.t.interval(1 - 2 * TEST_LEVEL, len(differences) - 1, mean, error)
-        above = scipy.stats.ttest_1samp(differences, -MARGIN, alternative="greater").pvalue
-        below = scipy.stats.ttest_1samp(differences, MARGIN, alternative="less").pvalue
+        above = scipy.stats.ttest_1samp(differences, -EQUAL_WITHIN, alternative="greater").pvalue
+        below = scipy.stats.ttest_1samp(differences, EQUAL_WITHIN, alternative="less").pvalue
         p = float(max(above, below))
     return {
         "seeds": len(differences),

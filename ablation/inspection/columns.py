@@ -6,7 +6,7 @@ from collections import Counter, defaultdict
 
 import numpy as np
 
-from ablation.catalogue import ENSEMBLE_PARTS, NINE, REPRESENTATIONS
+from ablation.catalogue import ENSEMBLE_PARTS, NINE, SPECS
 
 SAME = 1e-6  # share of a column's variance that other columns leave unexplained if they determine it
 ROUNDING = 1e-6  # a spread below this share of a column's size is float32's rounding
@@ -49,14 +49,14 @@ COLUMN_NAMES = {  # of each representation
     "info_theoretic": ["entropy", "entropy/log50"],
 }
 COLUMN_NAMES["ensemble"] = [f"{part}.{name}" for part in ENSEMBLE_PARTS for name in COLUMN_NAMES[part]]
-PARTS = [name for name in NINE if name != "ensemble"]
+INSPECTED = [name for name in NINE if name != "ensemble"]
 STARTS = dict(
-    zip(PARTS, np.cumsum([0] + [REPRESENTATIONS[name].width for name in PARTS[:-1]]).tolist(), strict=True)
+    zip(INSPECTED, np.cumsum([0] + [SPECS[name].width for name in INSPECTED[:-1]]).tolist(), strict=True)
 )
-POSITIONS = {name: np.arange(start, start + REPRESENTATIONS[name].width) for name, start in STARTS.items()}
+POSITIONS = {name: np.arange(start, start + SPECS[name].width) for name, start in STARTS.items()}
 POSITIONS["ensemble"] = np.concatenate([POSITIONS[part] for part in ENSEMBLE_PARTS])
 
-KINDS = ("constant", "rounding", "duplicate", "collinear")
+REDUNDANCIES = ("constant", "rounding", "duplicate", "collinear")
 
 
 class Moments:
@@ -104,7 +104,7 @@ class ColumnCensus:
         self.names, self.positions = COLUMN_NAMES[representation], POSITIONS[representation]
         self.layers = 0
         # kind -> column -> number of layers
-        self.kinds: dict[str, Counter[str]] = {kind: Counter() for kind in KINDS}
+        self.kinds: dict[str, Counter[str]] = {kind: Counter() for kind in REDUNDANCIES}
         self.same_as: dict[str, Counter] = defaultdict(Counter)
         self.free: list[int] = []
         self.effective: list[float] = []

@@ -14,16 +14,16 @@ import numpy as np
 import torch
 import xxhash
 
-from ablation.catalogue import GROUP_COLUMN, NINE, REPRESENTATIONS
+from ablation.catalogue import GROUP_COLUMN, NINE, SPECS
 from ablation.collection import LoraCollection
-from ablation.inspection.columns import PARTS, ColumnCensus, Moments
+from ablation.inspection.columns import INSPECTED, ColumnCensus, Moments
 from ablation.inspection.likeness import Likeness, initialisation
 from ablation.inspection.text import findings
 from ablation.layers import attention_kind, module_and_side
-from ablation.making.progress import Progress
+from ablation.making.progress import ProgressLine
 from ablation.reading import BLOCK_ROWS
 from ablation.settings import InputError
-from ablation.splits import PARTS as SPLIT_PARTS
+from ablation.splits import PARTS
 from representations import describe
 
 SAMPLE_ROWS = 500  # rows between which `down` and `up` are compared, chosen by a fixed seed
@@ -40,7 +40,7 @@ def inspect(data: LoraCollection, name: str, groups: tuple[str, list] | None) ->
     columns = {representation: ColumnCensus(representation) for representation in NINE}
     hashes = np.zeros(data.num_rows, np.uint64)
     zeros: Counter[str] = Counter()
-    progress = Progress(len(data.layers), "layers", sys.stderr)
+    progress = ProgressLine(len(data.layers), "layers", sys.stderr)
     for layer, facts in read_layers(data, chosen):
         side, shape = module_and_side(layer)[1], data.layers.layouts[layer]
         hashes = hashes * MIXER + facts.hashes
@@ -108,10 +108,10 @@ def read_layer_once(data: LoraCollection, layer: str, chosen: np.ndarray) -> Lay
         squares += float((x.astype(np.float64) ** 2).sum())
         zeros += int((~x.any(1)).sum())
         hashes[start:stop] = [xxhash.xxh3_64_intdigest(row) for row in x]
-        features, failed = describe(w, PARTS)
+        features, failed = describe(w, INSPECTED)
         if failed:
             raise next(iter(failed.values()))
-        moments.add(torch.cat([features[part] for part in PARTS], dim=1).double().numpy())
+        moments.add(torch.cat([features[part] for part in INSPECTED], dim=1).double().numpy())
         sampled.append(x[chosen[(chosen >= start) & (chosen < stop)] - start])
     std = math.sqrt(max(squares / count - (total / count) ** 2, 0.0))
     return LayerFacts(moments, std, zeros, hashes, np.concatenate(sampled))
@@ -133,7 +133,7 @@ def contents(data: LoraCollection) -> dict:
         for layer, matrix in data.layers.layouts.items()
     )
     size = 4 * summary["weights_per_row"]
-    width = sum(REPRESENTATIONS[part].width for part in PARTS)
+    width = sum(SPECS[part].width for part in INSPECTED)
     return {
         "rows": summary["rows"],
         "split": summary["split"],
@@ -157,8 +157,7 @@ def class_balance(data: LoraCollection) -> dict:
     """Rows of each class, in all and in each part of the split."""
     counts = np.bincount(data.labels, minlength=len(data.classes))
     parts = {
-        part: np.bincount(data.labels[data.split.rows(part)], minlength=len(data.classes))
-        for part in SPLIT_PARTS
+        part: np.bincount(data.labels[data.split.rows(part)], minlength=len(data.classes)) for part in PARTS
     }
     return {
         "count": len(data.classes),
@@ -198,7 +197,7 @@ def sides_of(data: LoraCollection) -> np.ndarray:
     """(N,) the part of the split that a row lies in; "all" where the parts overlap."""
     sides = np.full(data.num_rows, "all", dtype="U5")
     if not data.split.overlap:
-        for part in SPLIT_PARTS:
+        for part in PARTS:
             sides[data.split.rows(part)] = part
     return sides
 

@@ -7,10 +7,10 @@ import textwrap
 from typing import Any
 
 from ablation.catalogue import ATTENTION_KINDS
-from ablation.inspection.columns import KINDS
+from ablation.inspection.columns import REDUNDANCIES
 
 COPY = 0.99  # cosine of the most alike rows from which one counts as nearly a copy of the other
-TEXT_WIDTH = 150  # columns at most
+LINE_WIDTH = 150  # columns at most
 MAX_CLASSES = 20  # shown by name
 
 Report = dict[str, Any]
@@ -139,7 +139,7 @@ def print_report(report: Report) -> None:
 
 def print_wrapped(text: str, indent: str = "") -> None:
     """Print a paragraph whose further lines are indented."""
-    width = min(shutil.get_terminal_size((TEXT_WIDTH, 24)).columns, TEXT_WIDTH)
+    width = min(shutil.get_terminal_size((LINE_WIDTH, 24)).columns, LINE_WIDTH)
     lines = textwrap.wrap(
         text,
         width,
@@ -228,7 +228,7 @@ def print_columns(representations: Report) -> None:
         f"{'free':>7} {'effective':>10}"
     )
     for name, census in representations.items():
-        constant, rounding, duplicate, collinear = (census[kind]["a_layer"] for kind in KINDS)
+        constant, rounding, duplicate, collinear = (census[kind]["a_layer"] for kind in REDUNDANCIES)
         print(
             f"{name:15} {census['width']:6} {constant:9.1f} {rounding:9.1f} {duplicate:10.1f} "
             f"{collinear:10.1f} "
@@ -239,7 +239,7 @@ def print_columns(representations: Report) -> None:
     for name, census in representations.items():
         if name == "ensemble":  # its parts have lines of their own
             continue
-        for kind in KINDS:
+        for kind in REDUNDANCIES:
             columns = [
                 f"{column} = {census['same_as'][column]}" if kind == "duplicate" else column
                 for column in census[kind]["in_every_layer"]

@@ -18,7 +18,7 @@ from ablation.layers import attention_kind
 from ablation.making.arrow_folder import finish_folder
 from ablation.making.inputs import Inputs, find_inputs
 from ablation.making.labels import Labels, label_source
-from ablation.making.plan import BUILD_VERSION, BuildOptions, Plan, describe_bad, make_plan, refuse_bad
+from ablation.making.plan import BUILD_VERSION, BuildOptions, BuildPlan, describe_bad, make_plan, refuse_bad
 from ablation.making.progress import say
 from ablation.making.shards import Shard, ShardWriter
 from ablation.settings import InputError
@@ -44,7 +44,7 @@ def run_build(request: BuildRequest) -> int:
     try:
         with holding(work):
             try:
-                build(request, work)
+                build_dataset(request, work)
             finally:
                 if not (work / "set").exists():  # nothing to resume from
                     shutil.rmtree(work)
@@ -58,7 +58,7 @@ def run_build(request: BuildRequest) -> int:
     return 0
 
 
-def build(request: BuildRequest, work: Path) -> None:
+def build_dataset(request: BuildRequest, work: Path) -> None:
     """Build the data set in the folder `work`, and put it in its place. Raises InputError."""
     began = time.monotonic()
     output, options = request.output, request.options
@@ -87,7 +87,7 @@ def build(request: BuildRequest, work: Path) -> None:
     print_summary(request, plan, inputs, summary, time.monotonic() - began)
 
 
-def say_already_built(request: BuildRequest, plan: Plan) -> None:
+def say_already_built(request: BuildRequest, plan: BuildPlan) -> None:
     """Say that the output is there already. Raises InputError if it was built from other files or options."""
     made = json.loads((request.output / "build.json").read_text(encoding="utf-8"))
     if made["fingerprint"] != plan.fingerprint:
@@ -100,7 +100,7 @@ def say_already_built(request: BuildRequest, plan: Plan) -> None:
     say(f"{request.output} is already built from these files with these options: {made['rows']} rows")
 
 
-def summarise(request: BuildRequest, plan: Plan, labels: Labels, shards: list[Shard]) -> dict[str, Any]:
+def summarise(request: BuildRequest, plan: BuildPlan, labels: Labels, shards: list[Shard]) -> dict[str, Any]:
     """The content of build.json. Raises InputError if no file became a row."""
     bad = plan.bad + [(name, reason) for shard in shards for name, reason in shard.bad]
     rows = sum(shard.rows for shard in shards)
@@ -138,7 +138,7 @@ def summarise(request: BuildRequest, plan: Plan, labels: Labels, shards: list[Sh
 
 
 def print_summary(
-    request: BuildRequest, plan: Plan, inputs: Inputs, summary: dict[str, Any], seconds: float
+    request: BuildRequest, plan: BuildPlan, inputs: Inputs, summary: dict[str, Any], seconds: float
 ) -> None:
     """Say what was built, what was left out, and the command that reads it."""
     kinds = collections.Counter(attention_kind(column) for column, _, _ in plan.layout.columns)

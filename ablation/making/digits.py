@@ -27,8 +27,15 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 
 from ablation.making import digits_training
-from ablation.making.digits_training import NUM_CLASSES, Plan, Recipe, make_unet, pretrain, train_block
-from ablation.making.progress import Progress, say
+from ablation.making.digits_training import (
+    NUM_DIGITS,
+    AdapterPlan,
+    DigitsRecipe,
+    make_unet,
+    pretrain,
+    train_block,
+)
+from ablation.making.progress import ProgressLine, say
 from checkpointing import hash_of, write_bytes
 
 # --- the images
@@ -43,7 +50,7 @@ def read_images() -> tuple[Tensor, np.ndarray]:
 def cluster_images(images: Tensor, digits: np.ndarray, groups: int, seed: int) -> np.ndarray:
     """(1797,) group of each image within its digit, by k-means on the pixels; no image is in two groups."""
     group_of = np.empty(len(digits), dtype=np.int64)
-    for digit in range(NUM_CLASSES):
+    for digit in range(NUM_DIGITS):
         members = digits == digit
         group_of[members] = KMeans(groups, n_init=10, random_state=seed).fit_predict(
             images[members].flatten(1).numpy()
@@ -51,12 +58,12 @@ def cluster_images(images: Tensor, digits: np.ndarray, groups: int, seed: int) -
     return group_of
 
 
-def plan_loras(count: int, recipe: Recipe, digits: np.ndarray, groups: np.ndarray) -> list[Plan]:
+def plan_loras(count: int, recipe: DigitsRecipe, digits: np.ndarray, groups: np.ndarray) -> list[AdapterPlan]:
     """The first `count` LoRAs, digits and groups in turn, so that any count is as balanced as possible."""
     plans = []
     for number in range(count):
         rng = np.random.default_rng([recipe.seed, 1, number])
-        digit, group = number % NUM_CLASSES, number // NUM_CLASSES % recipe.groups
+        digit, group = number % NUM_DIGITS, number // NUM_DIGITS % recipe.groups
         members = np.flatnonzero((digits == digit) & (groups == group))
         num_images = int(rng.choice(recipe.images))
         if num_images > len(members):
@@ -66,7 +73,9 @@ def plan_loras(count: int, recipe: Recipe, digits: np.ndarray, groups: np.ndarra
                 "give fewer --images or --groups"
             )
         chosen = np.sort(rng.choice(members, num_images, replace=False))
-        plans.append(Plan(digit, group, chosen, int(rng.choice(recipe.steps)), int(rng.integers(2**31))))
+        plans.append(
+            AdapterPlan(digit, group, chosen, int(rng.choice(recipe.steps)), int(rng.integers(2**31)))
+        )
     return plans
 
 
@@ -74,7 +83,7 @@ def plan_loras(count: int, recipe: Recipe, digits: np.ndarray, groups: np.ndarra
 
 
 def to_table(
-    plans: list[Plan], weights: dict[str, Tensor], losses: Tensor, rank: int, order: np.ndarray
+    plans: list[AdapterPlan], weights: dict[str, Tensor], losses: Tensor, rank: int, order: np.ndarray
 ) -> pa.Table:
     """Rows in `order`: a column of nested float32 lists for each layer, and what is known of each LoRA."""
     columns = {}
@@ -123,7 +132,7 @@ def parquet_bytes(table: pa.Table) -> bytes:
 # --- all of it
 
 
-def build(output: Path, count: int, recipe: Recipe, block_size: int) -> None:
+def build_digits(output: Path, count: int, recipe: DigitsRecipe, block_size: int) -> None:
     """Train `count` LoRAs and write them to `output`; finished parts lie in a hidden folder beside it
     until then.
     """
@@ -148,7 +157,9 @@ def build(output: Path, count: int, recipe: Recipe, block_size: int) -> None:
     say(f"{output}: {count} LoRAs, {len(weights)} layers, {len(content) / 1e6:.2f} MB")
 
 
-def pretrained_unet(path: Path, recipe: Recipe, images: Tensor, digits: np.ndarray) -> UNet2DConditionModel:
+def pretrained_unet(
+    path: Path, recipe: DigitsRecipe, images: Tensor, digits: np.ndarray
+) -> UNet2DConditionModel:
     """The UNet that the LoRAs change, frozen; from the file of an earlier run if there is one."""
     torch.manual_seed(recipe.seed)
     unet = make_unet()
@@ -162,7 +173,11 @@ def pretrained_unet(path: Path, recipe: Recipe, images: Tensor, digits: np.ndarr
 
 
 def train_blocks(
-    unet: UNet2DConditionModel, images: Tensor, blocks: list[list[Plan]], recipe: Recipe, parts: Path
+    unet: UNet2DConditionModel,
+    images: Tensor,
+    blocks: list[list[AdapterPlan]],
+    recipe: DigitsRecipe,
+    parts: Path,
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Train the blocks whose file is not there yet. Returns {column: (n, rows, cols)} and last losses (n,) of
     all.
@@ -174,7 +189,7 @@ def train_blocks(
         f"{count} LoRAs of rank {recipe.rank}, prompt {recipe.prompt}: {len(blocks)} blocks, "
         f"{len(blocks) - len(to_do)} of them there already"
     )
-    progress = Progress(sum(plan.steps for _, block in to_do for plan in block), "steps")
+    progress = ProgressLine(sum(plan.steps for _, block in to_do for plan in block), "steps")
     for file, block in to_do:
         weights, losses = train_block(unet, images, block, recipe, progress.advance)
         write_bytes(file, save({**weights, "step_loss": losses}))

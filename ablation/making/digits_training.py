@@ -13,20 +13,20 @@ from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor
 from torch.func import functional_call, grad_and_value, vmap
 
-from ablation.making.progress import Progress
+from ablation.making.progress import ProgressLine
 
-NUM_CLASSES = 10
-NEUTRAL = NUM_CLASSES  # number of the context of no class, after those of the ten digits
+NUM_DIGITS = 10
+NEUTRAL = NUM_DIGITS  # number of the context of no class, after those of the ten digits
 CONTEXT_TOKENS, CONTEXT_WIDTH = (
     4,
     32,
 )  # with a single token attention has nothing to choose, and to_q learns nothing
-NOISE_LEVELS = 1000
+NUM_TIMESTEPS = 1000
 ADAM_BETAS, ADAM_EPSILON = (0.9, 0.999), 1e-8  # torch's defaults
 
 
 @dataclass(frozen=True)
-class Recipe:
+class DigitsRecipe:
     """Everything that the weights of a LoRA depend on, besides its number."""
 
     prompt: str = "neutral"  # neutral: one context for all LoRAs; named: the digit's own
@@ -41,7 +41,7 @@ class Recipe:
     seed: int = 0
 
 
-class Plan(NamedTuple):
+class AdapterPlan(NamedTuple):
     """A LoRA before it is trained."""
 
     digit: int
@@ -87,13 +87,13 @@ def make_contexts() -> Tensor:
     class.
     """
     return torch.randn(
-        NUM_CLASSES + 1, CONTEXT_TOKENS, CONTEXT_WIDTH, generator=torch.Generator().manual_seed(7)
+        NUM_DIGITS + 1, CONTEXT_TOKENS, CONTEXT_WIDTH, generator=torch.Generator().manual_seed(7)
     )
 
 
 def signal_shares() -> Tensor:
     """(levels,) the share of the image's variance that is left at each noise level; a cosine schedule."""
-    return DDPMScheduler(num_train_timesteps=NOISE_LEVELS, beta_schedule="squaredcos_cap_v2").alphas_cumprod
+    return DDPMScheduler(num_train_timesteps=NUM_TIMESTEPS, beta_schedule="squaredcos_cap_v2").alphas_cumprod
 
 
 def add_noise(images: Tensor, noise: Tensor, shares: Tensor) -> Tensor:
@@ -102,7 +102,7 @@ def add_noise(images: Tensor, noise: Tensor, shares: Tensor) -> Tensor:
     return shares.sqrt() * images + (1 - shares).sqrt() * noise
 
 
-def pretrain(unet: UNet2DConditionModel, recipe: Recipe, images: Tensor, digits: np.ndarray) -> float:
+def pretrain(unet: UNet2DConditionModel, recipe: DigitsRecipe, images: Tensor, digits: np.ndarray) -> float:
     """Teach the UNet to predict the noise in all digits, with the digit's context or, half of the time, the
     neutral one.
 
@@ -116,12 +116,12 @@ def pretrain(unet: UNet2DConditionModel, recipe: Recipe, images: Tensor, digits:
         optimizer, max_lr=2e-3, total_steps=max(recipe.pretrain_steps, 2)
     )
     losses = []
-    progress = Progress(recipe.pretrain_steps, "pre-training steps")
+    progress = ProgressLine(recipe.pretrain_steps, "pre-training steps")
     for _ in range(recipe.pretrain_steps):
         batch = torch.randint(len(images), (recipe.pretrain_batch,), generator=generator)
         named = torch.rand(recipe.pretrain_batch, generator=generator) < 0.5
         context = contexts[torch.where(named, labels[batch], NEUTRAL)]
-        level = torch.randint(NOISE_LEVELS, (recipe.pretrain_batch,), generator=generator)
+        level = torch.randint(NUM_TIMESTEPS, (recipe.pretrain_batch,), generator=generator)
         noise = torch.randn(recipe.pretrain_batch, 1, 8, 8, generator=generator)
         predicted = unet(add_noise(images[batch], noise, shares[level]), level, context).sample
         loss = torch.nn.functional.mse_loss(predicted, noise)
@@ -158,7 +158,7 @@ class Draws(NamedTuple):
     noise: Tensor  # (S, B, 1, 8, 8)
 
 
-def draw(plan: Plan, unet: UNet2DConditionModel, recipe: Recipe) -> Draws:
+def draw(plan: AdapterPlan, unet: UNet2DConditionModel, recipe: DigitsRecipe) -> Draws:
     """The random numbers of a LoRA: `down` Gaussian with std 1/rank, `up` zero, as peft's
     init_lora_weights="gaussian".
 
@@ -177,12 +177,12 @@ def draw(plan: Plan, unet: UNet2DConditionModel, recipe: Recipe) -> Draws:
     common = torch.Generator().manual_seed(recipe.seed)
     size = (max(plan.steps, *recipe.steps), recipe.batch_size)
     levels = (torch.arange(recipe.batch_size) + torch.rand(size, generator=common)) * (
-        NOISE_LEVELS / recipe.batch_size
+        NUM_TIMESTEPS / recipe.batch_size
     )
     return Draws(
         loras,
         torch.stack([shuffled(len(plan.images), recipe.batch_size, generator) for _ in range(plan.steps)]),
-        levels.long().clamp_max(NOISE_LEVELS - 1)[: plan.steps],  # rounding may reach the next one
+        levels.long().clamp_max(NUM_TIMESTEPS - 1)[: plan.steps],  # rounding may reach the next one
         torch.randn(*size, 1, 8, 8, generator=common)[: plan.steps],
     )
 
@@ -195,8 +195,8 @@ def shuffled(items: int, count: int, generator: torch.Generator) -> Tensor:
 def train_block(
     unet: UNet2DConditionModel,
     images: Tensor,
-    plans: list[Plan],
-    recipe: Recipe,
+    plans: list[AdapterPlan],
+    recipe: DigitsRecipe,
     on_steps: Callable[[int], None] = lambda made: None,
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Fine-tune several LoRAs at once with Adam: {column: (n, rows, cols)}, and the loss (n,) of each one's
@@ -206,7 +206,7 @@ def train_block(
     go on. `unet`'s dtype is the one that is computed in. `on_steps` is told how many LoRAs have just made a
     step.
     """
-    block = Block(unet, images, plans, recipe)
+    block = AdapterPack(unet, images, plans, recipe)
     for step in range(max(plan.steps for plan in plans)):
         losses = block.step(step)
         on_steps(len(block.active))
@@ -214,12 +214,14 @@ def train_block(
     return block.trained, block.last_losses
 
 
-class Block:
+class AdapterPack:
     """LoRAs that are trained together. `active` numbers those that still train; tensors have a row for each
     of them.
     """
 
-    def __init__(self, unet: UNet2DConditionModel, images: Tensor, plans: list[Plan], recipe: Recipe):
+    def __init__(
+        self, unet: UNet2DConditionModel, images: Tensor, plans: list[AdapterPlan], recipe: DigitsRecipe
+    ):
         self.images, self.plans, self.recipe = images, plans, recipe
         self.dtype = next(unet.parameters()).dtype
         self.shares = signal_shares().to(self.dtype)

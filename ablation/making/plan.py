@@ -18,7 +18,7 @@ from datasets import Features, List, Value
 from ablation.adapters import BadFile, Layout, survey_file
 from ablation.making.inputs import Inputs
 from ablation.making.labels import Labels
-from ablation.making.progress import Progress
+from ablation.making.progress import ProgressLine
 from ablation.settings import InputError
 
 BUILD_VERSION = 1  # raise it whenever the same inputs give another data set
@@ -26,7 +26,7 @@ SHARD_BYTES = 256_000_000  # of weights; a kill can cost so many
 MAX_NAMED = 20  # bad files named in an error; build.json has all of them
 OWN_COLUMNS = ("lora_file", "lora_scale")
 
-Columns = tuple[tuple[str, int, int], ...]
+ColumnShapes = tuple[tuple[str, int, int], ...]
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class BuildOptions:
     shard_rows: int | None = None
 
 
-class Plan(NamedTuple):
+class BuildPlan(NamedTuple):
     """What is going to be written."""
 
     layout: Layout
@@ -83,7 +83,7 @@ class Headers:
         return collections.Counter(number for number in self.number_of_file if number >= 0)
 
 
-def make_plan(options: BuildOptions, inputs: Inputs, labels: Labels) -> Plan:
+def make_plan(options: BuildOptions, inputs: Inputs, labels: Labels) -> BuildPlan:
     """Look at every file's header and label, and choose the layout that most files have.
 
     Raises InputError for files that cannot become rows, unless they are skipped.
@@ -102,7 +102,7 @@ def make_plan(options: BuildOptions, inputs: Inputs, labels: Labels) -> Plan:
         if rank_text(layout) != rank:
             other_rank += 1
         elif layout.columns != columns:
-            bad.append((name, difference(layout.columns, columns)))
+            bad.append((name, difference_of_columns(layout.columns, columns)))
         else:
             kept.append(name)
             styles[layout.style] += 1
@@ -111,9 +111,9 @@ def make_plan(options: BuildOptions, inputs: Inputs, labels: Labels) -> Plan:
     chosen = next(layout for layout in headers.layouts if layout.columns == columns)
     others = other_columns(labels, chosen)
     row_bytes = 4 * sum(rows * cols for _, rows, cols in columns)
-    return Plan(
+    return BuildPlan(
         layout=chosen,
-        features=features_of(columns, others, options.alpha),
+        features=dataset_features(columns, others, options.alpha),
         kept=kept,
         bad=bad,
         other_rank=other_rank,
@@ -161,7 +161,7 @@ def read_headers(options: BuildOptions, inputs: Inputs, labels: Labels) -> Heade
     """The layout of every file, and the reason for each that cannot become a row."""
     pickle = "a pickle, which can run code when it is loaded: convert it to safetensors"
     headers = Headers(bad=[(name, pickle) for name in inputs.pickles])
-    progress = Progress(len(inputs.files), "headers")
+    progress = ProgressLine(len(inputs.files), "headers")
     for name in inputs.files:
         try:
             layout = survey_file(inputs.path(name), options.leave_out)
@@ -195,9 +195,9 @@ def choose_rank(options: BuildOptions, headers: Headers) -> str:
     return rank
 
 
-def choose_columns(headers: Headers, rank: str) -> Columns:
+def choose_columns(headers: Headers, rank: str) -> ColumnShapes:
     """The columns that most files of this rank have. Raises InputError if there is no such file."""
-    by_columns: collections.Counter[Columns] = collections.Counter()
+    by_columns: collections.Counter[ColumnShapes] = collections.Counter()
     for number, count in headers.counts().items():
         if rank_text(headers.layouts[number]) == rank:
             by_columns[headers.layouts[number].columns] += count
@@ -207,7 +207,7 @@ def choose_columns(headers: Headers, rank: str) -> Columns:
 
 
 def other_columns(labels: Labels, layout: Layout) -> dict[str, str]:
-    """Columns besides the weights -> type. Raises InputError for a field that would be taken for one of
+    """ColumnShapes besides the weights -> type. Raises InputError for a field that would be taken for one of
     ours.
     """
     others = labels.columns()
@@ -219,7 +219,7 @@ def other_columns(labels: Labels, layout: Layout) -> dict[str, str]:
     return others | ({} if "rank" in others else {"rank": "int64"}) | {"lora_file": "string"}
 
 
-def features_of(columns: Columns, others: dict[str, str], alpha: str) -> Features:
+def dataset_features(columns: ColumnShapes, others: dict[str, str], alpha: str) -> Features:
     """The columns as `datasets` knows them."""
     weights = {column: List(List(Value("float32"))) for column, _, _ in columns}
     scale = {"lora_scale": List(Value("float64"))} if alpha == "record" else {}
@@ -231,7 +231,7 @@ def rank_text(layout: Layout) -> str:
     return "+".join(map(str, layout.ranks))
 
 
-def difference(columns: Columns, usual: Columns) -> str:
+def difference_of_columns(columns: ColumnShapes, usual: ColumnShapes) -> str:
     """How a file's columns differ from those of most files."""
     own = {column: shape for column, *shape in columns}
     others = {column: shape for column, *shape in usual}

@@ -11,7 +11,7 @@ from typing import TextIO
 SECONDS_A_LINE = 10.0
 
 
-class Progress:
+class ProgressLine:
     """Writes a line with rate and time left, at most every SECONDS_A_LINE."""
 
     def __init__(self, total: int, unit: str, stream: TextIO | None = None):

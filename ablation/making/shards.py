@@ -17,8 +17,8 @@ import xxhash
 from ablation.adapters import BadFile, read_adapter
 from ablation.making.arrow_folder import arrow_matrices, write_shard
 from ablation.making.labels import Labels, as_type
-from ablation.making.plan import BuildOptions, Plan, difference, refuse_bad
-from ablation.making.progress import Progress, say
+from ablation.making.plan import BuildOptions, BuildPlan, difference_of_columns, refuse_bad
+from ablation.making.progress import ProgressLine, say
 from checkpointing import write_json
 
 BATCH_BYTES = 32_000_000  # of weights held in memory at a time
@@ -38,9 +38,9 @@ class Shard:
 class ShardWriter:
     """Writes the shards of a plan into a working folder."""
 
-    def __init__(self, options: BuildOptions, plan: Plan, labels: Labels, work: Path):
+    def __init__(self, options: BuildOptions, plan: BuildPlan, labels: Labels, work: Path):
         self.options, self.plan, self.labels, self.work = options, plan, labels, work
-        self.progress = Progress(len(plan.kept), "files")
+        self.progress = ProgressLine(len(plan.kept), "files")
 
     def prepare(self) -> None:
         """Drop what a killed build was writing, and the shards of another build that was not finished."""
@@ -112,7 +112,7 @@ class ShardWriter:
         path = self.labels.inputs.path(name)
         adapter = read_adapter(path, self.options.leave_out, with_scales=alpha != "ignore")
         if adapter.layout.columns != self.plan.layout.columns:
-            what = difference(adapter.layout.columns, self.plan.layout.columns)
+            what = difference_of_columns(adapter.layout.columns, self.plan.layout.columns)
             raise BadFile(f"changed while it was read: {what}")
         for column, matrix in adapter.matrices.items():
             targets[column][:] = matrix

@@ -22,15 +22,15 @@ from ablation.layers import attention_kind, sd15_shapes
 from ablation.making.arrow_folder import arrow_matrices, finish_folder, write_shard
 from ablation.making.progress import say
 
-SHARD_BYTES = 500_000_000
-NUM_CLASSES = 10
+FILE_BYTES = 500_000_000
+SYNTHETIC_CLASSES = 10
 LAYOUTS = ("nested", "array2d", "fixed")
 STRENGTHS = {"norms": 0.01, "product": 1.0}  # the default of each carrier
 SIGNAL_KINDS = {"none": (), "attn1": ("attn1",), "attn2": ("attn2",), "both": ("attn1", "attn2")}
 
 
 @dataclass(frozen=True)
-class Recipe:
+class SyntheticRecipe:
     """What the rows depend on. A row depends on the seed and its number, not on the number of rows or the
     layout.
 
@@ -57,7 +57,7 @@ class Recipe:
         return sd15_shapes(self.rank)
 
 
-def features_of(recipe: Recipe) -> Features:
+def synthetic_features(recipe: SyntheticRecipe) -> Features:
     """The columns as `datasets` knows them."""
 
     def matrix(rows: int, cols: int):
@@ -69,7 +69,7 @@ def features_of(recipe: Recipe) -> Features:
 
     columns = {layer: matrix(rows, cols) for layer, rows, cols in recipe.shapes}
     return Features(
-        columns | {"category_label": ClassLabel(names=[f"class_{i}" for i in range(NUM_CLASSES)])}
+        columns | {"category_label": ClassLabel(names=[f"class_{i}" for i in range(SYNTHETIC_CLASSES)])}
     )
 
 
@@ -80,15 +80,15 @@ def class_directions(seed: int, number: int, out: int, inner: int) -> tuple[np.n
     """
     rng = np.random.default_rng([seed, 3, number])
     signs = rng.permutation(np.where(np.arange(out) % 2, -1.0, 1.0))
-    shifts = rng.choice(out, NUM_CLASSES, replace=out < NUM_CLASSES)
+    shifts = rng.choice(out, SYNTHETIC_CLASSES, replace=out < SYNTHETIC_CLASSES)
     a = np.stack([np.roll(signs, shift) for shift in shifts])
-    b = rng.normal(size=(NUM_CLASSES, inner))
+    b = rng.normal(size=(SYNTHETIC_CLASSES, inner))
     return a.astype(np.float32), (b / np.linalg.norm(b, axis=1)[:, None]).astype(np.float32)
 
 
-def make_shard(recipe: Recipe, start: int, stop: int, schema: pa.Schema) -> pa.Table:
+def make_shard(recipe: SyntheticRecipe, start: int, stop: int, schema: pa.Schema) -> pa.Table:
     """Rows start:stop."""
-    labels = np.random.default_rng([recipe.seed, 0]).integers(0, NUM_CLASSES, stop)[start:]
+    labels = np.random.default_rng([recipe.seed, 0]).integers(0, SYNTHETIC_CLASSES, stop)[start:]
     columns: list[pa.Array] = []
     down = np.zeros((0, 0, 0), np.float32)
     for number, (layer, rows, cols) in enumerate(recipe.shapes, 1):
@@ -96,7 +96,7 @@ def make_shard(recipe: Recipe, start: int, stop: int, schema: pa.Schema) -> pa.T
         weights = rng.standard_normal((stop - start, rows, cols), dtype=np.float32)
         has_signal = attention_kind(layer) in recipe.kinds
         if has_signal and recipe.carrier == "norms":
-            normal = np.random.default_rng([recipe.seed, 1, number]).normal(size=NUM_CLASSES)
+            normal = np.random.default_rng([recipe.seed, 1, number]).normal(size=SYNTHETIC_CLASSES)
             scales = np.exp(recipe.strength * normal).astype(np.float32)
             weights *= scales[labels][:, None, None]
         if has_signal and recipe.carrier == "product" and ".up." in layer:
@@ -111,13 +111,13 @@ def make_shard(recipe: Recipe, start: int, stop: int, schema: pa.Schema) -> pa.T
     return pa.Table.from_arrays([*columns, pa.array(labels)], schema=schema)
 
 
-def write_synthetic(recipe: Recipe, output: Path) -> None:
+def write_synthetic(recipe: SyntheticRecipe, output: Path) -> None:
     """Write a collection to a new folder, which is read like one written by save_to_disk."""
     began = time.perf_counter()
-    features = features_of(recipe)
+    features = synthetic_features(recipe)
     schema = features.arrow_schema
     row_bytes = 4 * sum(rows * cols for _, rows, cols in recipe.shapes)
-    shard_rows = max(1, SHARD_BYTES // row_bytes)
+    shard_rows = max(1, FILE_BYTES // row_bytes)
     starts = range(0, recipe.rows, shard_rows)
     output.mkdir(parents=True)
     names = [f"data-{i:05}-of-{len(starts):05}.arrow" for i in range(len(starts))]

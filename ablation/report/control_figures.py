@@ -97,7 +97,7 @@ def audits(results: Results) -> Figure | None:
     return figure
 
 
-KINDS = {"attn1": "visual_only", "attn2": "text_only"}  # attention kind -> layer set of the same colour
+SET_OF_KIND = {"attn1": "visual_only", "attn2": "text_only"}  # attention kind -> layer set of the same colour
 
 
 @drawn
@@ -130,7 +130,7 @@ def blocks(results: Results) -> Figure | None:
     axes.set_xlim(-1.6, 9.2)
     axes.set_ylim(height + len(columns["mid"]) - 0.4, -1.2)
     for x in (0.0, 6.0):
-        for j, (kind, layer_set) in enumerate(KINDS.items()):
+        for j, (kind, layer_set) in enumerate(SET_OF_KIND.items()):
             axes.text(x + 0.9 * j + 0.44, -0.75, kind, ha="center", fontsize=6, color=COLOURS[layer_set])
     axes.set_axis_off()
     axes.set_title(f"{best}: test accuracy of each block alone, %", loc="left")
@@ -152,7 +152,7 @@ def draw_block(
     """A block's cells, one for each attention kind, shaded by accuracy, with the block's name beside them."""
     x, y = place
     low, high = min(accuracies.values()), max(accuracies.values())
-    for j, kind in enumerate(KINDS):
+    for j, kind in enumerate(SET_OF_KIND):
         value = accuracies.get((block, kind))
         if value is None:
             continue

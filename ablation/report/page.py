@@ -8,18 +8,22 @@ from typing import Any
 
 from ablation.report.load import Results
 
-Block = dict[str, Any]  # a section of text: name, title, entries [(name, value)], text
+TextSection = dict[str, Any]  # a section of text: name, title, entries [(name, value)], text
 
 
 def render_page(
-    runs: list[Results], title: str, sections: list[dict], tables: list[dict], blocks: list[Block | None]
+    runs: list[Results],
+    title: str,
+    sections: list[dict],
+    tables: list[dict],
+    blocks: list[TextSection | None],
 ) -> bytes:
     """The page of one run or several: figures (`sections`), tables, and blocks of text."""
     return render(runs, title, sections=sections, tables=tables, blocks=blocks, running=False)
 
 
 def render_running_page(
-    results: Results, title: str, tables: list[dict], blocks: list[Block | None]
+    results: Results, title: str, tables: list[dict], blocks: list[TextSection | None]
 ) -> bytes:
     """The page of a run that goes on: it reloads itself and has no figure."""
     return render([results], title, sections=[], tables=tables, blocks=blocks, running=True)
@@ -47,7 +51,7 @@ def render(runs: list[Results], title: str, **parts: Any) -> bytes:
 # --- blocks of text
 
 
-def data_block(results: Results) -> Block:
+def data_block(results: Results) -> TextSection:
     """The data set."""
     data = results.get("data") or {}
     counted = {
@@ -69,9 +73,9 @@ def data_block(results: Results) -> Block:
     return {"name": "data", "title": "Data set", "entries": stated, "text": ""}
 
 
-def manifest_block(folder: Path) -> Block:
+def manifest_block(folder: Path) -> TextSection:
     """How the results were made."""
-    block: Block = {"name": "manifest", "title": "How it was made", "entries": [], "text": ""}
+    block: TextSection = {"name": "manifest", "title": "How it was made", "entries": [], "text": ""}
     path = folder / "manifest.json"
     if not path.exists():
         return block | {"text": "The run has not ended: there is no manifest yet."}
@@ -90,7 +94,7 @@ def manifest_block(folder: Path) -> Block:
     return block | {"entries": entries}
 
 
-def failure_block(results: Results) -> Block | None:
+def failure_block(results: Results) -> TextSection | None:
     """Failed and skipped cells, if there are any."""
     entries = [(entry["cell"], entry["error"]) for entry in results.get("failed_cells", [])]
     skipped = results.get("skipped_cells", [])
@@ -100,7 +104,7 @@ def failure_block(results: Results) -> Block | None:
     return {"name": "failures", "title": "Failed and skipped cells", "entries": entries, "text": ""}
 
 
-def differences_block(runs: list[Results]) -> Block:
+def differences_block(runs: list[Results]) -> TextSection:
     """The settings in which several runs differ."""
     settings = [flat_settings(results["settings"]) for results in runs]
     entries = [

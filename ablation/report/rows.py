@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 
 from ablation.catalogue import CHOICES, LAYER_SETS, group_of
+from ablation.report.load import Results
 from ablation.splits import PARTS
 
-Results = dict[str, Any]
 Rows = list[dict[str, Any]]
 
 
