@@ -95,8 +95,7 @@ def parsed_key(key: str) -> tuple[str, str]:
     if parsed is None:
         raise BadFile(
             f"holds '{key}', which is no `down`, `up` or alpha of a LoRA: a kind of adapter that `up @ down` "
-            "does "
-            "not describe, or a whole model; name what may be ignored with --leave-out"
+            "does not describe, or a whole model; name what may be ignored with --leave-out"
         )
     return parsed
 

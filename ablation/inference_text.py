@@ -49,8 +49,7 @@ def general_lines(inference: dict[str, Any]) -> list[str]:
         shared = inference["test_rows_that_share_a_group_with_training"]
         lines.append(
             f"Groups: {inference['groups']} among the test rows; {shared} of {rows} test rows share their "
-            "group with a "
-            "training row. Tests and intervals take whole groups."
+            "group with a training row. Tests and intervals take whole groups."
         )
     accuracies = inference["accuracies"].values()
     narrow = [entry["binomial_error"] for entry in accuracies if entry["seeds_narrower_than_test_set"]]
@@ -115,8 +114,7 @@ def ranking_lines(inference: dict[str, Any]) -> list[str]:
     lines = [
         "",
         f"Of {len(ranking)} pairs of representations with all layers, {len(clear)} differ (p < {level:g} "
-        "after "
-        "Holm's correction):",
+        "after Holm's correction):",
     ]
     for better in dict.fromkeys(pair["better"] for pair in clear):
         worse = ", ".join(pair["worse"] for pair in clear if pair["better"] == better)

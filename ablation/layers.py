@@ -176,10 +176,8 @@ class Layers:
             if down.rows != up.cols:
                 raise InputError(
                     f"column '{down.column}' is {down.rows} x {down.cols} and '{up.column}' {up.rows} x "
-                    f"{up.cols}: "
-                    "the rows of the first must be the columns of the second; leave out representations of "
-                    "the "
-                    "product and the gauge audit"
+                    f"{up.cols}: the rows of the first must be the columns of the second; leave out "
+                    "representations of the product and the gauge audit"
                 )
         return modules
 

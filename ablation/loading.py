@@ -73,8 +73,7 @@ def log_groups(data: LoraCollection, settings: Settings) -> None:
     advice = "" if not shared or "grouped" in settings.split else ": --split grouped keeps groups together"
     log.info(
         f"Groups: {len(np.unique(data.groups))} by '{settings.group_column}'; {shared} of "
-        f"{len(data.split.test)} test "
-        f"rows share theirs with a training row{advice}"
+        f"{len(data.split.test)} test rows share theirs with a training row{advice}"
     )
 
 

@@ -45,8 +45,7 @@ def head_lines(results: dict[str, Any]) -> list[str]:
         f"Layers:    {results['num_all_layers']} ({results['num_visual_layers']} attn1, "
         f"{results['num_text_layers']} attn2)",
         f"Runs:      {results['num_runs']} a cell{' (kernel_ridge has one)' * has_ridge}; values are "
-        "percent, mean±std "
-        "over runs (training noise only)",
+        "percent, mean±std over runs (training noise only)",
     ]
     if results["splits_overlap"]:
         lines.append(

@@ -64,8 +64,7 @@ def why_impossible(cell: Cell, data: LoraCollection) -> str:
         if unpaired:
             return (
                 f"{len(unpaired)} layers of {cell.layer_set} are there without the other half of their "
-                "module, "
-                f"such as '{unpaired[0]}'"
+                f"module, such as '{unpaired[0]}'"
             )
     if data.num_rows > spec.max_rows:
         return f"for at most {spec.max_rows:,} rows, the data set has {data.num_rows:,}"

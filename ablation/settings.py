@@ -133,8 +133,7 @@ class Settings:
     split: tuple[str, ...] = setting(
         ("random",),
         "70/10/20 rows: random (the origin's), stratified by class, or grouped (no group of --group-column "
-        "in two "
-        "parts); the tables show the first, further kinds are set beside it",
+        "in two parts); the tables show the first, further kinds are set beside it",
         SPLITS,
     )
     num_splits: int = setting(
@@ -156,8 +155,7 @@ class Settings:
     controls: tuple[str, ...] = setting(
         (),
         "cells that should not read the class as the weights do, or that show what else reads it; also all: "
-        "labels "
-        "shuffled, metadata columns alone, norms of the layers alone, down or up matrices alone",
+        "labels shuffled, metadata columns alone, norms of the layers alone, down or up matrices alone",
         CONTROLS,
         {"all": CONTROLS},
     )

@@ -68,8 +68,7 @@ def suspicion(inference: dict[str, Any]) -> list[str]:
     if not check["suspect"]:
         return [
             f"With shuffled labels no cell is shown to be above chance (p = {check['p']:.3f} for all {count} "
-            "together, "
-            "by the MLP on the first split)."
+            "together, by the MLP on the first split)."
         ]
     cells = {name: cell for name, cell in check["cells"].items() if cell["p_adjusted"] < check["level"]}
     shown = [
@@ -155,8 +154,7 @@ def drop_sentences(inference: dict[str, Any]) -> list[str]:
     if inference["runs"] < FEWEST_RUNS:
         return [
             f"No verdict: {inference['runs']} runs a cell do not tell how runs differ; --num-runs "
-            f"{FEWEST_RUNS} or more "
-            "would."
+            f"{FEWEST_RUNS} or more would."
         ]
     classified = classify(inference, entries)
     return [
@@ -175,15 +173,13 @@ def chance_sentences(classified: Classified, chance: float) -> list[str]:
     if len(unable) == len(classified.entries):
         return [
             f"With all layers no representation is shown to be above chance ({in_percent(chance)}): there is "
-            "nothing here "
-            "that a drop could be taken from."
+            "nothing here that a drop could be taken from."
         ]
     if not unable:
         return []
     return [
         f"With all layers {names_of(unable)} {are(len(unable))} not shown to be above chance "
-        f"({in_percent(chance)}), so "
-        "nothing can be said of a drop."
+        f"({in_percent(chance)}), so nothing can be said of a drop."
     ]
 
 
@@ -226,8 +222,7 @@ def undecided_sentences(classified: Classified, inference: dict[str, Any]) -> li
                 span += f" to {max(sizes):.1f}"
             sentences.append(
                 f"With {sample} a drop is found with {100 * POWER:.0f} % probability only from {span} points "
-                "on (before "
-                "the correction)."
+                "on (before the correction)."
             )
         else:
             sentences.append(
@@ -282,8 +277,7 @@ def group_sentences(inference: dict[str, Any]) -> list[str]:
         return [
             "On grouped splits no test row shares its group with a training row.",
             f"There accuracy came out {100 * abs(mean):.1f} points {'lower' if mean >= 0 else 'higher'} in "
-            "the mean of "
-            f"{len(inflated)} cells; it is shown to be lower for {len(clear) or 'none'} of them.",
+            f"the mean of {len(inflated)} cells; it is shown to be lower for {len(clear) or 'none'} of them.",
         ]
     if shared:
         return [

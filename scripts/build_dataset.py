@@ -65,8 +65,7 @@ def parse_command_line(argv: list[str] | None) -> argparse.Namespace:
     add("--label-field", default="", metavar="NAME", help=text)
     text = (
         "alpha / rank: multiply `up` with it, so that up @ down is the change to the model; or write it into "
-        "the "
-        "column lora_scale, a number a module in the order of build.json's modules; or neither (default: "
+        "the column lora_scale, a number a module in the order of build.json's modules; or neither (default: "
         "apply)"
     )
     add("--alpha", choices=("apply", "record", "ignore"), default="apply", help=text)

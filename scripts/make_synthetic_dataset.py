@@ -28,8 +28,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--carrier", choices=tuple(STRENGTHS), default="norms", help=text)
     text = (
         "norms: std of the log of a class's scale in a layer (default: 0.01); product: std of the signal in "
-        "`up` over "
-        "that of its noise (default: 1)"
+        "`up` over that of its noise (default: 1)"
     )
     add("--strength", type=float, help=text)
     add("--seed", type=int, default=0, help="of everything that is random (default: 0)")

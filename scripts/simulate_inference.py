@@ -47,8 +47,7 @@ def print_rows(arguments: argparse.Namespace) -> None:
     """The table of one split."""
     print(
         "| test rows | true drop, points | drop claimed | 95 % interval holds it | claimed by sign flips "
-        "alone "
-        "| by a t test over seeds | BCa interval over seeds holds it |"
+        "alone | by a t test over seeds | BCa interval over seeds holds it |"
     )
     print("|---|---|---|---|---|---|---|")
     for n, drop in itertools.product(arguments.rows, arguments.drops):

@@ -217,8 +217,7 @@ def stage_table(rows: list[Row]) -> str:
         faster, of_limit = row.origin.median / row.ours.median, row.ours.median / row.limit.median
         lines.append(
             f"| {row.stage} | {row.what} | {row.ours} | {row.origin} | {row.limit.median:.3g} | "
-            f"{faster:.1f}x | "
-            f"{of_limit:.2f}x |"
+            f"{faster:.1f}x | {of_limit:.2f}x |"
         )
     for row in rows:
         if row.operations:

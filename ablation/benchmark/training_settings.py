@@ -123,6 +123,5 @@ def precision_line(row: dict) -> str:
     return (
         f"| {row['representation']} | {100 * row['float32']:.2f} | {100 * row['bfloat16']:.2f} | "
         f"{100 * row['difference']:+.2f} | {100 * row['low']:+.2f} .. {100 * row['high']:+.2f} | "
-        f"{row['p']:.2g} | "
-        f"{verdict} |"
+        f"{row['p']:.2g} | {verdict} |"
     )

@@ -39,8 +39,7 @@ def row_findings(report: Report) -> list[str]:
     if same["sets"]:
         sentences.append(
             f"{same['too_many']} rows are copies of others; {same['sets_on_both_sides']} sets of equal rows "
-            "lie on "
-            f"both sides of the split, {same['sets_of_several_classes']} have several labels"
+            f"lie on both sides of the split, {same['sets_of_several_classes']} have several labels"
         )
     zeros = report["zero_matrices"].get("up")
     if zeros:
@@ -58,22 +57,18 @@ def factor_findings(report: Report) -> list[str]:
         if is_initial and not signal["down"]["significant"]:
             sentences.append(
                 f"`down` looks like its {down['std_is_that_of']} initialisation and nothing else: its std is "
-                "the "
-                "initialisation's, rows are uncorrelated, no class signal; what was learnt is in `up`, or in "
-                "the "
-                "product up @ down"
+                "the initialisation's, rows are uncorrelated, no class signal; what was learnt is in `up`, "
+                "or in the product up @ down"
             )
         if down["rows_are_correlated"]:
             sentences.append(
                 f"`down` is alike in all rows (mean cosine {rows['mean']:.2f}): a common seed, or a common "
-                "part that "
-                "was learnt"
+                "part that was learnt"
             )
         if rows["largest"] > COPY and rows["mean"] < COPY / 2:
             sentences.append(
                 f"two rows have nearly the same `down` (cosine {rows['largest']:.4f}): copies, or one was "
-                "trained on "
-                "from the other"
+                "trained on from the other"
             )
     for side in ("down", "up"):
         if side in signal and signal[side]["significant"]:
@@ -90,10 +85,8 @@ def group_findings(groups: Report | None) -> list[str]:
         return []
     return [
         f"{groups['on_both_sides']} of {groups['groups']} groups ({groups['column']}) lie in train and "
-        "elsewhere; so "
-        f"do {groups['test_rows_with_their_group_in_train']} of {groups['test_rows']} test rows: accuracy "
-        "may be "
-        "knowledge of the group"
+        f"elsewhere; so do {groups['test_rows_with_their_group_in_train']} of {groups['test_rows']} test "
+        "rows: accuracy may be knowledge of the group"
     ]
 
 
@@ -103,8 +96,7 @@ def class_findings(classes: Report) -> list[str]:
     if classes["largest"] > 2 * classes["smallest"]:
         sentences.append(
             f"classes are unequal: {classes['smallest']} to {classes['largest']} rows; always guessing the "
-            "largest is "
-            f"right in {classes['always_guessing_the_largest']:.0%} of the test rows"
+            f"largest is right in {classes['always_guessing_the_largest']:.0%} of the test rows"
         )
     for part, names in classes["missing_in"].items():
         sentences.append(f"{len(names)} classes have no {part} row, the first {names[0]}")
@@ -180,10 +172,9 @@ def collection_lines(report: Report) -> list[str]:
     if groups:
         lines.append(
             f"Groups:  {groups['groups']} in {groups['column']}, {groups['on_both_sides']} of them in train "
-            "and "
-            f"elsewhere; {groups['test_rows_with_their_group_in_train']} of {groups['test_rows']} test rows "
-            "have their "
-            "group in train" + ("; the groups are the classes" if groups["is_the_label"] else "")
+            f"and elsewhere; {groups['test_rows_with_their_group_in_train']} of {groups['test_rows']} test "
+            "rows have their group in "
+            "train" + ("; the groups are the classes" if groups["is_the_label"] else "")
         )
     return lines
 
@@ -200,8 +191,7 @@ def factor_lines(report: Report) -> list[str]:
         rows = down["between_rows"]
         lines.append(
             f"Initial: std(down) {down['std']:.4g} is {ratios}; cosine between rows {rows['mean']:+.4f} in "
-            "the mean, "
-            f"{rows['largest']:+.4f} at most (by chance 0 with std {rows['by_chance']:.4f} a pair)"
+            f"the mean, {rows['largest']:+.4f} at most (by chance 0 with std {rows['by_chance']:.4f} a pair)"
         )
     for side, signal in report["class_signal"].items():
         direction, norm = signal["direction"], signal["size"]
@@ -209,8 +199,7 @@ def factor_lines(report: Report) -> list[str]:
             f"Signal:  `{side}` of {signal['rows']} rows: cosine within classes minus between "
             f"{direction['within_minus_between']:+.5f} (p {direction['p']:.3f}); "
             f"{norm['variance_between_classes']:.3f} of the variance of its log norm lies between classes, "
-            "by chance "
-            f"{norm['by_chance']:.3f} (p {norm['p']:.3f})"
+            f"by chance {norm['by_chance']:.3f} (p {norm['p']:.3f})"
         )
     return lines
 
@@ -224,15 +213,13 @@ def print_columns(representations: Report) -> None:
     )
     print(
         f"{'representation':15} {'width':>6} {'constant':>9} {'rounding':>9} {'duplicate':>10} "
-        f"{'collinear':>10} "
-        f"{'free':>7} {'effective':>10}"
+        f"{'collinear':>10} {'free':>7} {'effective':>10}"
     )
     for name, census in representations.items():
         constant, rounding, duplicate, collinear = (census[kind]["a_layer"] for kind in REDUNDANCIES)
         print(
             f"{name:15} {census['width']:6} {constant:9.1f} {rounding:9.1f} {duplicate:10.1f} "
-            f"{collinear:10.1f} "
-            f"{census['degrees_of_freedom']:7.1f} {census['effective']:10.1f}"
+            f"{collinear:10.1f} {census['degrees_of_freedom']:7.1f} {census['effective']:10.1f}"
             + ("  (too few rows to tell)" if census["too_few_rows"] else "")
         )
     print()

@@ -93,8 +93,7 @@ def say_already_built(request: BuildRequest, plan: BuildPlan) -> None:
     if made["fingerprint"] != plan.fingerprint:
         raise InputError(
             f"{request.output} exists, built from other files or with other options: choose another "
-            "--output, "
-            "or --overwrite"
+            "--output, or --overwrite"
         )
     refuse_bad(request.options.on_bad, made["bad"])
     say(f"{request.output} is already built from these files with these options: {made['rows']} rows")
@@ -165,8 +164,7 @@ def print_summary(
     if plan.layout.flattened:
         say(
             f"Flat:    {len(plan.layout.flattened)} columns hold convolutions, flattened from (r, in, "
-            "height, width) "
-            "to (r, in * height * width)"
+            "height, width) to (r, in * height * width)"
         )
     for column, count in summary["nulls"].items():
         say(f"Nulls:   {count} files have no '{column}'")

@@ -69,8 +69,7 @@ def plan_loras(count: int, recipe: DigitsRecipe, digits: np.ndarray, groups: np.
         if num_images > len(members):
             raise SystemExit(
                 f"error: group {group} of digit {digit} has {len(members)} images, {num_images} are asked "
-                "for: "
-                "give fewer --images or --groups"
+                "for: give fewer --images or --groups"
             )
         chosen = np.sort(rng.choice(members, num_images, replace=False))
         plans.append(

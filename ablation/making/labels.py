@@ -171,8 +171,7 @@ def csv_rows(path: Path) -> dict[str, dict[str, str]]:
         if not {"file", "label"} <= set(fields) or is_bad:
             raise InputError(
                 f"{path} starts with {','.join(fields) or 'nothing'}: expected a line file,label[,further "
-                "columns], "
-                "each name once"
+                "columns], each name once"
             )
         rows: dict[str, dict[str, str]] = {}
         for row in reader:

@@ -48,9 +48,8 @@ FIGURES = {
     "drop": Drawing(
         "The drop without the text layers",
         "Accuracy with all layers less that with the visual layers alone, with 95 % intervals for new "
-        "examples and "
-        "runs; filled: p < 0.05 after Holm's correction; band: the margin within which the two count as "
-        "equal.",
+        "examples and runs; filled: p < 0.05 after Holm's correction; band: the margin within which the two "
+        "count as equal.",
         rows.drop_rows,
         accuracy_figures.drop,
         is_narrow=True,
@@ -78,8 +77,7 @@ FIGURES = {
     "learning_curves": Drawing(
         "Learning curves",
         "Validation accuracy of every run (faint), their mean while half of them go on (bold), and best "
-        "epochs "
-        "(points).",
+        "epochs (points).",
         rows.learning_curves_rows,
         training_figures.learning_curves,
     ),
@@ -115,10 +113,8 @@ FIGURES = {
     "controls": Drawing(
         "Controls",
         "What is not, or only a part of, the weights. Strokes: chance; for shuffled labels what is due to "
-        "their "
-        "frequencies, and in grey the range of 95 % of orders of the test labels, for each cell alone. All "
-        "cells share "
-        "their labels and rows, so they err together.",
+        "their frequencies, and in grey the range of 95 % of orders of the test labels, for each cell alone. "
+        "All cells share their labels and rows, so they err together.",
         rows.controls_rows,
         control_figures.controls,
         is_narrow=True,
@@ -142,8 +138,7 @@ COMPARISON_FIGURES = {  # of several runs
     "scaling": Drawing(
         "Accuracy and size",
         "Lines join runs of equal settings, classes and layers; sizes are drawn a little apart where runs "
-        "stand beside "
-        "each other.",
+        "stand beside each other.",
         rows.scaling_rows,
         comparison_figures.scaling,
         leads=True,

@@ -266,8 +266,7 @@ def caption(results: Results) -> str:
         margin = 100 * entries[0]["margin"]
         words += (
             "; drop: all layers minus visual only, points; * p < 0.05, ** p < 0.01, *** p < 0.001 after "
-            "Holm's "
-            f"correction; = equal to within {margin:g} points (two one-sided tests, p < 0.05)"
+            f"Holm's correction; = equal to within {margin:g} points (two one-sided tests, p < 0.05)"
         )
     return words + "."
 

@@ -129,9 +129,8 @@ def refresh(
     results["name"] = folder.resolve().parent.name
     results["verdict"] = (
         f"Running: {len(records)} of {total} cells were finished at {utc_now()}. Figures, intervals and the "
-        "verdict "
-        "are made when the run ends. If that time is long past, it was ended: rerun the same command to "
-        "resume."
+        "verdict are made when the run ends. If that time is long past, it was ended: rerun the same command "
+        "to resume."
     )
     (folder / STAMP).unlink(missing_ok=True)
     title = f"Visual ablation: {results['dataset']}"
