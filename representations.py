@@ -10,6 +10,8 @@ matrix has std, skewness, kurtosis and histogram entropy 0.
 Those of the product take `down` (n, r, in) and `up` (n, out, r) and describe W = up @ down, (out, in), which
 is what the adapter does to the model: (up G, inv(G) down) is the same adapter for every invertible G. W is
 never formed: all of it follows from sums over `in` and `out` of at most r^2 (the fourth moment: r^4) terms.
+
+(Over 400 lines, because a definition stands beside the sums and singular values that it shares with others.)
 """
 
 from __future__ import annotations

@@ -4,8 +4,7 @@ A claim is about new examples and about the training of new models, not about th
 run. With R runs and n test examples, D (R, n) holds for each run and example whether the first classifier was
 right less whether the second was (1, 0 or -1). Its mean is the drop. It varies with the examples (rows of the
 data set), with the runs, and with a rest. Where examples come in groups (fine-tunes of one set of images),
-whole groups are the sample. Accuracies and probabilities are fractions. (Over 400 lines: the estimators of
-one split and of several splits share their parts, and are read together.)
+whole groups are the sample. Accuracies and probabilities are fractions.
 """
 
 from __future__ import annotations

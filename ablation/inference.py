@@ -47,11 +47,7 @@ def infer(
     `classifiers` has the main comparison by each classifier beside the MLP; `ranking` every two
     representations; `inflation` what other splits have above grouped ones.
     """
-    # A split called grouped0 is the first of its kind. It was left by a command that named another kind
-    # first, and it is the same split as ''.
-    predictions = {
-        cell: arrays for cell, arrays in predictions.items() if not cell.audit and cell.split != f"{kind}0"
-    }
+    predictions = of_test_rows(predictions, kind)
     shuffled = {cell: predictions.pop(cell) for cell in list(predictions) if cell.labels}
     samples = join_first_split(samples_of(predictions, groups), kind)
     of_kind = samples.get(kind, {})
@@ -88,6 +84,17 @@ def infer(
         "inflation": all_inflation(samples),
         "controls": [control_entry(cell, accuracies[cell.name]) for cell in of_kind if cell.is_control],
         "shuffled": check_shuffled_labels(shuffled) if shuffled else None,
+    }
+
+
+def of_test_rows(predictions: Predictions, kind: str) -> Predictions:
+    """The predictions of the test rows as they are, each split once.
+
+    A split called grouped0 is the first of its kind. It was left by a command that named another kind first,
+    and it is the same split as ''.
+    """
+    return {
+        cell: arrays for cell, arrays in predictions.items() if not cell.audit and cell.split != f"{kind}0"
     }
 
 

@@ -142,7 +142,7 @@ def test_features_are_the_representations_of_the_layers_in_their_order(run, plac
         pattern = {"all_layers": "attn", "visual_only": "attn1", "text_only": "attn2"}[cell.layer_set]
         layers = [layer for layer in data.layers.names if pattern in layer]
         expected = torch.cat(
-            [representations.SPECS[cell.representation](whole[layer]) for layer in layers], dim=1
+            [representations.REPRESENTATIONS[cell.representation](whole[layer]) for layer in layers], dim=1
         )
         assert torch.allclose(seen[number], expected, rtol=1e-6), cell
 

@@ -1,6 +1,7 @@
 """Tests and intervals against scipy and statsmodels, and by simulated experiments whose truth is known."""
 
 import math
+import re
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.weightstats import ttost_paired
 
 from ablation import estimators, inference, simulation
+from ablation import verdict as sentences
 from ablation.cells import Cell
 from ablation.estimators import (
     SplitRows,
@@ -25,7 +27,14 @@ from ablation.estimators import (
 )
 from ablation.samples import Sample
 from ablation.simulation import World
-from ablation.verdict import verdict
+
+
+def verdict(found):
+    """The verdict; every one that a test asks for has sentences of at most 25 words."""
+    text = sentences.verdict(found)
+    for sentence in re.split(r"(?<=\.) ", text):
+        assert len(sentence.split()) <= 25, sentence
+    return text
 
 
 def experiment(rng, **world):

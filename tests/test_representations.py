@@ -84,6 +84,12 @@ def test_the_catalogue_has_the_registries_names_in_their_order():
     assert list(project.REPRESENTATION_GROUPS["product"])[:6] == list(PRODUCT_REPRESENTATIONS)
 
 
+def test_the_ensemble_is_the_parts_that_the_catalogue_names():
+    w = torch.randn(3, 4, 5)
+    parts = [FUNCTIONS[part](w) for part in project.ENSEMBLE_PARTS]
+    assert torch.equal(FUNCTIONS["ensemble"](w), torch.cat(parts, dim=1))
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_the_catalogue_has_each_width(name):
     assert FUNCTIONS[name](torch.randn(2, 3, 4)).shape == (2, project.SPECS[name].width)

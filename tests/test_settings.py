@@ -346,6 +346,23 @@ def test_every_cell_is_found_again_by_the_name_of_its_files():
 
 
 @pytest.mark.parametrize(
+    "name, spoken",
+    [
+        ("all_layers_stats", "stats of all layers"),
+        ("by_block.mid_block.attentions.0.attn1_stats", "stats of mid block.attentions.0.attn1"),
+        (
+            "visual_only_simple_stats.random1.linear",
+            "simple_stats of visual only, split random1, linear probe",
+        ),
+        ("text_only_pca.shuffled", "pca of text only, shuffled labels"),
+        ("up_only_stats.gauge", "stats of up only, gauge audit"),
+    ],
+)
+def test_cells_are_spoken_as_people_say_them(name, spoken):
+    assert Cell.named(name).spoken == spoken
+
+
+@pytest.mark.parametrize(
     "named, reason",
     [
         ({"by_block": ["*"]}, "'by_block' is no name for a layer set"),
