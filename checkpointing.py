@@ -75,8 +75,8 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def is_abandoned(temporary: Path) -> bool:
-    """True if the process that was writing a temporary file is gone, or was on another machine and is long
-    silent.
+    """True if the process that was writing a temporary file is gone,
+    or was on another machine and is long silent.
     """
     pid = temporary.name.split(".")[-2]
     try:
@@ -125,8 +125,8 @@ def read_json(path: Path) -> dict:
 
 
 def append_event(path: Path, **event) -> None:
-    """Append a line of JSON with the time in UTC. After a line that was cut off, a new line is begun
-    first.
+    """Append a line of JSON with the time in UTC.
+    After a line that was cut off, a new line is begun first.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("ab+") as file:
@@ -144,8 +144,8 @@ def utc_now() -> str:
 
 
 def file_stamps(files: list[str]) -> list:
-    """For each file its real path, size, times and inode: they change when it is edited, replaced, moved or
-    touched.
+    """For each file its real path, size, times and inode:
+    they change when it is edited, replaced, moved or touched.
     """
     stamps = []
     for file in files:
@@ -188,8 +188,8 @@ def identify(
 
 
 class FeatureCache:
-    """One safetensors file for each representation, of all layers, in a folder named by the hash of the
-    weights.
+    """One safetensors file for each representation,
+    of all layers, in a folder named by the hash of the weights.
 
     `description_of(representation)` gives the version and the settings that change its numbers.
     """
@@ -210,8 +210,8 @@ class FeatureCache:
         return self.source | {"representation": representation} | self.description_of(representation)
 
     def load(self, representation: str) -> tuple[np.ndarray | None, str]:
-        """Features (N, L*k) float32; or None and the reason: '' if there is no file, else what is wrong with
-        it.
+        """Features (N, L*k) float32; or None and the reason:
+        '' if there is no file, else what is wrong with it.
         """
         from safetensors import SafetensorError, safe_open
 
@@ -282,8 +282,8 @@ def locked(path: Path, wait: bool = True) -> Iterator[None]:
 
 @contextlib.contextmanager
 def holding(folder: Path) -> Iterator[None]:
-    """Hold a folder for one process. Raises Held if another process does, Refused if it cannot be written
-    to.
+    """Hold a folder for one process.
+    Raises Held if another process does, Refused if it cannot be written to.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -355,8 +355,8 @@ def differences(made_with: dict, requested: dict) -> list[str]:
 
 
 class ResultStore:
-    """The finished cells of an output folder, by name: a checkpoint each, with the predictions behind its
-    counts.
+    """The finished cells of an output folder, by name:
+    a checkpoint each, with the predictions behind its counts.
     """
 
     def __init__(self, folder: Path):

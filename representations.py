@@ -46,8 +46,8 @@ NORM_PERCENTS = (0, 5, 10, 25, 50, 75, 90, 95, 100)
 
 
 class LayerBatch:
-    """A batch of matrices with the intermediate results that several representations share, each computed
-    once.
+    """A batch of matrices with the intermediate results that
+    several representations share, each computed once.
     """
 
     def __init__(self, w: Tensor):
@@ -144,8 +144,8 @@ class LayerBatch:
 
     @cached_property
     def fft_magnitudes(self) -> tuple[Tensor, Tensor]:
-        """|2-D FFT|, unnormalised: the bins that stand once, and those whose mirror image stands for a second
-        one.
+        """|2-D FFT|, unnormalised: the bins that stand once,
+        and those whose mirror image stands for a second one.
 
         The FFT of a real matrix is conjugate-symmetric, so half of it is computed; along the longer side,
         because the magnitudes of a transposed matrix are the same. In float64: a strong wave's float32
@@ -205,8 +205,8 @@ def rank_based(w: Tensor | LayerBatch) -> Tensor:
 
 
 def stats(w: Tensor | LayerBatch) -> Tensor:
-    """Mean, std, median (lower middle value), min, max in weight units; skewness, kurtosis. (n, rows, cols)
-    -> (n, 7).
+    """Mean, std, median (lower middle value), min, max in weight units;
+    skewness, kurtosis. (n, rows, cols) -> (n, 7).
     """
     layer = LayerBatch.of(w)
     median = layer.sorted[:, (layer.N - 1) // 2].double()
@@ -239,8 +239,8 @@ def spectral_profile(s: Tensor) -> Tensor:
 
 
 def matrix_norms(w: Tensor | LayerBatch) -> Tensor:
-    """Frobenius, nuclear, spectral, induced 1- and inf-norm (weight units); nuclear and spectral over
-    Frobenius + EPS.
+    """Frobenius, nuclear, spectral, induced 1- and inf-norm (weight units);
+    nuclear and spectral over Frobenius + EPS.
 
     The induced 1-norm is the largest column sum of absolute values, the induced inf-norm the largest row sum.
     (n, rows, cols) -> (n, 7).
@@ -255,8 +255,8 @@ def matrix_norms(w: Tensor | LayerBatch) -> Tensor:
 
 
 def distribution(w: Tensor | LayerBatch) -> Tensor:
-    """Percentiles 5 10 25 50 75 90 95, p75-p25, mean |x - mean| (weight units); std/(|mean| + EPS), skewness,
-    kurtosis.
+    """Percentiles 5 10 25 50 75 90 95, p75-p25, mean |x - mean| (weight units);
+    std/(|mean| + EPS), skewness, kurtosis.
 
     (n, rows, cols) -> (n, 12).
     """
@@ -268,8 +268,8 @@ def distribution(w: Tensor | LayerBatch) -> Tensor:
 
 
 def frequency(w: Tensor | LayerBatch) -> Tensor:
-    """Magnitudes of the unnormalised 2-D FFT, in weight units but for the last column. (n, rows, cols) -> (n,
-    14).
+    """Magnitudes of the unnormalised 2-D FFT, in weight units but for the last column.
+    (n, rows, cols) -> (n, 14).
 
     The ten largest of all N bins (padded with 0), the mean, std (with N) and max of all N, and the share of
     the ten in the energy: sum of the ten squared / (sum of all squared + EPS), the latter N * sum(x^2) by
@@ -290,8 +290,8 @@ def frequency(w: Tensor | LayerBatch) -> Tensor:
 
 
 def info_theoretic(w: Tensor | LayerBatch) -> Tensor:
-    """Entropy (nats) of the 50-bin histogram over the matrix's own min..max, and the same over log 50 (0 to
-    1).
+    """Entropy (nats) of the 50-bin histogram over the matrix's own min..max,
+    and the same over log 50 (0 to 1).
 
     Bins are closed below and open above, the last one closed, as NumPy's. (n, rows, cols) -> (n, 2).
     """
@@ -310,8 +310,8 @@ def info_theoretic(w: Tensor | LayerBatch) -> Tensor:
 
 
 def ensemble(w: Tensor | LayerBatch) -> Tensor:
-    """spectral, matrix_norms, distribution, frequency, info_theoretic side by side. (n, rows, cols) -> (n,
-    67).
+    """spectral, matrix_norms, distribution, frequency, info_theoretic side by side.
+    (n, rows, cols) -> (n, 67).
     """
     layer = LayerBatch.of(w)
     parts = (spectral, matrix_norms, distribution, frequency, info_theoretic)
@@ -365,8 +365,8 @@ class ModuleBatch:
 
     @cached_property
     def svd_of_grams(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """S (n, r), descending; left and right (n, r, r); and which rows (n,) are too ill-conditioned for
-        this way.
+        """S (n, r), descending; left and right (n, r, r);
+        and which rows (n,) are too ill-conditioned for this way.
 
         up @ left has the left singular vectors as columns, right @ down the right ones as rows: with the
         eigenvectors E of down @ down.mT and C = E sqrt(eigenvalues), inv(C) @ down has orthonormal rows, and
@@ -387,8 +387,8 @@ class ModuleBatch:
 
     @cached_property
     def svd_of_ill(self) -> tuple[Tensor, Tensor, Tensor] | None:
-        """U (k, out, r), s (k, r) and V (k, r, in) of the ill-conditioned rows, or None; what is beyond m is
-        0.
+        """U (k, out, r), s (k, r) and V (k, r, in) of the ill-conditioned rows, or None;
+        what is beyond m is 0.
 
         By the QR factors of both sides and the SVD of the small matrix between them.
         """
@@ -463,8 +463,8 @@ class ModuleBatch:
 
 
 def product_spectral(module: ModuleBatch) -> Tensor:
-    """Profile of W's singular values, the columns of `spectral`, of the m = min(r, out, in) that need not be
-    0. (n, 32).
+    """Profile of W's singular values, the columns of `spectral`,
+    of the m = min(r, out, in) that need not be 0. (n, 32).
 
     Singular values of up, down and product are what DSiRe uses; these do not see how the product is shared
     between the two.
@@ -512,8 +512,8 @@ def product_moments(module: ModuleBatch) -> Tensor:
 
 
 def product_quantiles(module: ModuleBatch) -> Tensor:
-    """Percentiles 0 5 10 25 50 75 90 95 100 of the norms of W's rows, then of its columns, linearly
-    interpolated. (n, 18).
+    """Percentiles 0 5 10 25 50 75 90 95 100 of the norms of W's rows,
+    then of its columns, linearly interpolated. (n, 18).
 
     Which output, or input, channels the adapter writes to, or reads from, and how unequally. Units: weights
     squared.
@@ -524,8 +524,8 @@ def product_quantiles(module: ModuleBatch) -> Tensor:
 
 
 def product_sketch(module: ModuleBatch) -> Tensor:
-    """R_out @ W @ R_in.mT with fixed Gaussian R_out (k, out) and R_in (k, in), row by row. (n, k^2), k = 16
-    unless told.
+    """R_out @ W @ R_in.mT with fixed Gaussian R_out (k, out) and R_in (k, in), row by row.
+    (n, k^2), k = 16 unless told.
 
     A linear map of W that keeps inner products on average (Johnson and Lindenstrauss): a classifier on it
     sees the direction of the adapter. MVProbe learns such probes; these are the same for every module of a
@@ -537,8 +537,8 @@ def product_sketch(module: ModuleBatch) -> Tensor:
 
 
 def product_directions(module: ModuleBatch) -> Tensor:
-    """The four first left singular vectors of W, then the right ones, times sqrt(s_i), each by 16 fixed
-    projections. (n, 128).
+    """The four first left singular vectors of W, then the right ones,
+    times sqrt(s_i), each by 16 fixed projections. (n, 128).
 
     The balanced factors by QR and SVD that W2T reads, signs fixed (`ModuleBatch.directions`); 0
     beyond rank r. Units: weights.
@@ -569,16 +569,16 @@ PRODUCT_REPRESENTATIONS = {
 
 
 def function_of(name: str) -> Callable:
-    """The function that computes a representation: that of the two registries, or of this module by its
-    name.
+    """The function that computes a representation:
+    that of the two registries, or of this module by its name.
     """
     registered: dict[str, Callable] = {**REPRESENTATIONS, **PRODUCT_REPRESENTATIONS}
     return registered[name] if name in registered else globals()[name]
 
 
 def describe(w: Tensor, names: list[str]) -> tuple[dict[str, Tensor], dict[str, Exception]]:
-    """Several representations of one layer's batch (n, rows, cols), each (n, width); and the errors of those
-    that failed.
+    """Several representations of one layer's batch (n, rows, cols),
+    each (n, width); and the errors of those that failed.
 
     Works in slices of rows, so that what they share is computed once and stays near. Out of memory is the
     caller's to answer.

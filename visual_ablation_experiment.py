@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
-"""Can a LoRA's concept be read off its weights, and how much of it is left in the visual (attn1) layers
-alone?
+"""Can a LoRA's concept be read off its weights,
+and how much of it is left in the visual (attn1) layers alone?
 
 Describes every layer of a collection of LoRAs by nine representations, trains a small MLP on each for several
 seeds, once with all layers and once with the visual ones, and reports the drop in accuracy. Rerun the same
@@ -153,8 +153,8 @@ def run_group(context: Context, ledger: Ledger, cells: list[Cell], features: Fea
 
 
 def finish(context: Context, ledger: Ledger) -> int:
-    """Write results.json, results.txt, manifest.json, the report and the last tables of the log. Returns the
-    status.
+    """Write results.json, results.txt, manifest.json,
+    the report and the last tables of the log. Returns the status.
     """
     store = context.store
     for cell in ledger.cells:

@@ -53,8 +53,8 @@ BY_LENGTH = sorted(({tuple(name.split("_")) for name in UNDERSCORED}), key=len, 
 
 
 def dotted(name: str) -> str:
-    """A module path whose dots were made underscores, as it was: down_blocks_0_attentions_0_proj_in ->
-    down_blocks.0.attentions.0.proj_in.
+    """A module path whose dots were made underscores,
+    as it was: down_blocks_0_attentions_0_proj_in -> down_blocks.0.attentions.0.proj_in.
 
     A name with a word that these models do not have stays as it is, and so stays unique.
     """

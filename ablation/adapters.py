@@ -1,5 +1,5 @@
-"""One adapter's safetensors file, as diffusers, PEFT or kohya's scripts save it -> matrices under canonical
-column names.
+"""One adapter's safetensors file, as diffusers,
+PEFT or kohya's scripts save it -> matrices under canonical column names.
 
 The same LoRA gives the same columns whatever wrote it: `<component>.<module path>.lora.down.weight` (r, in)
 and `.lora.up.weight` (out, r), the module path being diffusers' with dots. Nothing is unpickled.
@@ -29,8 +29,8 @@ class BadFile(Exception):
 
 
 class Layout(NamedTuple):
-    """What a file holds. `columns` [(column, rows, cols)] sorted; `keys` column -> the tensor's name in
-    the file.
+    """What a file holds. `columns` [(column, rows, cols)] sorted;
+    `keys` column -> the tensor's name in the file.
     """
 
     style: str  # diffusers, peft or kohya
@@ -56,8 +56,8 @@ TensorHeader = tuple[str, str, tuple[int, ...]]  # name, dtype and shape of a te
 
 @functools.lru_cache(maxsize=64)  # a collection has a handful of layouts, and each costs hundreds of names
 def layout_of_tensors(entries: tuple[TensorHeader, ...], leave_out: str = "") -> Layout:
-    """The layout of some tensors without those in whose name the pattern `leave_out` is found. Raises
-    BadFile.
+    """The layout of some tensors without those in whose
+    name the pattern `leave_out` is found. Raises BadFile.
     """
     columns: list[tuple[str, int, int]] = []
     keys: dict[str, str] = {}
@@ -114,8 +114,8 @@ def check_weight(entry: TensorHeader, side: str) -> None:
 def modules_of(
     sides: dict[str, dict[str, TensorHeader]], alphas: dict[str, str]
 ) -> dict[str, tuple[str, int]]:
-    """Module -> (as the file names it, rank), sorted. Raises BadFile if a module is not whole, or if there is
-    none.
+    """Module -> (as the file names it, rank), sorted.
+    Raises BadFile if a module is not whole, or if there is none.
     """
     modules = {}
     for module in sorted(sides):
@@ -150,8 +150,8 @@ def survey_file(path: Path, leave_out: str = "") -> Layout:
 
 
 class Adapter(NamedTuple):
-    """A LoRA file. `scales` maps modules, in the order of `layout.modules`, to alpha / rank; None if not
-    read.
+    """A LoRA file. `scales` maps modules,
+    in the order of `layout.modules`, to alpha / rank; None if not read.
     """
 
     layout: Layout
@@ -160,8 +160,8 @@ class Adapter(NamedTuple):
 
 
 def read_adapter(path: Path, leave_out: str = "", with_scales: bool = True) -> Adapter:
-    """Every matrix of a file as float32, those of more than two dimensions flattened to (first, rest). Raises
-    BadFile.
+    """Every matrix of a file as float32,
+    those of more than two dimensions flattened to (first, rest). Raises BadFile.
     """
     try:
         content = path.read_bytes()
@@ -204,8 +204,8 @@ def header_metadata(content: bytes) -> dict[str, str]:
 
 
 def scales_of(path: Path, layout: Layout, tensors: dict, metadata: dict[str, str]) -> dict[str, float]:
-    """What a module's `up @ down` is multiplied with when the adapter is used: alpha / rank, or what its
-    configuration says.
+    """What a module's `up @ down` is multiplied with when the adapter is used:
+    alpha / rank, or what its configuration says.
 
     alpha stands in the file (kohya), in adapter_config.json beside it (PEFT), or in the file's header
     (diffusers). Without one it is the rank, as diffusers takes it, so that the scale is 1; a PEFT file
@@ -255,8 +255,8 @@ def by_component(flat: dict) -> dict[str, dict]:
 
 
 def peft_scale(config: dict, module: str, rank: int) -> float:
-    """Alpha / rank, or alpha / sqrt(rank) for rsLoRA; `alpha_pattern` maps ends of module names, or regular
-    expressions, to alphas.
+    """Alpha / rank, or alpha / sqrt(rank) for rsLoRA;
+    `alpha_pattern` maps ends of module names, or regular expressions, to alphas.
     """
     patterns = config.get("alpha_pattern") or {}
     alpha = next(

@@ -60,16 +60,16 @@ class Audit:
         return position[rows]
 
     def change(self, reader: WeightReader, position: int, rows: tuple[int, int], w: Tensor) -> Tensor:
-        """The changed rows (e, rows, cols) of `w` (n, rows, cols), the layer at `position` of rows
-        start:stop.
+        """The changed rows (e, rows, cols) of `w` (n, rows, cols),
+        the layer at `position` of rows start:stop.
 
         e = len(rows_in(start, stop)).
         """
         raise NotImplementedError
 
     def changes(self, x: Tensor, changed: Tensor, train_rows: np.ndarray) -> dict[str, dict[str, float]]:
-        """How far the features `changed` (E, D) of each variant lie from those of the unchanged rows in `x`
-        (N, D).
+        """How far the features `changed` (E, D) of each variant
+        lie from those of the unchanged rows in `x` (N, D).
 
         Units are each column's spread (std over all rows), for the columns that vary over the training rows:
         `largest` is the largest difference over rows and columns, `rms` the root of the mean square.
@@ -131,8 +131,8 @@ def gauge_factors(module: str, start: int, n: int, rank: int) -> tuple[np.ndarra
 
 
 class NoiseAudit(Audit):
-    """Test rows with Gaussian noise: its std is a share of the std of the row's layer; all levels share one
-    draw.
+    """Test rows with Gaussian noise: its std is a share of the std of the row's layer;
+    all levels share one draw.
     """
 
     name, variants = "noise", tuple(f"{level:.0%}" for level in NOISE_LEVELS)

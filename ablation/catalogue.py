@@ -1,5 +1,5 @@
-"""Everything that can be chosen by name: representations, layer sets, comparisons, splits, controls, data
-sets.
+"""Everything that can be chosen by name: representations,
+layer sets, comparisons, splits, controls, data sets.
 
 This module imports nothing heavy, so that --help, --status and --dry-run answer at once. A representation is
 computed by the function of the same name in `representations.py` or `fitted.py`; a test ties each entry here
@@ -83,8 +83,8 @@ REPRESENTATION_GROUPS = {
 
 
 def components_of(representation: str) -> tuple[str, ...]:
-    """Names of the representations that are computed and cached for this one: itself, or those it is built
-    from.
+    """Names of the representations that are computed and cached for this one:
+    itself, or those it is built from.
     """
     return {"ensemble": ENSEMBLE_PARTS, "norms": ("simple_stats",)}.get(representation, (representation,))
 
@@ -95,8 +95,8 @@ ATTENTION_KINDS = ("attn1", "attn2", "other")  # self-attention, cross-attention
 
 
 class LayerSet(NamedTuple):
-    """Which layers a cell sees: those of the attention kinds `kinds` and, if given, of one `side` of the
-    modules.
+    """Which layers a cell sees: those of the attention kinds `kinds` and,
+    if given, of one `side` of the modules.
     """
 
     title: str  # in the progress summary
@@ -120,16 +120,16 @@ LAYER_SET_GROUPS = {"random_half": "Random Half", "by_block": "By Block"}
 
 
 def group_of(layer_set: str) -> str:
-    """The group of a layer set such as `random_half.3`, here `random_half`; '' for a set that is in no
-    group.
+    """The group of a layer set such as `random_half.3`,
+    here `random_half`; '' for a set that is in no group.
     """
     group = layer_set.split(".")[0]
     return group if group in LAYER_SET_GROUPS and layer_set != group else ""
 
 
 def title_of(layer_set: str) -> str:
-    """The title of a layer set in the progress summary: its group's, its own, or the name that a YAML file
-    gave it.
+    """The title of a layer set in the progress summary:
+    its group's, its own, or the name that a YAML file gave it.
     """
     if group_of(layer_set):
         return LAYER_SET_GROUPS[group_of(layer_set)]
@@ -138,8 +138,8 @@ def title_of(layer_set: str) -> str:
 
 
 class Comparison(NamedTuple):
-    """Two layer sets whose test accuracies are compared. The drop is that of `first` minus that of
-    `second`.
+    """Two layer sets whose test accuracies are compared.
+    The drop is that of `first` minus that of `second`.
     """
 
     first: str

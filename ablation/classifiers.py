@@ -94,8 +94,8 @@ def train_boosting(task: Task, listener: Listener) -> TrainedRuns:
 
 
 def train_kernel_ridge(task: Task, listener: Listener) -> TrainedRuns:
-    """scikit-learn's KernelRidge. `task.features` are a kernel (N, T): inner products of all rows with T
-    training rows.
+    """scikit-learn's KernelRidge. `task.features` are a kernel (N, T):
+    inner products of all rows with T training rows.
 
     The kernel and the targets, one a class, are centred by the training rows; the largest output wins. The
     penalty is the one of RIDGE_PENALTIES, times the mean of the centred kernel's diagonal, with the best

@@ -1,5 +1,5 @@
-"""An open data set -> a collection of LoRAs: labels, classes, groups, metadata columns, layers, weights,
-splits.
+"""An open data set -> a collection of LoRAs:
+labels, classes, groups, metadata columns, layers, weights, splits.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ class SourceFiles:
     identity: str = ""  # content hash of the layers, once known
 
     def identify(self, scope: list, compute: Callable[[], str], cache_dir: Path | None) -> bool:
-        """Set `identity` to `compute()`, or to what was remembered of unchanged files. True if it was
-        remembered.
+        """Set `identity` to `compute()`, or to what was remembered of unchanged files.
+        True if it was remembered.
 
         `scope` says which rows and columns of the files the hash covers.
         """
@@ -103,8 +103,8 @@ class LoraCollection:
         return any(len(np.unique(values[self.split.train])) > 1 for values in self.metadata.values())
 
     def view(self, spec: SplitSpec | None = None, labels: str = "") -> View:
-        """The rows with the split `spec` (None: the first split) and, if `labels` is "shuffled", with other
-        rows' labels.
+        """The rows with the split `spec` (None: the first split) and,
+        if `labels` is "shuffled", with other rows' labels.
 
         Raises InputError if that split is not possible.
         """
@@ -209,8 +209,8 @@ def refuse_missing_columns(names: list[str], name: str, columns: Columns) -> Non
 
 
 def encode_labels(dataset: Dataset, column: str, name: str) -> tuple[np.ndarray, list[str | int]]:
-    """Class numbers (N,) int64 and the classes in their order: strings sorted, integers and ClassLabels by
-    number.
+    """Class numbers (N,) int64 and the classes in their order:
+    strings sorted, integers and ClassLabels by number.
 
     Classes are those that occur in any row. Raises InputError for a null, for other types, and for fewer than
     two classes.
@@ -253,8 +253,8 @@ def encode_groups(dataset: Dataset, column: str) -> np.ndarray:
 
 
 def read_metadata(dataset: Dataset, name: str, columns: Columns) -> dict[str, np.ndarray]:
-    """The numeric columns of METADATA_COLUMNS that are there, and those asked for; (N,) float64 each, NaN for
-    a null.
+    """The numeric columns of METADATA_COLUMNS that are there,
+    and those asked for; (N,) float64 each, NaN for a null.
 
     Raises InputError for a column that was asked for and is not there, not numeric, or the label.
     """

@@ -222,8 +222,8 @@ def read_yaml(path: str) -> dict[str, Any]:
 
 
 def find_device(name: str) -> str:
-    """The device that a setting names; `auto` is cuda if there is one. Raises InputError if it is not
-    there.
+    """The device that a setting names; `auto` is cuda if there is one.
+    Raises InputError if it is not there.
     """
     # Without this setting cuBLAS may sum in another order when a command is run again.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

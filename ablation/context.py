@@ -16,8 +16,8 @@ from checkpointing import ResultStore
 
 @dataclass(frozen=True)
 class Context:
-    """An experiment's settings, device, data, results and clock. `settings` are definite: no trainer is
-    `auto`.
+    """An experiment's settings, device, data, results and clock.
+    `settings` are definite: no trainer is `auto`.
     """
 
     settings: Settings
@@ -28,16 +28,16 @@ class Context:
     clock: Clock
 
     def view_of(self, cell: Cell) -> View:
-        """The rows as the cell sees them: its split and its labels. Raises InputError if that split is not
-        possible.
+        """The rows as the cell sees them: its split and its labels.
+        Raises InputError if that split is not possible.
         """
         return self.data.view(split_spec(self.settings, cell.split) if cell.split else None, cell.labels)
 
 
 @dataclass
 class Ledger:
-    """What became of each cell. `inputs` has what the numbers of every cell, also of other commands', depend
-    on.
+    """What became of each cell.
+    `inputs` has what the numbers of every cell, also of other commands', depend on.
     """
 
     cells: list[Cell]  # of this command, in order

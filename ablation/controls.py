@@ -31,8 +31,8 @@ def shuffled_cells(settings: Settings, layer_sets: list[str]) -> list[Cell]:
 
 
 def metadata_cells(settings: Settings, layer_sets: list[str]) -> list[Cell]:
-    """The numeric columns that are no weights: how well do nuisances such as training steps tell the
-    class?
+    """The numeric columns that are no weights:
+    how well do nuisances such as training steps tell the class?
     """
     return [Cell("metadata", "no_layers")]
 
@@ -62,15 +62,15 @@ CONTROL_CELLS: dict[str, Callable[[Settings, list[str]], list[Cell]]] = {
 
 
 def labels_for(kind: str, labels: np.ndarray) -> np.ndarray:
-    """The labels (N,) of a cell whose field `labels` is `kind`: as they are, or each row with another
-    row's.
+    """The labels (N,) of a cell whose field `labels` is `kind`:
+    as they are, or each row with another row's.
     """
     return np.random.default_rng(SHUFFLE_SEED).permutation(labels) if kind == SHUFFLED else labels
 
 
 def metadata_features(metadata: dict[str, np.ndarray], train_rows: np.ndarray) -> np.ndarray:
-    """Metadata columns as features (N, 2K): K values less the training rows' mean, then K flags for "has a
-    value".
+    """Metadata columns as features (N, 2K):
+    K values less the training rows' mean, then K flags for "has a value".
 
     `metadata` maps K names to (N,) float64, NaN where a row has no value. A missing value counts as the mean,
     so that it says nothing by itself.

@@ -55,8 +55,8 @@ class StandardError:
 
 @dataclass(frozen=True)
 class SplitRows:
-    """The rows behind several splits: the test rows of each, the ratio of test to training rows, groups (N,)
-    or None.
+    """The rows behind several splits: the test rows of each,
+    the ratio of test to training rows, groups (N,) or None.
     """
 
     test_rows: list[np.ndarray]
@@ -121,8 +121,8 @@ def standard_error_over_splits(D: Sequence[np.ndarray], splits: SplitRows) -> St
 def sign_flip_test(
     d: np.ndarray, groups: np.ndarray | None = None, flips: int = FLIPS, seed: int = RESAMPLING_SEED
 ) -> float:
-    """The two-sided p-value of the mean of `d` (n,), if each example's (or group's) difference could have
-    either sign.
+    """The two-sided p-value of the mean of `d` (n,),
+    if each example's (or group's) difference could have either sign.
 
     It is taken over `flips` random choices of all signs, with the observed signs counted among them (Phipson
     and Smyth 2010), or over all choices where there are fewer. Examples without a difference have no sign; p
@@ -152,8 +152,8 @@ def draw_counts(units: int, resamples: int, seed: int) -> np.ndarray:
 def two_level_bootstrap(
     D: np.ndarray, groups: np.ndarray | None = None, resamples: int = RESAMPLES, seed: int = RESAMPLING_SEED
 ) -> tuple[float, float]:
-    """The 95 % interval of the mean of D (R, n): runs and examples (or groups) are drawn again,
-    independently.
+    """The 95 % interval of the mean of D (R, n):
+    runs and examples (or groups) are drawn again, independently.
 
     The pigeonhole bootstrap of crossed samples (Owen 2007), percentiles. Deviations are stretched by sqrt(R /
     (R - 1)), which drawing from R runs takes away. From MANY_UNITS examples or groups on, the mean over the
@@ -198,8 +198,8 @@ def training_noise(drops: np.ndarray, seed: int = RESAMPLING_SEED) -> tuple[floa
 def difference(
     first: np.ndarray, second: np.ndarray, margin: float, groups: np.ndarray | None = None
 ) -> dict[str, Any]:
-    """Accuracy `first` less accuracy `second`; both (R, n) say whether each run was right on each test
-    example.
+    """Accuracy `first` less accuracy `second`;
+    both (R, n) say whether each run was right on each test example.
 
     `p` is the larger of two: the sign-flip test's, which takes the runs as they are, and that of a t test
     with the standard error of runs and examples together. The 95 % interval is, at each end, the wider of
@@ -287,8 +287,8 @@ def p_of_equivalence(drop: float, spread: StandardError, differ: int, margin: fl
 
 
 def p_values_of_mean(D: np.ndarray, spread: StandardError, groups: np.ndarray | None) -> tuple[float, float]:
-    """p-values of the mean of D (R, n): the sign-flip test's, and the t test's. 1 where nothing can be
-    shown.
+    """p-values of the mean of D (R, n): the sign-flip test's, and the t test's.
+    1 where nothing can be shown.
     """
     return sign_flip_test(D.mean(0), groups), p_of_mean(float(D.mean()), spread)
 

@@ -27,8 +27,8 @@ OnLayers = Callable[[float], None]
 
 
 class Extracted(NamedTuple):
-    """Features (N, P*k) float32 of each representation: a row's P layers or modules one after another, k
-    columns each.
+    """Features (N, P*k) float32 of each representation:
+    a row's P layers or modules one after another, k columns each.
 
     `errors` has the representations that failed. Times are in seconds.
     """
@@ -41,8 +41,8 @@ class Extracted(NamedTuple):
 
 @dataclass(frozen=True)
 class Request:
-    """What a pass over the weights computes: `widths` maps representations to their columns a layer or
-    module.
+    """What a pass over the weights computes:
+    `widths` maps representations to their columns a layer or module.
 
     With an `audit` it computes the features of the audit's changed rows instead of the data set's.
     """
@@ -132,8 +132,8 @@ class Block:
         }
 
     def units(self) -> list[tuple[int, ...]]:
-        """Positions of the layers that are read together: both of a module whose product is described, else
-        one.
+        """Positions of the layers that are read together:
+        both of a module whose product is described, else one.
         """
         layers = self.request.data.layers
         singles = range(len(layers)) if self.request.names_of("layer") else range(0)
@@ -144,8 +144,8 @@ class Block:
         return [*pairs, *((position,) for position in singles if position not in paired)]
 
     def extract(self, on_layers: OnLayers) -> None:
-        """Fill in all features. On a CPU each core reads and describes a unit; for a GPU the cores read
-        ahead.
+        """Fill in all features. On a CPU each core reads and describes a unit;
+        for a GPU the cores read ahead.
         """
         data = self.request.data
         units = self.units() if self.num_rows else []
@@ -275,8 +275,8 @@ def describe_rows(
 def describe_at_once(
     request: Request, weights: tuple[Tensor, ...], names: list[str]
 ) -> tuple[dict[str, Tensor], dict[str, Exception]]:
-    """Features (n, k) on the CPU of one layer's or one module's tensors, and the errors of those that
-    failed.
+    """Features (n, k) on the CPU of one layer's or one module's tensors,
+    and the errors of those that failed.
     """
     # A GPU may have had no room to read a layer to it.
     on_device = [w.to(request.data.weights.device) for w in weights]

@@ -66,8 +66,8 @@ class Features:
 
 
 def cell_columns(features: dict[str, Tensor], cell: Cell, data: LoraCollection) -> Tensor:
-    """The columns (N, P'*k) of the cell's P' layers or modules: visual-only is a slice of the all-layers
-    features.
+    """The columns (N, P'*k) of the cell's P' layers or modules:
+    visual-only is a slice of the all-layers features.
 
     The parts of an ensemble are joined within each layer. Norms are the first column of simple_stats.
     """
@@ -141,8 +141,8 @@ def load_or_extract(context: Context, cells: list[Cell]) -> tuple[Features, dict
 
 
 def extracted_names(cells: list[Cell], audit: str) -> list[str]:
-    """The representations that cells with this audit ('': without one) need from the pass over the
-    weights.
+    """The representations that cells with this audit
+    ('': without one) need from the pass over the weights.
     """
     parts = {part for cell in cells if cell.audit == audit for part in components_of(cell.representation)}
     return [name for name, spec in SPECS.items() if name in parts and not spec.fitted]
@@ -161,8 +161,8 @@ def failures_of(cells: list[Cell], errors: dict[str, Exception]) -> dict[Cell, s
 def extract_logged(
     context: Context, names: list[str], audit: Audit | None = None
 ) -> tuple[dict[str, Tensor], dict[str, Exception]]:
-    """Features of every row, or of an audit's changed rows, and the errors; with a line and times in the
-    log.
+    """Features of every row, or of an audit's changed rows,
+    and the errors; with a line and times in the log.
     """
     data, settings = context.data, context.settings
     widths = {name: settings.width_of(name) for name in names}
@@ -195,8 +195,8 @@ def open_cache(context: Context) -> FeatureCache | None:
 
 
 def load_cached(context: Context, cache: FeatureCache, names: list[str], features: Features) -> None:
-    """Put the cached ones of `names` into `features.computed`; a damaged or outdated file is logged and left
-    out.
+    """Put the cached ones of `names` into `features.computed`;
+    a damaged or outdated file is logged and left out.
     """
     with context.clock("features"), Progress(None, "loading cached features"):
         for name in names:

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 
 def requested_inputs(settings: Settings, cell: Cell) -> dict[str, Any]:
-    """What a cell's numbers depend on, as far as the settings alone tell: for --status, which opens no data
-    set.
+    """What a cell's numbers depend on, as far as the settings alone tell:
+    for --status, which opens no data set.
     """
     return training_inputs(settings, cell) | data_settings(settings, cell)
 
@@ -60,8 +60,8 @@ def actual_inputs(context: Context, cells: list[Cell]) -> dict[Cell, dict[str, A
 
 
 def training_inputs(settings: Settings, cell: Cell) -> dict[str, Any]:
-    """Everything but the data: representation and its version and options, training settings, audit,
-    classifier.
+    """Everything but the data: representation and its version and options,
+    training settings, audit, classifier.
     """
     training = dataclasses.asdict(settings.training)
     if training["trainer"] == "auto":  # becomes definite with the device, and is not known without it

@@ -1,5 +1,5 @@
-"""Representations that are fitted to the training rows of one split and layer set, and all weights as they
-are.
+"""Representations that are fitted to the training rows of one split and layer set,
+and all weights as they are.
 
 Each is computed when its cell runs and kept for that cell alone: it depends on which rows train and, for
 `centroid_cosine`, on their labels. Nothing is fitted to a validation or test row, to its label, or to a row
@@ -38,8 +38,8 @@ TINY = 1e-30
 
 @dataclass
 class Fit:
-    """What a fitted representation sees: a collection, the split and labels of a cell, its layer set, and
-    audits.
+    """What a fitted representation sees: a collection,
+    the split and labels of a cell, its layer set, and audits.
 
     `components` bounds the components of pca and kernel_pca.
     """
@@ -122,8 +122,8 @@ class Fit:
 
     @cached_property
     def kernel(self) -> Tensor:
-        """Inner products <dW_i, dW_j> summed over modules, of N + E rows with T training rows, (N + E, T)
-        float64.
+        """Inner products <dW_i, dW_j> summed over modules,
+        of N + E rows with T training rows, (N + E, T) float64.
 
         For one module it is the sum over r x r of (up_i.T @ up_j) * (down_i @ down_j.T), because dW = up @
         down: exact, and no product dW is formed. Products of blocks are in float32, their sum in float64, in
@@ -155,8 +155,8 @@ def flat_vec(fit: Fit) -> Tensor:
 
 
 def pca(fit: Fit) -> Tensor:
-    """Scores of all weights on the first principal components of the training rows, (N + E, k) float32,
-    weight units.
+    """Scores of all weights on the first principal components of the training rows,
+    (N + E, k) float32, weight units.
 
     Randomised (Halko, Martinsson and Tropp 2011, without power iterations). X is all weights less the
     training rows' mean. The first reading projects X on random directions; Q (T, l) is an orthonormal basis
@@ -218,8 +218,8 @@ def range_of_projections(fit: Fit, directions: int) -> Tensor:
 
 
 def centroid_cosine(fit: Fit) -> Tensor:
-    """Cosines of a module's first left, then right singular vector to each class's centroid, (N + E, 2 M C)
-    float32.
+    """Cosines of a module's first left,
+    then right singular vector to each class's centroid, (N + E, 2 M C) float32.
 
     M modules, C classes. A centroid is the mean of its class's vectors over the training rows, with signs
     fixed (`ModuleBatch.directions`). A training row meets the centroids of the other FOLDS - 1
@@ -245,8 +245,8 @@ def centroid_cosine(fit: Fit) -> Tensor:
 
 
 def cross_fitted_cosines(fit: Fit, v: Tensor, folds: Tensor, fold_of: Tensor) -> Tensor:
-    """(N + E, C) cosines of unit vectors v (N + E, d) to the class centroids of the folds that a row is not
-    in.
+    """(N + E, C) cosines of unit vectors v (N + E, d) to
+    the class centroids of the folds that a row is not in.
     """
     sums = torch.zeros(FOLDS, len(fit.data.classes), v.shape[1], dtype=torch.float64)
     sums.index_put_((folds, fit.train_labels), v[fit.train].double(), accumulate=True)
@@ -260,8 +260,8 @@ def cross_fitted_cosines(fit: Fit, v: Tensor, folds: Tensor, fold_of: Tensor) ->
 
 
 def cosines_to(v: Tensor, centroids: Tensor) -> Tensor:
-    """(n, C) cosines of unit vectors (n, d) to centroids (C, d) of any length; 0 for a centroid of length
-    0.
+    """(n, C) cosines of unit vectors (n, d) to centroids (C, d) of any length;
+    0 for a centroid of length 0.
     """
     return v @ (centroids / centroids.norm(dim=1, keepdim=True).clamp_min(TINY)).float().mT
 

@@ -1,5 +1,5 @@
-"""The saved predictions of a run's cells -> accuracies with intervals, comparisons, ranking, inflation,
-controls.
+"""The saved predictions of a run's cells -> accuracies with intervals,
+comparisons, ranking, inflation, controls.
 """
 
 from __future__ import annotations
@@ -123,8 +123,8 @@ def compare_layer_sets(
     margin: float,
     classifier: str = "",
 ) -> list[dict[str, Any]]:
-    """The differences of two layer sets, representation by representation, adjusted for testing all of
-    them.
+    """The differences of two layer sets,
+    representation by representation, adjusted for testing all of them.
     """
     entries = []
     for name in representations:
@@ -138,8 +138,8 @@ def compare_layer_sets(
 
 
 def forget_undetectable(entries: list[dict[str, Any]], units: int) -> None:
-    """Set `smallest` to None where the smallest possible sign-flip p of so few units is above LEVEL after
-    Holm.
+    """Set `smallest` to None where the smallest possible
+    sign-flip p of so few units is above LEVEL after Holm.
     """
     if 2 / 2 ** min(units, 64) * len(entries) >= LEVEL:
         for entry in entries:
@@ -221,8 +221,8 @@ def welch(mean: float, spreads: list[StandardError]) -> tuple[float, float]:
 
 
 def check_shuffled_labels(predictions: Predictions) -> dict[str, Any]:
-    """Whether cells that were trained on shuffled labels are better on their test labels than on any other
-    order.
+    """Whether cells that were trained on shuffled labels are
+    better on their test labels than on any other order.
 
     They must not be: in the shuffled data a test row's label could be any other row's as well. `p` is that of
     the largest accuracy of all cells, each in standard deviations above its own mean, among SHUFFLES

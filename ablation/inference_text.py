@@ -1,5 +1,5 @@
-"""The inference and the audits of results.json -> the tables of results.txt that tell what accuracies
-mean.
+"""The inference and the audits of results.json -> the
+tables of results.txt that tell what accuracies mean.
 """
 
 from __future__ import annotations

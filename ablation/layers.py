@@ -30,8 +30,8 @@ def is_layer(column: str) -> bool:
 
 
 def module_and_side(layer: str) -> tuple[str, str]:
-    """The name that the two layers of a module share, and the side of this layer: "down" (lora_A) or "up"
-    (lora_B).
+    """The name that the two layers of a module share,
+    and the side of this layer: "down" (lora_A) or "up" (lora_B).
     """
     match = LAYER_NAME.search(layer)
     if match is None:
@@ -41,8 +41,8 @@ def module_and_side(layer: str) -> tuple[str, str]:
 
 
 def attention_kind(layer: str) -> str:
-    """attn1 (self-attention, visual), attn2 (cross-attention, text) or other; dots and underscores both
-    separate.
+    """attn1 (self-attention, visual), attn2 (cross-attention, text) or other;
+    dots and underscores both separate.
     """
     match = re.search(r"(?:^|[._])(attn[12])(?:[._]|$)", layer)
     return match.group(1) if match else "other"
@@ -61,8 +61,8 @@ def single_block_set(layer: str) -> str:
 
 
 def expand_layer_sets(layer_sets: tuple[str, ...], layers: list[str], random_halves: int) -> list[str]:
-    """Replace the names of groups by their members: `random_half` becomes `random_half.0`, `random_half.1`,
-    ...
+    """Replace the names of groups by their members:
+    `random_half` becomes `random_half.0`, `random_half.1`, ...
 
     `by_block` becomes one set for each block and attention kind that occurs among the names `layers`.
     """
@@ -144,8 +144,8 @@ class Layers:
         ]
 
     def random_half(self, layer_set: str) -> set[str]:
-        """Names of the modules of a draw: in every block as many as it has attn1 modules, of both attention
-        kinds.
+        """Names of the modules of a draw:
+        in every block as many as it has attn1 modules, of both attention kinds.
         """
         rng = np.random.default_rng([RANDOM_HALF_SEED, *layer_set.encode()])
         blocks: dict[str, dict[str, set[str]]] = {}

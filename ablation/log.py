@@ -71,8 +71,8 @@ def describe_error(error: BaseException) -> str:
 
 
 class Progress:
-    """A tqdm bar under a terminal; otherwise a whole line when SILENCE seconds passed without one, and one at
-    the end.
+    """A tqdm bar under a terminal;
+    otherwise a whole line when SILENCE seconds passed without one, and one at the end.
 
     `total` may be None for work that cannot be counted; `unit` then says what the work is.
     """
@@ -118,8 +118,8 @@ class Progress:
             self.bar.update(amount)
 
     def break_silence(self) -> None:
-        """Write a line whenever SILENCE seconds passed without one; runs in a thread until the work is
-        over.
+        """Write a line whenever SILENCE seconds passed without one;
+        runs in a thread until the work is over.
         """
         while not self.over.wait(1.0):
             if time.monotonic() - LineHandler.last_written > self.SILENCE:
@@ -181,8 +181,8 @@ stopped_by: int | None = None
 
 
 def handle_signals() -> None:
-    """End with 128 + signal, locks released and temporary files removed; an ignored SIGHUP (nohup) stays
-    ignored.
+    """End with 128 + signal, locks released and temporary files removed;
+    an ignored SIGHUP (nohup) stays ignored.
     """
     for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
         if signal.getsignal(number) != signal.SIG_IGN:

@@ -76,8 +76,8 @@ class Listener(NamedTuple):
 
 
 class Prepared(NamedTuple):
-    """A task as the trainers take it: standardised columns, class numbers on the device, and the rows of each
-    part.
+    """A task as the trainers take it: standardised columns,
+    class numbers on the device, and the rows of each part.
 
     `x_ND` may lie on the host; rows after the labels' N are the task's extra rows.
     """
@@ -98,8 +98,8 @@ class Prepared(NamedTuple):
         return self.x_ND[rows], rows_on(self.y_N, rows, self.device)
 
     def predict(self, classes_of: Callable[[Tensor], Tensor]) -> dict[str, np.ndarray]:
-        """Predictions (..., n) of every part, where `classes_of` maps columns (n, D) to class numbers (...,
-        n).
+        """Predictions (..., n) of every part,
+        where `classes_of` maps columns (n, D) to class numbers (..., n).
 
         The N rows and the extra rows are predicted apart, so that extra rows do not change the rounding of
         the others.
@@ -112,8 +112,8 @@ class Prepared(NamedTuple):
 
 @contextlib.contextmanager
 def arithmetic(precision: str) -> Iterator[None]:
-    """Set how float32 matrix products are computed: exactly, or in tf32 on a GPU. (bfloat16 is left to
-    `autocast`.)
+    """Set how float32 matrix products are computed: exactly, or in tf32 on a GPU.
+    (bfloat16 is left to `autocast`.)
     """
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
@@ -127,8 +127,8 @@ def arithmetic(precision: str) -> Iterator[None]:
 
 
 def stream_seed(seed: int, stream: str) -> int:
-    """A different seed for each random stream of a run: batch order and dropout must not repeat the same
-    numbers.
+    """A different seed for each random stream of a run:
+    batch order and dropout must not repeat the same numbers.
     """
     return int(np.random.SeedSequence([seed, *stream.encode()]).generate_state(1)[0])
 
@@ -139,16 +139,16 @@ def batch_order(seed: int) -> torch.Generator:
 
 
 def batches(order: Tensor, batch_size: int) -> list[Tensor]:
-    """The epoch's batches along the last axis. A last batch of one row is left out, because BatchNorm cannot
-    use it.
+    """The epoch's batches along the last axis.
+    A last batch of one row is left out, because BatchNorm cannot use it.
     """
     parts = order.split(batch_size, dim=-1)
     return list(parts if parts[-1].shape[-1] > 1 else parts[:-1])
 
 
 def dropout_factors(seed: int, batch_size: int, settings: TrainingSettings, like: Tensor) -> Iterator[Tensor]:
-    """Endless dropout factors of a run, (L, B, H) for each step, L hidden layers: 0 for a dropped unit, else
-    1/(1-p).
+    """Endless dropout factors of a run, (L, B, H) for each step,
+    L hidden layers: 0 for a dropped unit, else 1/(1-p).
 
     They have the device and dtype of `like`. On a CPU each unit takes 32 bits of PCG64, which is exact to
     1e-10 and twelve times faster than torch's Bernoulli numbers.
@@ -173,8 +173,8 @@ def dropout_factors(seed: int, batch_size: int, settings: TrainingSettings, like
 
 
 class Dropout(nn.Module):
-    """Multiplies by factors that are handed to it, so that they come from the run's own stream; without
-    factors, by 1.
+    """Multiplies by factors that are handed to it,
+    so that they come from the run's own stream; without factors, by 1.
     """
 
     def __init__(self):
@@ -244,8 +244,8 @@ class AdamState(NamedTuple):
 
     @classmethod
     def before(cls, parameters: list[Tensor], runs: tuple[int, ...] = ()) -> AdamState:
-        """The state before the first step, of single parameters or, with `runs` = (R,), of parameters (R,
-        ...).
+        """The state before the first step, of single parameters or,
+        with `runs` = (R,), of parameters (R, ...).
         """
         first, second = ([torch.zeros_like(p, requires_grad=False) for p in parameters] for _ in range(2))
         return cls(first, second, [torch.zeros(runs, device=p.device) for p in parameters])
@@ -287,8 +287,8 @@ def adam_step(
 
 
 def record_epoch(run: Run, loss: float, correct: int, num_val: int, learning_rate: float) -> bool:
-    """Add an epoch to a run. Returns True if it is the best so far; of equally good epochs the earliest is
-    the best.
+    """Add an epoch to a run. Returns True if it is the best so far;
+    of equally good epochs the earliest is the best.
 
     Raises TrainingError for a loss that is not finite.
     """

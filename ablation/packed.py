@@ -41,8 +41,8 @@ WARM_UP = 2  # ordinary steps before one is recorded as a CUDA graph
 
 
 class Pack:
-    """R models of the same shape: their parameters stacked along a leading axis, and Adam's state for
-    them.
+    """R models of the same shape:
+    their parameters stacked along a leading axis, and Adam's state for them.
     """
 
     def __init__(
@@ -225,16 +225,16 @@ class Replayed:
 
 @functools.cache
 def recording_stream(device: torch.device) -> torch.cuda.Stream:
-    """The one stream that records: each stream of a device that multiplies matrices keeps memory for
-    itself.
+    """The one stream that records:
+    each stream of a device that multiplies matrices keeps memory for itself.
     """
     return torch.cuda.Stream(device)
 
 
 @contextlib.contextmanager
 def side_stream(device: torch.device) -> Iterator[None]:
-    """Run the block on a GPU's recording stream, after all earlier work and before all later work; no effect
-    on a CPU.
+    """Run the block on a GPU's recording stream,
+    after all earlier work and before all later work; no effect on a CPU.
     """
     if device.type != "cuda":
         yield
@@ -275,8 +275,8 @@ def train_packed(data: Prepared, settings: TrainingSettings, listener: Listener)
 
 
 class PackedTraining:
-    """The runs of a pack while they train. Lists have an entry for each run; `alive` has the numbers of those
-    in the pack.
+    """The runs of a pack while they train. Lists have an entry for each run;
+    `alive` has the numbers of those in the pack.
     """
 
     def __init__(self, data: Prepared, settings: TrainingSettings):
@@ -312,8 +312,8 @@ class PackedTraining:
             epoch.steps.clear()
 
     def train_epoch(self, epoch: PackedEpoch, listener: Listener) -> None:
-        """One epoch of every run in the pack, its validation, and a copy of the runs that are better than
-        ever.
+        """One epoch of every run in the pack, its validation,
+        and a copy of the runs that are better than ever.
         """
         alive, N = self.alive, len(self.x_train)
         rates = [learning_rate_of(self.schedulers[r]) for r in alive]

@@ -48,8 +48,8 @@ def made_on(device: str) -> dict[str, Any]:
 
 
 def write_manifest(context: Context, ledger: Ledger, status: int) -> None:
-    """Write manifest.json, if cells ran or there is none yet. Manifests of earlier commands are kept in
-    `earlier`.
+    """Write manifest.json, if cells ran or there is none yet.
+    Manifests of earlier commands are kept in `earlier`.
     """
     path = context.store.folder / "manifest.json"
     if not ledger.missing and path.exists():

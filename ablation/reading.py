@@ -57,8 +57,8 @@ def layout_of(dataset: Dataset, column: str) -> ColumnLayout:
 
 
 def weight_type(kind: pa.DataType) -> pa.DataType | None:
-    """The float type of a column of matrices (two levels of lists), or None for a layout unknown to this
-    module.
+    """The float type of a column of matrices (two levels of lists),
+    or None for a layout unknown to this module.
     """
     if isinstance(kind, pa.BaseExtensionType):  # Array2D
         kind = kind.storage_type
@@ -182,8 +182,8 @@ class WeightReader:
         return torch.from_numpy(weights)
 
     def read_layer_formatted(self, layer: str, start: int, stop: int) -> Tensor:
-        """The tensor of `read_layer` through the data set's torch format: slow, and the reference for the
-        tests.
+        """The tensor of `read_layer` through the data set's torch format:
+        slow, and the reference for the tests.
         """
         layout = self.layers.layouts[layer]
         weights = self.dataset.select_columns([layer])[start:stop][layer]
@@ -233,8 +233,8 @@ class WeightReader:
 
     @contextlib.contextmanager
     def buffer(self) -> Iterator[np.ndarray]:
-        """Memory (block_weights,) float32 for any layer of any block, lent for the block of a `with`
-        statement.
+        """Memory (block_weights,) float32 for any layer of any block,
+        lent for the block of a `with` statement.
 
         It is used again afterwards, and pinned where there is a GPU to copy it to.
         """
@@ -254,8 +254,8 @@ class WeightReader:
 
 
 class ReadAhead:
-    """Iterates over `layers` of rows start:stop as tensors on a GPU, in order, while threads read the next
-    ones.
+    """Iterates over `layers` of rows start:stop as tensors on a GPU,
+    in order, while threads read the next ones.
 
     Copies run from pinned buffers on a stream of their own. A layer for which the GPU has no room stays in
     the host's memory. `waited` counts the seconds that the consumer had to wait.

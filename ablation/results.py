@@ -125,8 +125,8 @@ def header_of(context: Context) -> dict[str, Any]:
 
 
 def inference_of(context: Context, records: dict[Cell, dict]) -> dict[str, Any]:
-    """`inference` and `verdict`: those of results.json if they were made from the same predictions, else new
-    ones.
+    """`inference` and `verdict`:
+    those of results.json if they were made from the same predictions, else new ones.
     """
     settings, data = context.settings, context.data
     kind, overlap = settings.split[0], data.split.overlap

@@ -22,8 +22,8 @@ log = logging.getLogger("visual_ablation")
 
 
 class PreparedCells(NamedTuple):
-    """A trained cell and its audits, ready for training: what is learned, and how far each audit moved the
-    features.
+    """A trained cell and its audits, ready for training:
+    what is learned, and how far each audit moved the features.
     """
 
     cell: Cell
@@ -81,8 +81,8 @@ def train_cell(context: Context, prepared: PreparedCells) -> TrainedRuns:
 def save_cell(
     context: Context, cell: Cell, prepared: PreparedCells, trained: TrainedRuns, inputs: dict[str, Any]
 ) -> dict[str, Any]:
-    """Log and save the result of a cell or of an audit; `inputs` are what its numbers depend on. Returns its
-    record.
+    """Log and save the result of a cell or of an audit;
+    `inputs` are what its numbers depend on. Returns its record.
     """
     task, view, data = prepared.task, prepared.view, context.data
     sizes = {"num_layers": len(data.layers.positions(cell.layer_set)), "feature_dim": task.features.shape[1]}

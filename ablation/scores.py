@@ -21,8 +21,8 @@ SCORES = ("acc", "f1", "precision", "recall")  # of each scored part, in the rec
 
 
 def confusion_matrix(labels: np.ndarray, predictions: np.ndarray, num_classes: int) -> np.ndarray:
-    """Counts (C, C): rows are true classes, columns predicted classes, all C of them whether they occur or
-    not.
+    """Counts (C, C): rows are true classes, columns predicted classes,
+    all C of them whether they occur or not.
     """
     counts = np.bincount(labels * num_classes + predictions, minlength=num_classes**2)
     return counts.reshape(num_classes, num_classes)
@@ -143,8 +143,8 @@ def stacked_predictions(trained: TrainedRuns, part: str) -> np.ndarray:
 
 
 def prediction_arrays(trained: TrainedRuns, view: View) -> dict[str, np.ndarray]:
-    """For predictions/<cell>.npz: of each part the row numbers (n,), class numbers (n,) and predictions (R,
-    n).
+    """For predictions/<cell>.npz: of each part the row numbers (n,),
+    class numbers (n,) and predictions (R, n).
     """
     arrays = {}
     for part, labels in view.labels_by_part().items():
@@ -161,8 +161,8 @@ def prediction_arrays(trained: TrainedRuns, view: View) -> dict[str, np.ndarray]
 def audit_record(
     cell: Cell, trained: TrainedRuns, test_labels: np.ndarray, changes: dict[str, dict[str, float]]
 ) -> dict[str, Any]:
-    """What an audit adds to the record of the runs that it scores: test accuracies on each variant of the
-    test rows.
+    """What an audit adds to the record of the runs that it scores:
+    test accuracies on each variant of the test rows.
 
     `changes` has by variant how far the features moved. `agreement` is the share of test predictions that
     stay the same.

@@ -1,5 +1,5 @@
-"""Every setting of the experiment: name, type, default, unit and range in one place, checked where it
-enters.
+"""Every setting of the experiment: name, type, default,
+unit and range in one place, checked where it enters.
 """
 
 from __future__ import annotations
@@ -285,8 +285,8 @@ def check_named_layer_sets(named: Mapping[str, tuple[str, ...]]) -> None:
 
 
 def ambiguous_prefixes() -> set[str]:
-    """Prefixes that make one representation's name another's: `simple`, because simple_stats ends with
-    stats.
+    """Prefixes that make one representation's name another's:
+    `simple`, because simple_stats ends with stats.
     """
     return {
         longer.removesuffix(f"_{shorter}")

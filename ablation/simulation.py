@@ -1,5 +1,5 @@
-"""Simulated experiments whose true drop is known: how often the tests and intervals of `inference.py` are
-right.
+"""Simulated experiments whose true drop is known:
+how often the tests and intervals of `inference.py` are right.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ class World:
 
 
 def experiment(rng: np.random.Generator, world: World) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-    """Whether each run was right on each example, for two layer sets: (R, n) twice, and the group (n,) of
-    each example.
+    """Whether each run was right on each example, for two layer sets:
+    (R, n) twice, and the group (n,) of each example.
 
     Every example has its own chance of being right with each layer set, of means base and base - drop,
     correlated through what makes an example, or its group, easy.

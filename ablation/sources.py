@@ -90,8 +90,8 @@ def open_dataset(name: str, data_split: str = "", revision: str = "") -> Dataset
 
 
 def open_resolved(kind: str, location: str, data_split: str, revision: str):
-    """What `datasets` opens for a resolved name: a Dataset or a dict of splits. Raises whatever `datasets`
-    raises.
+    """What `datasets` opens for a resolved name: a Dataset or a dict of splits.
+    Raises whatever `datasets` raises.
     """
     import datasets
 
@@ -105,8 +105,8 @@ def open_resolved(kind: str, location: str, data_split: str, revision: str):
 
 
 def reason_of(error: BaseException) -> str:
-    """One line of at most 500 characters; `datasets` wraps the cause of an error in words that do not say
-    it.
+    """One line of at most 500 characters;
+    `datasets` wraps the cause of an error in words that do not say it.
     """
     root = error
     while root.__cause__ is not None:
@@ -116,8 +116,8 @@ def reason_of(error: BaseException) -> str:
 
 
 def choose_split(name: str, splits: list[str], requested: str) -> str:
-    """The split to read: the requested one, else train, else the only one. Raises InputError if there is
-    none.
+    """The split to read: the requested one, else train, else the only one.
+    Raises InputError if there is none.
     """
     if requested and requested not in splits:
         raise InputError(f"data set '{name}' has no split '{requested}': use one of {', '.join(splits)}")
@@ -172,8 +172,8 @@ def files_by_split(path: Path) -> dict[str, list[Path]]:
 
 
 def split_of_file(file: Path, folder: Path) -> str:
-    """The split that the name of a file in a folder tells, by its shard number or by a word; train if
-    neither.
+    """The split that the name of a file in a folder tells,
+    by its shard number or by a word; train if neither.
     """
     shard = SHARD.fullmatch(file.stem)
     if shard:
@@ -195,8 +195,8 @@ SANITY_SHAPES = [
 
 
 def sanity_check() -> Dataset:
-    """Five generated LoRAs of rank 2 and 20 layers in three classes: enough to see every step of the program
-    work.
+    """Five generated LoRAs of rank 2 and 20 layers in three classes:
+    enough to see every step of the program work.
     """
     from datasets import Dataset, Features, List, Value
 

@@ -35,8 +35,8 @@ class Split(NamedTuple):
 
 
 def split_names(settings: Settings) -> list[str]:
-    """Names of the splits as cells bear them. The first split has the name '', the others are random1,
-    grouped0, ...
+    """Names of the splits as cells bear them.
+    The first split has the name '', the others are random1, grouped0, ...
     """
     names = [f"{kind}{number}" for kind in settings.split for number in range(settings.num_splits)]
     return ["" if name == f"{settings.split[0]}0" else name for name in names]

@@ -1,5 +1,5 @@
-"""Questions that run nothing: --status and --watch (what is finished), --dry-run (what would run, and what it
-needs).
+"""Questions that run nothing: --status and --watch (what is finished),
+--dry-run (what would run, and what it needs).
 """
 
 from __future__ import annotations
@@ -166,8 +166,8 @@ def seconds_of(moment: str) -> int:
 
 
 def print_plan(settings: Settings) -> int:
-    """Say what would run and why, and what it needs. Reads file headers and writes nothing. Returns the exit
-    status.
+    """Say what would run and why, and what it needs.
+    Reads file headers and writes nothing. Returns the exit status.
     """
     surveyed = survey(settings.dataset, settings.data_split)
     layers = None if surveyed is None else [layer for layer, _, _ in surveyed.shapes]
@@ -231,8 +231,8 @@ def print_needs(settings: Settings, surveyed: Survey, to_run: list[Cell]) -> Non
 
 
 def feature_bytes(name: str, surveyed: Survey, settings: Settings) -> float:
-    """Bytes of a representation's features of all rows. The number of classes is not known: centroid_cosine
-    takes ten.
+    """Bytes of a representation's features of all rows.
+    The number of classes is not known: centroid_cosine takes ten.
     """
     rows, layers = surveyed.rows, len(surveyed.shapes)
     modules = layers // 2

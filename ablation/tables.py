@@ -9,8 +9,8 @@ TEXT_WIDTH = 110
 
 
 class Column(NamedTuple):
-    """A column of a table: its heading, its width in characters, and the text of a row. Negative widths align
-    left.
+    """A column of a table: its heading, its width in characters,
+    and the text of a row. Negative widths align left.
     """
 
     heading: str

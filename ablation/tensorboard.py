@@ -22,8 +22,8 @@ def check_installed() -> None:
 
 
 def log_curves(folder: Path, records: dict[Cell, dict]) -> None:
-    """Validation accuracy, training loss and learning rate by epoch, in a folder for each run of each
-    cell.
+    """Validation accuracy, training loss and learning rate by epoch,
+    in a folder for each run of each cell.
     """
     from torch.utils.tensorboard import SummaryWriter
 

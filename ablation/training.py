@@ -102,8 +102,8 @@ def prepare(task: Task, device: str) -> Prepared:
 
 
 def home_of(features: Tensor, device: str) -> str:
-    """Where features lie while they are trained on: the device, or the host if a GPU has no room for their
-    copies.
+    """Where features lie while they are trained on:
+    the device, or the host if a GPU has no room for their copies.
     """
     if torch.device(device).type != "cuda":
         return device
@@ -120,8 +120,8 @@ def home_of(features: Tensor, device: str) -> str:
 
 
 def standardise(x_ND: Tensor, train_rows: Tensor) -> Tensor:
-    """The columns that vary over the training rows, less those rows' mean, over their population std; in
-    float64.
+    """The columns that vary over the training rows,
+    less those rows' mean, over their population std; in float64.
 
     A constant column (max == min) carries nothing, but its weights would still take Adam's absolute steps.
     Raises TrainingError if every column is constant.
@@ -142,8 +142,8 @@ def standardise(x_ND: Tensor, train_rows: Tensor) -> Tensor:
 
 
 def train_sequential(data: Prepared, settings: TrainingSettings, listener: Listener) -> list[Run]:
-    """Train run after run. On a CPU each core trains one, because small products gain little from a second
-    core.
+    """Train run after run. On a CPU each core trains one,
+    because small products gain little from a second core.
     """
     inputs = data.x_ND.shape[1]
     models = [
@@ -241,8 +241,8 @@ def training_step(
     learning_rate: float,
     settings: TrainingSettings,
 ) -> Tensor:
-    """One step of Adam on a batch of columns (B, D) and class numbers (B,). Returns the mean loss before the
-    step.
+    """One step of Adam on a batch of columns (B, D) and class numbers (B,).
+    Returns the mean loss before the step.
     """
     x_BD, y_B = batch
     parameters = list(model.parameters())

@@ -108,8 +108,8 @@ def nuisances(inference: dict[str, Any]) -> list[str]:
 
 @dataclass(frozen=True)
 class Classified:
-    """The entries of the main comparison by what is shown: not above chance, a fall, a rise, equality, or
-    nothing.
+    """The entries of the main comparison by what is shown:
+    not above chance, a fall, a rise, equality, or nothing.
     """
 
     entries: list[Numbers]

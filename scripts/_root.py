@@ -1,5 +1,5 @@
-"""Puts the project's root on the module path, so that a command runs from any folder. Every command imports
-it first.
+"""Puts the project's root on the module path, so that a command runs from any folder.
+Every command imports it first.
 """
 
 import sys

@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
-"""Time each stage of the experiment beside the origin's way of doing it and beside what the machine can do at
-best.
+"""Time each stage of the experiment beside the origin's way
+of doing it and beside what the machine can do at best.
 
     read       every layer's weights into memory of our own; the origin: through the torch formatter after a
                split; the limit: a plain copy of the same bytes

@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
-"""Turn folders of LoRA files (.safetensors of diffusers, PEFT or kohya's scripts) into a data set that the
-experiment reads.
+"""Turn folders of LoRA files (.safetensors of diffusers, PEFT or kohya's scripts)
+into a data set that the experiment reads.
 
 Every file becomes a row, every module's `down` and `up` a column under diffusers' dotted name, whatever tool
 wrote the file. A file that cannot become a row is named with the reason. Rerun the same command to resume.

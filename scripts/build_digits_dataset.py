@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
-"""Make a real weight-space data set on a CPU: many LoRAs, each fine-tuned on a few images of one handwritten
-digit.
+"""Make a real weight-space data set on a CPU: many LoRAs,
+each fine-tuned on a few images of one handwritten digit.
 
 With --prompt neutral all LoRAs see one and the same context, so the text path never meets the class; with
 --prompt named each sees its digit's own, as in the published sets. The two share seeds, images and the UNet.

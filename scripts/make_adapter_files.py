@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
-"""Write a folder of random LoRA files as diffusers, PEFT or kohya's scripts name them, to try or time the
-builder with.
+"""Write a folder of random LoRA files as diffusers,
+PEFT or kohya's scripts name them, to try or time the builder with.
 
 FOLDER/class_<c>/<number>/ holds a file each, with the layers of the published sets (to_q and to_v of SD
 v1.5). The same --seed gives the same weights in every style.

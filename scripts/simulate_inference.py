@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
-"""How often the tests and intervals of the experiment are right: simulated experiments with a known drop, as
-a table.
+"""How often the tests and intervals of the experiment are right:
+simulated experiments with a known drop, as a table.
 
 For each number of test rows and each true drop: how often a drop is claimed (p < 0.05), how often the 95 %
 interval covers the truth, and the same of two ways that the program does not take: the sign-flip test alone,

@@ -31,8 +31,8 @@ def matrix_feature(layout, rows, cols):
 
 
 def lora_columns(n=24, rank=2, width=6, seed=0, signal=None, knowing=("attn2",)):
-    """{column: (n, rows, cols) float32}; `signal` (n,) scales the matrices of the attention kinds
-    `knowing`.
+    """{column: (n, rows, cols) float32};
+    `signal` (n,) scales the matrices of the attention kinds `knowing`.
     """
     rng = np.random.default_rng(seed)
     columns = {}
@@ -70,8 +70,8 @@ def lora_dataset(n=24, layout="nested", label_kind="string", seed=0, signal=0.0,
 
 
 def room_for(rows, sizes):
-    """`representations.describe` on a device with memory for so many; notes in `sizes` how many it was
-    asked for.
+    """`representations.describe` on a device with memory for so many;
+    notes in `sizes` how many it was asked for.
     """
 
     def describe(w, names):

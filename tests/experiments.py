@@ -39,8 +39,8 @@ UNKEYED = ("checksum", "predictions_hash", "made_on")
 
 
 def without_times(record):
-    """A record less what may differ between two runs that are the same: seconds, and hashes that cover
-    them.
+    """A record less what may differ between two runs that are the same:
+    seconds, and hashes that cover them.
     """
     if isinstance(record, dict):
         return {

@@ -1,5 +1,5 @@
-"""Slow, obvious twins of the fast code: float64, one matrix or one model at a time, written from the
-definitions.
+"""Slow, obvious twins of the fast code: float64,
+one matrix or one model at a time, written from the definitions.
 """
 
 import math
@@ -162,8 +162,8 @@ def product_sketch(down, up, k=16):
 
 
 def balanced(down, up):
-    """Rows sqrt(s_i) u_i and sqrt(s_i) v_i, signs fixed: the largest of 16 projections of u_i, in absolute
-    value, is positive.
+    """Rows sqrt(s_i) u_i and sqrt(s_i) v_i, signs fixed:
+    the largest of 16 projections of u_i, in absolute value, is positive.
     """
     u, s, v = np.linalg.svd(up @ down, full_matrices=False)
     r = min(len(down), len(s))

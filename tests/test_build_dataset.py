@@ -1,5 +1,5 @@
-"""The builder: files that diffusers and PEFT save themselves, kohya's style, every refusal, labels,
-resumption, memory.
+"""The builder: files that diffusers and PEFT save themselves,
+kohya's style, every refusal, labels, resumption, memory.
 """
 
 import csv
@@ -205,8 +205,8 @@ def test_the_attention_kind_is_recognised_in_every_style():
 
 @pytest.fixture(scope="module")
 def big_models():
-    """The U-Nets of Stable Diffusion 1.5 and XL (narrower) and both kinds of CLIP text encoder, without
-    memory.
+    """The U-Nets of Stable Diffusion 1.5 and XL (narrower)
+    and both kinds of CLIP text encoder, without memory.
     """
     from diffusers import UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
@@ -455,8 +455,8 @@ def test_the_same_adapter_in_every_style_is_the_same_row(one_adapter_everywhere,
 
 
 def test_diffusers_reads_our_kohya_files_as_the_same_modules(one_adapter_everywhere):
-    """The kohya style of these tests is one that diffusers understands, and it finds the modules that we
-    find.
+    """The kohya style of these tests is one that diffusers understands,
+    and it finds the modules that we find.
     """
     from diffusers import StableDiffusionPipeline
 

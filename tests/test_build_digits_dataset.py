@@ -1,5 +1,5 @@
-"""The builder of `digits`: a tiny collection as a whole, and the training of a block against ordinary
-training with peft.
+"""The builder of `digits`: a tiny collection as a whole,
+and the training of a block against ordinary training with peft.
 """
 
 import dataclasses

@@ -1,5 +1,5 @@
-"""Files that are whole or not there, identities, the feature cache, locks, and what a store makes of
-damage.
+"""Files that are whole or not there, identities,
+the feature cache, locks, and what a store makes of damage.
 """
 
 import json

@@ -65,8 +65,8 @@ def test_earlier_checkpoints_are_current_and_give_equal_results(
 
 
 def assert_kept(earlier, again, place):
-    """Everything of the earlier result is there again; a mapping may have gained keys, such as a new
-    score's.
+    """Everything of the earlier result is there again;
+    a mapping may have gained keys, such as a new score's.
     """
     if isinstance(earlier, dict):
         assert set(earlier) <= set(again), place

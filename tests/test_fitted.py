@@ -130,8 +130,8 @@ def aligned(found, expected):
 
 @pytest.mark.parametrize("components", [5, 30])
 def test_pca_of_few_rows_is_exact(layer_set, components):
-    """40 training rows span fewer directions than are looked at from 20 components on; below, what is lost is
-    bounded.
+    """40 training rows span fewer directions than are looked at from 20 components on;
+    below, what is lost is bounded.
     """
     data = make_data()
     x, train = flat(data, layer_set), data.split.train

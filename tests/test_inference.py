@@ -391,8 +391,8 @@ def test_a_run_of_several_splits_speaks_of_all_of_them():
 
 
 def test_random_splits_of_groups_are_no_narrower_than_groups_allow():
-    """What a group has in common every random split has alike: the first split's groups say how much that
-    may be.
+    """What a group has in common every random split has alike:
+    the first split's groups say how much that may be.
     """
     rng = np.random.default_rng(24)
     groups = np.arange(900) // 15
@@ -682,8 +682,8 @@ def test_two_runs_leave_one_degree_of_freedom():
 
 @pytest.mark.parametrize("many", [10, 10_000])
 def test_a_bootstrap_of_runs_alone_is_as_wide_as_their_standard_error(monkeypatch, many):
-    """Every example alike: what is drawn again are the runs, and what drawing from R of them takes away is
-    given back.
+    """Every example alike: what is drawn again are the runs,
+    and what drawing from R of them takes away is given back.
     """
     monkeypatch.setattr(estimators, "MANY_UNITS", many)
     runs = np.random.default_rng(20).normal(0, 0.03, 5)

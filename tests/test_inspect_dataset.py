@@ -528,8 +528,8 @@ def test_every_weight_is_read_once_and_blocks_do_not_matter(monkeypatch, plain):
 
 
 def test_memory_does_not_grow_with_the_weights(monkeypatch):
-    """Four times the rows, 7 MB more weights: the peak of what NumPy holds may grow by less than a tenth
-    of that.
+    """Four times the rows, 7 MB more weights:
+    the peak of what NumPy holds may grow by less than a tenth of that.
     """
     monkeypatch.setattr(measure, "BLOCK_ROWS", 100)
     monkeypatch.setattr(measure, "SAMPLE_ROWS", 50)

@@ -1,5 +1,5 @@
-"""The synthetic collection: the published topology, the signal where it was asked for, the same rows whatever
-the layout.
+"""The synthetic collection: the published topology,
+the signal where it was asked for, the same rows whatever the layout.
 """
 
 import contextlib
@@ -24,8 +24,8 @@ def make(path, *flags):
 
 
 def mean_square_by_class(data, kind):
-    """Spread between classes of the mean square weight of the layers of a kind, in units of what chance
-    gives.
+    """Spread between classes of the mean square weight of the layers of a kind,
+    in units of what chance gives.
     """
     layers = [layer for layer, of in zip(data.layers.names, data.layers.kinds, strict=True) if of == kind][
         :16
@@ -59,8 +59,8 @@ def test_the_signal_is_where_it_was_planted_and_nowhere_else(tmp_path, signal, k
 
 
 def kernel_by_class(data, kind):
-    """Mean inner product of two rows' products, less its mean over pairs of different classes, over the std
-    of one pair.
+    """Mean inner product of two rows' products,
+    less its mean over pairs of different classes, over the std of one pair.
     """
     kernel = np.zeros((data.num_rows, data.num_rows))
     for module in data.layers.modules:

@@ -1,5 +1,5 @@
-"""Figures against the numbers that they draw, the report's files, and the page in a browser where there
-is one.
+"""Figures against the numbers that they draw, the report's files,
+and the page in a browser where there is one.
 """
 
 import csv

@@ -1,5 +1,5 @@
-"""Every representation against its float64 oracle, its invariances with their sensitivity twins, and other
-devices.
+"""Every representation against its float64 oracle,
+its invariances with their sensitivity twins, and other devices.
 """
 
 import numpy as np
@@ -285,8 +285,8 @@ MODULES = [
 
 
 def draw_module(kind, n, r, inner, out, seed=0):
-    """`down` as a LoRA is initialised and `up` as it learns: with one direction far above the others; or
-    degenerate ones.
+    """`down` as a LoRA is initialised and `up` as it learns:
+    with one direction far above the others; or degenerate ones.
     """
     rng = np.random.default_rng([seed, r, inner, out])
     down, up = rng.normal(size=(n, r, inner)), 1e-2 * rng.normal(size=(n, out, r))

@@ -1,5 +1,5 @@
-"""Settings: defaults, ranges, conversion, precedence of files and flags, and errors that say what would
-do.
+"""Settings: defaults, ranges, conversion,
+precedence of files and flags, and errors that say what would do.
 """
 
 import dataclasses

@@ -22,8 +22,8 @@ SMALL = TrainingSettings(
 
 
 def problem(n=120, dim=10, classes=3, noise=2.0, seed=0, dtype=torch.float64):
-    """Blobs that overlap, so that validation accuracy moves for a while and its best epoch is not its
-    last.
+    """Blobs that overlap, so that validation accuracy
+    moves for a while and its best epoch is not its last.
     """
     rng = np.random.default_rng(seed)
     labels = rng.integers(0, classes, n)
@@ -213,8 +213,8 @@ def test_tf32_is_switched_on_for_the_training_only():
 
 
 def test_dropout_is_torchs_in_distribution():
-    """Against torch.nn.Dropout in the same model: the same mean loss over seeds, and not that without
-    dropout.
+    """Against torch.nn.Dropout in the same model:
+    the same mean loss over seeds, and not that without dropout.
     """
     x, labels, split = problem(n=240, noise=1.5, dtype=torch.float32)
     settings = dataclasses.replace(SMALL, num_runs=12, dropout=0.5, max_epochs=8, hidden_dim=32)
@@ -447,8 +447,8 @@ def test_rows_that_are_only_predicted_change_nothing_and_are_standardised_as_the
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 def test_recorded_steps_train_as_ordinary_ones(monkeypatch, dropout):
-    """As on a GPU, but for the recording itself: what is replayed reads the places that were filled at the
-    record.
+    """As on a GPU, but for the recording itself:
+    what is replayed reads the places that were filled at the record.
     """
 
     def record(function, device):

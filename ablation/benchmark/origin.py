@@ -38,8 +38,8 @@ def describe_one_by_one(w: Tensor) -> list[Tensor]:
 
 
 def five_parts(w: Tensor, x: Tensor) -> list[Tensor]:
-    """spectral, matrix_norms, distribution, frequency, info_theoretic of matrices w, whose entries are x
-    (n, N).
+    """spectral, matrix_norms, distribution, frequency,
+    info_theoretic of matrices w, whose entries are x (n, N).
     """
     norms = [torch.linalg.matrix_norm(w, order) for order in ("fro", 1, math.inf)]
     deviation = (x - x.mean(1, keepdim=True)).abs().mean(1)

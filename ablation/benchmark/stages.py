@@ -183,8 +183,8 @@ def time_training(data: LoraCollection, options: StageOptions) -> list[Row]:
 
 
 def standardise_all(x: Tensor, train_rows: Tensor) -> Tensor:
-    """Columns (N, D) less the training rows' mean over their std + 1e-8, as the origin does; constants
-    become 0.
+    """Columns (N, D) less the training rows' mean over their std + 1e-8,
+    as the origin does; constants become 0.
     """
     std, mean = torch.std_mean(x[train_rows].double(), dim=0, correction=0)
     return ((x - mean) / (std + 1e-8)).float()

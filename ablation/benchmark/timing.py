@@ -79,8 +79,8 @@ def interleaved(repeats: int, device: str, *functions: Timed, warm_up: int = 1) 
 
 
 def gemm_rate(dtype: torch.dtype, device: str, seconds: float = 1.0) -> float:
-    """Floating-point operations a second of large square products on all cores, or on the GPU; the best of
-    several.
+    """Floating-point operations a second of large square products on all cores,
+    or on the GPU; the best of several.
     """
     a = torch.randn(GEMM_SIDE, GEMM_SIDE, device=device, dtype=dtype)
     products = 1 if device == "cpu" else 50

@@ -74,8 +74,8 @@ def test_accuracies(trained: TrainedRuns, data: LoraCollection) -> list[float]:
 
 
 def compare_precisions(data: LoraCollection, representations: list[str], seeds: int) -> list[dict]:
-    """Whether bfloat16 is as accurate as float32: whole runs of the same seeds with each, per
-    representation.
+    """Whether bfloat16 is as accurate as float32:
+    whole runs of the same seeds with each, per representation.
     """
     rows = []
     for cell, features in inputs_of(data, cells_of(["all_layers"], representations)).items():

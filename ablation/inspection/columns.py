@@ -60,8 +60,8 @@ REDUNDANCIES = ("constant", "rounding", "duplicate", "collinear")
 
 
 class Moments:
-    """Range, mean and products of one layer's columns, of all representations side by side, block by
-    block.
+    """Range, mean and products of one layer's columns,
+    of all representations side by side, block by block.
     """
 
     def __init__(self):

@@ -1,5 +1,5 @@
-"""How alike the rows of a collection are in their `down` or `up` matrices, and whether these know the
-class.
+"""How alike the rows of a collection are in their `down` or `up` matrices,
+and whether these know the class.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ SIGNIFICANT = 0.0025  # with four tests a report, one report in a hundred alarms
 
 
 class Likeness:
-    """How alike S sampled rows are in the matrices of one side: mean cosine over the layers of every two
-    rows.
+    """How alike S sampled rows are in the matrices of one side:
+    mean cosine over the layers of every two rows.
     """
 
     def __init__(self, labels: np.ndarray):
@@ -36,8 +36,8 @@ class Likeness:
         self.layers.append((std, rows, cols))
 
     def between_rows(self) -> dict:
-        """The mean and the largest cosine of two different rows, and the std of that of two independent
-        rows.
+        """The mean and the largest cosine of two different rows,
+        and the std of that of two independent rows.
         """
         pairs = self.cosines[np.triu_indices(len(self.labels), 1)] / len(self.layers)
         chance = math.sqrt(self.variance) / len(self.layers)
@@ -77,8 +77,8 @@ class Likeness:
 
 
 class ClassMeasure:
-    """Direction and size of `Likeness.class_signal`, as a function of the rows' classes; `in_class` (C,)
-    counts rows.
+    """Direction and size of `Likeness.class_signal`,
+    as a function of the rows' classes; `in_class` (C,) counts rows.
     """
 
     def __init__(self, likeness: Likeness, in_class: np.ndarray):
@@ -104,8 +104,8 @@ class ClassMeasure:
 
 
 def initialisation(down: Likeness) -> dict:
-    """std(down) over the std of two initialisations, layer by layer; and whether rows were drawn
-    independently.
+    """std(down) over the std of two initialisations, layer by layer;
+    and whether rows were drawn independently.
 
     gaussian: N(0, 1/rank), as the published sets and PEFT's init_lora_weights="gaussian". kaiming: uniform
     with variance 1 / (3 in), PEFT's default.

@@ -31,8 +31,8 @@ MIXER = np.uint64(0x9E3779B97F4A7C15)  # odd: joins the hashes of a row's layers
 
 
 def inspect(data: LoraCollection, name: str, groups: tuple[str, list] | None) -> dict:
-    """Everything that the report says about a collection, as JSON values; `groups` is a column's name and
-    values.
+    """Everything that the report says about a collection, as JSON values;
+    `groups` is a column's name and values.
     """
     rng = np.random.default_rng(0)
     chosen = np.sort(rng.permutation(data.num_rows)[:SAMPLE_ROWS])
@@ -76,8 +76,8 @@ class LayerFacts(NamedTuple):
 
 
 def read_layers(data: LoraCollection, chosen: np.ndarray) -> Iterator[tuple[str, LayerFacts]]:
-    """Every layer's name and facts, in order. Each core reads one layer; no more layers are in memory
-    than cores.
+    """Every layer's name and facts, in order.
+    Each core reads one layer; no more layers are in memory than cores.
     """
     workers = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -93,8 +93,8 @@ def read_layers(data: LoraCollection, chosen: np.ndarray) -> Iterator[tuple[str,
 
 
 def read_layer_once(data: LoraCollection, layer: str, chosen: np.ndarray) -> LayerFacts:
-    """The facts of a layer; the weights of rows `chosen` (S,) are kept. Raises InputError for a weight that
-    is not finite.
+    """The facts of a layer; the weights of rows `chosen` (S,) are kept.
+    Raises InputError for a weight that is not finite.
     """
     moments, sampled, hashes = Moments(), [], np.zeros(data.num_rows, np.uint64)
     count = zeros = 0
@@ -174,8 +174,8 @@ def class_balance(data: LoraCollection) -> dict:
 
 
 def duplicates(data: LoraCollection, hashes: np.ndarray) -> dict:
-    """Sets of rows with equal weights. `hashes` (N,) are taken for the rows: equal 64-bit hashes count as
-    equal.
+    """Sets of rows with equal weights.
+    `hashes` (N,) are taken for the rows: equal 64-bit hashes count as equal.
     """
     _, which, counts = np.unique(hashes, return_inverse=True, return_counts=True)
     members = defaultdict(list)
@@ -219,8 +219,8 @@ def read_groups(data: LoraCollection, column: str) -> tuple[str, list] | None:
 
 
 def leaks(data: LoraCollection, column: str, values: list) -> dict:
-    """Groups with rows in the training part and in another part: knowledge of such a group is not knowledge
-    of the class.
+    """Groups with rows in the training part and in another part:
+    knowledge of such a group is not knowledge of the class.
     """
     sides = sides_of(data)
     where, labels = defaultdict(set), defaultdict(set)

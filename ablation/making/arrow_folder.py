@@ -1,5 +1,5 @@
-"""Writing a data set as a folder that `datasets.load_from_disk` and `load_lora_data` read: Arrow streams and
-two JSON files.
+"""Writing a data set as a folder that `datasets.load_from_disk` and `load_lora_data` read:
+Arrow streams and two JSON files.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from checkpointing import replacing, write_bytes
 
 
 def arrow_matrices(weights: np.ndarray, layout: str = "nested") -> pa.Array:
-    """(n, rows, cols) float32 as a column over the same memory; `layout` nested (lists of lists) or fixed
-    (fixed-size lists).
+    """(n, rows, cols) float32 as a column over the same memory;
+    `layout` nested (lists of lists) or fixed (fixed-size lists).
     """
     n, rows, cols = weights.shape
     flat = pa.array(weights.reshape(-1))
@@ -29,8 +29,8 @@ def arrow_matrices(weights: np.ndarray, layout: str = "nested") -> pa.Array:
 
 
 def write_shard(path: Path, schema: pa.Schema, tables: Iterable[pa.Table]) -> int:
-    """One Arrow stream, whole or not at all; record batches of at most 1,000 rows, as `datasets` writes them.
-    Returns the rows.
+    """One Arrow stream, whole or not at all;
+    record batches of at most 1,000 rows, as `datasets` writes them. Returns the rows.
     """
     rows = 0
     with (
@@ -45,8 +45,8 @@ def write_shard(path: Path, schema: pa.Schema, tables: Iterable[pa.Table]) -> in
 
 
 def finish_folder(folder: Path, features: Features, shards: list[str], fingerprint: str) -> None:
-    """The two files that make a folder of shards a data set: its columns, and which files hold its rows in
-    which order.
+    """The two files that make a folder of shards a data set:
+    its columns, and which files hold its rows in which order.
     """
     write_bytes(folder / "dataset_info.json", json.dumps({"features": features.to_dict()}).encode())
     state: dict[str, Any] = {

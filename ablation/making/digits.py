@@ -1,5 +1,5 @@
-"""A real weight-space data set made on a CPU: many LoRAs, each fine-tuned on a few images of one handwritten
-digit.
+"""A real weight-space data set made on a CPU: many LoRAs,
+each fine-tuned on a few images of one handwritten digit.
 
 A small diffusers UNet with cross-attention learns to denoise scikit-learn's 8x8 digits. Then LoRAs on to_q
 and to_v of attn1 and attn2 are fine-tuned on it, a block of them at a time, each on images of one group: a
@@ -106,8 +106,8 @@ def to_table(
 
 
 def parquet_bytes(table: pa.Table) -> bytes:
-    """The table as Parquet. Noise does not compress, but its exponents do once the four bytes of a float lie
-    apart.
+    """The table as Parquet. Noise does not compress,
+    but its exponents do once the four bytes of a float lie apart.
     """
     sink = io.BytesIO()
     floats = [
@@ -132,8 +132,8 @@ def parquet_bytes(table: pa.Table) -> bytes:
 
 
 def build_digits(output: Path, count: int, recipe: DigitsRecipe, block_size: int) -> None:
-    """Train `count` LoRAs and write them to `output`; finished parts lie in a hidden folder beside it
-    until then.
+    """Train `count` LoRAs and write them to `output`;
+    finished parts lie in a hidden folder beside it until then.
     """
     images, digits = read_images()
     plans = plan_loras(count, recipe, digits, cluster_images(images, digits, recipe.groups, recipe.seed))
@@ -178,8 +178,8 @@ def train_blocks(
     recipe: DigitsRecipe,
     parts: Path,
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """Train the blocks whose file is not there yet. Returns {column: (n, rows, cols)} and last losses (n,) of
-    all.
+    """Train the blocks whose file is not there yet.
+    Returns {column: (n, rows, cols)} and last losses (n,) of all.
     """
     files = [parts / f"block-{number:05}.safetensors" for number in range(len(blocks))]
     to_do = [(file, block) for file, block in zip(files, blocks, strict=True) if not file.exists()]

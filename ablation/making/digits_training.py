@@ -83,8 +83,8 @@ def make_unet() -> UNet2DConditionModel:
 
 
 def make_contexts() -> Tensor:
-    """(11, tokens, width): in place of a text encoder, fixed random tokens for each digit and for no
-    class.
+    """(11, tokens, width): in place of a text encoder,
+    fixed random tokens for each digit and for no class.
     """
     return torch.randn(
         NUM_DIGITS + 1, CONTEXT_TOKENS, CONTEXT_WIDTH, generator=torch.Generator().manual_seed(7)
@@ -103,8 +103,8 @@ def add_noise(images: Tensor, noise: Tensor, shares: Tensor) -> Tensor:
 
 
 def pretrain(unet: UNet2DConditionModel, recipe: DigitsRecipe, images: Tensor, digits: np.ndarray) -> float:
-    """Teach the UNet to predict the noise in all digits, with the digit's context or, half of the time, the
-    neutral one.
+    """Teach the UNet to predict the noise in all digits,
+    with the digit's context or, half of the time, the neutral one.
 
     Then both kinds of context mean something to it, whichever the LoRAs are given. Returns the mean loss of
     the last tenth of the steps.
@@ -159,8 +159,8 @@ class Draws(NamedTuple):
 
 
 def draw(plan: AdapterPlan, unet: UNet2DConditionModel, recipe: DigitsRecipe) -> Draws:
-    """The random numbers of a LoRA: `down` Gaussian with std 1/rank, `up` zero, as peft's
-    init_lora_weights="gaussian".
+    """The random numbers of a LoRA: `down` Gaussian with std 1/rank,
+    `up` zero, as peft's init_lora_weights="gaussian".
 
     A batch has every image once before any comes twice, and its noise levels are spread evenly. Levels and
     noise are one sequence for all LoRAs. So LoRAs differ by their images and initial weights, and not by
@@ -199,8 +199,8 @@ def train_block(
     recipe: DigitsRecipe,
     on_steps: Callable[[int], None] = lambda made: None,
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """Fine-tune several LoRAs at once with Adam: {column: (n, rows, cols)}, and the loss (n,) of each one's
-    last step.
+    """Fine-tune several LoRAs at once with Adam:
+    {column: (n, rows, cols)}, and the loss (n,) of each one's last step.
 
     They share the frozen weights and nothing else. A LoRA that has made its steps is set aside and the others
     go on. `unet`'s dtype is the one that is computed in. `on_steps` is told how many LoRAs have just made a
@@ -215,8 +215,8 @@ def train_block(
 
 
 class AdapterPack:
-    """LoRAs that are trained together. `active` numbers those that still train; tensors have a row for each
-    of them.
+    """LoRAs that are trained together.
+    `active` numbers those that still train; tensors have a row for each of them.
     """
 
     def __init__(

@@ -19,8 +19,8 @@ TRAINER_STATE = re.compile(
 
 
 class Inputs(NamedTuple):
-    """Names of files, sorted: the path below its FOLDER, preceded by the FOLDER's name if there are
-    several.
+    """Names of files, sorted: the path below its FOLDER,
+    preceded by the FOLDER's name if there are several.
     """
 
     roots: dict[str, Path]  # name of a FOLDER ("" for a single one) -> where it is
@@ -71,8 +71,8 @@ def is_candidate(path: Path, pattern: str) -> bool:
 
 
 def roots_of(folders: list[Path]) -> dict[str, Path]:
-    """The folders by name. Raises InputError for one that is missing, and for two that overlap or have
-    one name.
+    """The folders by name.
+    Raises InputError for one that is missing, and for two that overlap or have one name.
     """
     for folder in folders:
         if not folder.is_dir():

@@ -1,5 +1,5 @@
-"""What a build is going to write, from the headers and labels of all files: nothing of a file's weights
-is read.
+"""What a build is going to write, from the headers and labels of all files:
+nothing of a file's weights is read.
 """
 
 from __future__ import annotations
@@ -207,8 +207,8 @@ def choose_columns(headers: Headers, rank: str) -> ColumnShapes:
 
 
 def other_columns(labels: Labels, layout: Layout) -> dict[str, str]:
-    """ColumnShapes besides the weights -> type. Raises InputError for a field that would be taken for one of
-    ours.
+    """ColumnShapes besides the weights -> type.
+    Raises InputError for a field that would be taken for one of ours.
     """
     others = labels.columns()
     taken = sorted(others.keys() & (set(OWN_COLUMNS) | layout.keys.keys()))

@@ -1,5 +1,5 @@
-"""Lines of progress for the commands that make or read data sets: whole lines, so that a log file reads
-well.
+"""Lines of progress for the commands that make or read data sets:
+whole lines, so that a log file reads well.
 """
 
 from __future__ import annotations

@@ -104,8 +104,8 @@ class ShardWriter:
                 yield pa.Table.from_arrays(columns, schema=schema)
 
     def read_row(self, name: str, targets: dict[str, np.ndarray], shard: Shard) -> dict[str, Any]:
-        """Fill `targets` (column -> (rows, cols)) with a file's weights; returns its other columns. Raises
-        BadFile.
+        """Fill `targets` (column -> (rows, cols)) with a file's weights;
+        returns its other columns. Raises BadFile.
         """
         values = self.labels.of(name)
         alpha = self.options.alpha

@@ -31,8 +31,8 @@ SIGNAL_KINDS = {"none": (), "attn1": ("attn1",), "attn2": ("attn2",), "both": ("
 
 @dataclass(frozen=True)
 class SyntheticRecipe:
-    """What the rows depend on. A row depends on the seed and its number, not on the number of rows or the
-    layout.
+    """What the rows depend on.
+    A row depends on the seed and its number, not on the number of rows or the layout.
 
     `strength`, for norms: std of the log of a class's scale in a layer; for the product: std of the signal in
     `up` over that of its noise.

@@ -86,8 +86,8 @@ def accuracy(results: Results) -> Figure | None:
 
 @drawn
 def drop(results: Results) -> Figure | None:
-    """The drop without the text layers with its interval; filled where it is shown (p < 0.05 after Holm's
-    correction).
+    """The drop without the text layers with its interval;
+    filled where it is shown (p < 0.05 after Holm's correction).
     """
     rows = drop_rows(results)
     if not rows:
@@ -146,8 +146,8 @@ def class_drop(results: Results) -> Figure | None:
 
 @drawn
 def retention(results: Results) -> Figure | None:
-    """The share of the accuracy that each layer set retains; None for a single layer set, which is one
-    column.
+    """The share of the accuracy that each layer set retains;
+    None for a single layer set, which is one column.
     """
     rows = retention_rows(results)
     sets = list(dict.fromkeys(row["layer_set"] for row in rows))

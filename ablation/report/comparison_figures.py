@@ -17,8 +17,8 @@ MARKERS = "osD^vP*X"  # one for each group of runs that a line may join
 
 
 class Quantity(NamedTuple):
-    """A quantity of `scaling_rows`: its key, the keys of its interval's ends ('' without one), and the axis
-    label.
+    """A quantity of `scaling_rows`: its key,
+    the keys of its interval's ends ('' without one), and the axis label.
     """
 
     key: str

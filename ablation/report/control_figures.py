@@ -102,8 +102,8 @@ SET_OF_KIND = {"attn1": "visual_only", "attn2": "text_only"}  # attention kind -
 
 @drawn
 def blocks(results: Results) -> Figure | None:
-    """A map of the U-Net, each attention kind of each block alone, by the representation whose mean is
-    highest.
+    """A map of the U-Net, each attention kind of each block alone,
+    by the representation whose mean is highest.
 
     Down blocks stand on the left from the top, the middle block below, up blocks on the right.
     """

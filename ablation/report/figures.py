@@ -1,5 +1,5 @@
-"""Every figure of a report: its title, its rows, how it is drawn, its caption. A further figure is one
-entry.
+"""Every figure of a report: its title, its rows, how it is drawn, its caption.
+A further figure is one entry.
 """
 
 from __future__ import annotations

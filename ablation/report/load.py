@@ -86,8 +86,8 @@ def shared_settings(record: dict) -> str:
 def partial_results(
     header: Results, records: dict[Cell, dict], folder: Path, failures: dict[Cell, str] | None = None
 ) -> Results:
-    """results.json of a run that is not finished: its cells, and no inference. `header` has what else is
-    known.
+    """results.json of a run that is not finished: its cells, and no inference.
+    `header` has what else is known.
     """
     first = next(iter(records.values()))
     classes = len(first["test_confusion_matrices"][0])

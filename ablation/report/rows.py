@@ -40,8 +40,8 @@ def rows_of(results: Results, layer_set: str) -> dict[str, dict]:
 
 
 def accuracy_of(results: Results, layer_set: str, representation: str) -> float | None:
-    """Test accuracy of a cell: over all splits of the first kind, as the inference has it; without one, of
-    the runs.
+    """Test accuracy of a cell: over all splits of the first kind,
+    as the inference has it; without one, of the runs.
     """
     known = (results.get("inference") or {}).get("accuracies", {}).get(f"{layer_set}_{representation}")
     row = rows_of(results, layer_set).get(representation)
@@ -61,8 +61,8 @@ def representations(results: Results) -> list[str]:
 
 
 def best_representation(results: Results) -> str:
-    """The one of the highest test accuracy with all layers; of whatever layer set there is, if that is
-    not there.
+    """The one of the highest test accuracy with all layers;
+    of whatever layer set there is, if that is not there.
     """
     sets = layer_sets(results)
     layer_set = "all_layers" if "all_layers" in sets else sets[0]
@@ -116,8 +116,8 @@ def drop_rows(results: Results) -> Rows:
 
 
 def recalls(record: dict) -> tuple[np.ndarray, np.ndarray]:
-    """Mean recall over runs of each class of the test rows, (C,), NaN for a class without a row; and its
-    number of rows.
+    """Mean recall over runs of each class of the test rows, (C,),
+    NaN for a class without a row; and its number of rows.
     """
     counts = np.array(record["test_confusion_matrices"], dtype=float).mean(0)  # (C, C)
     support = counts.sum(1)
@@ -127,8 +127,8 @@ def recalls(record: dict) -> tuple[np.ndarray, np.ndarray]:
 
 
 def class_drop_rows(results: Results) -> Rows:
-    """Recall of each class with all layers and with the visual ones, by representation, from the confusion
-    matrices.
+    """Recall of each class with all layers and with the visual ones,
+    by representation, from the confusion matrices.
 
     The interval is Newcombe's for two proportions of the class's test rows: of independent rows and
     independent predictions, so too wide where both are right about the same rows, and too narrow where rows
@@ -157,8 +157,8 @@ def class_drop_rows(results: Results) -> Rows:
 
 
 def newcombe(a: float, b: float, n: float) -> tuple[float, float]:
-    """The 95 % interval of a difference of proportions, each of n (Newcombe 1998, method 10: from Wilson's
-    intervals).
+    """The 95 % interval of a difference of proportions,
+    each of n (Newcombe 1998, method 10: from Wilson's intervals).
     """
     (a_low, a_high), (b_low, b_high) = wilson(a, n), wilson(b, n)
     return a - b - math.hypot(a - a_low, b_high - b), a - b + math.hypot(a_high - a, b - b_low)

@@ -56,8 +56,8 @@ NAMED_COLOURS: dict[str, str] = {}  # of the layer sets that a user named, in th
 
 
 def colour_of(layer_set: str) -> str:
-    """A layer set's colour: one for all sets of a group, and the same for a user's set wherever it is
-    drawn.
+    """A layer set's colour: one for all sets of a group,
+    and the same for a user's set wherever it is drawn.
     """
     name = group_of(layer_set) or layer_set
     return COLOURS.get(name) or NAMED_COLOURS.setdefault(

@@ -218,8 +218,8 @@ def page_tables(results: Results) -> list[dict[str, Any]]:
 
 
 def summary_rows(results: Results) -> tuple[list[str], list[list[str]]]:
-    """Headings, and a line for each representation: accuracy ± half of its 95 % interval by layer set, and
-    the drop.
+    """Headings, and a line for each representation:
+    accuracy ± half of its 95 % interval by layer set, and the drop.
     """
     sets = [name for name in layer_sets(results) if not group_of(name)]
     accuracies = {(row["representation"], row["layer_set"]): row for row in accuracy_rows(results)}

@@ -52,8 +52,8 @@ SHIFTS = [
 
 @drawn
 def confusion(results: Results) -> Figure | None:
-    """The representation that is best with all layers, layer sets side by side; every true class is a line of
-    shares.
+    """The representation that is best with all layers, layer sets side by side;
+    every true class is a line of shares.
     """
     sets = [name for name in layer_sets(results) if not group_of(name)]
     if not sets:

@@ -64,8 +64,8 @@ Files = dict[str, bytes]  # content by the path below the folder
 
 
 def write_report(folder: Path, formats: tuple[str, ...] = FORMATS) -> list[Path]:
-    """Write the report of one folder of results; returns the files. Raises InputError if nothing is
-    finished.
+    """Write the report of one folder of results; returns the files.
+    Raises InputError if nothing is finished.
     """
     from ablation.report.figures import FIGURES
 
