@@ -450,6 +450,14 @@ class ResultStore:
         sync(self.checkpoints)
         return target
 
+    @contextlib.contextmanager
+    def locking(self, names: Iterable[str]) -> Iterator[None]:
+        """Hold the locks of these cells, so that no other process computes them too."""
+        with contextlib.ExitStack() as locks:
+            for name in names:
+                locks.enter_context(locked(self.path(name)))
+            yield
+
     def clear(self, requested: dict[str, dict], needed: Iterable[str], rerun_stale: bool) -> list[str]:
         """Make `checkpoints/` hold finished cells only; returns one line for each file that was moved.
 

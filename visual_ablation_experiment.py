@@ -33,7 +33,7 @@ from ablation.selection import possible_cells
 from ablation.settings import InputError, Settings
 from ablation.sources import resolve_name
 from ablation.status import print_plan, print_progress_summary, print_status, watch_status
-from checkpointing import Held, Refused, ResultStore, holding, locked
+from checkpointing import Held, Refused, ResultStore, holding
 
 if TYPE_CHECKING:
     from ablation.context import Context, Ledger
@@ -78,19 +78,10 @@ def run_experiment(settings: Settings, actions: Actions) -> int:
     ledger = begin(context, cells, skipped)
     features, ledger.failures = load_or_extract(context, ledger.missing)  # each weight is read once
     follower = Follower(context, ledger)
-    has_space = True
     for group in groups_of(ledger.missing):  # a cell and its audits share the trained runs
         computable = [cell for cell in group if cell not in ledger.failures]
-        try:
-            if not has_space:
-                raise CellError("not run: no space left for its results")
-            with contextlib.ExitStack() as locks:
-                for cell in computable:
-                    locks.enter_context(locked(context.store.path(cell.name)))
-                run_group(context, ledger, computable, features)
-        except Exception as error:  # these cells are lost and reported; the others go on
-            has_space &= not is_out_of_space(error)
-            note_failure(context, ledger, computable, error)
+        with noting_failures(context, ledger, computable):
+            run_group(context, ledger, computable, features)
         report_failures(context, ledger, group)
         follower.show(group)
     return finish(context, ledger)
@@ -136,20 +127,21 @@ def run_group(context: Context, ledger: Ledger, cells: list[Cell], features: Fea
     """Train, score and save a cell, its audits, or both: they share the trained runs."""
     from ablation.runs import prepare_cells, save_cell, train_cell
 
-    # Another process may have finished a cell while this one waited for the lock.
     store = context.store
-    cells = [cell for cell in cells if store.state(cell.name, ledger.inputs[cell]).kind != "done"]
-    if not cells:
-        return
-    prepared = prepare_cells(context, cells, features)
-    number = ledger.cells.index(cells[0]) + 1
-    names = " + ".join(cell.name for cell in cells)
-    log.info(f"\n[{number}/{len(ledger.cells)}] {names}: {prepared.task.features.shape[1]} columns")
-    with context.clock("training"):
-        trained = train_cell(context, prepared)
-    for cell in cells:
-        record = save_cell(context, cell, prepared, trained, ledger.inputs[cell])
-        announce_finished(store.folder, cell, record)
+    with store.locking(cell.name for cell in cells):
+        # Another process may have finished a cell while this one waited for the lock.
+        cells = [cell for cell in cells if store.state(cell.name, ledger.inputs[cell]).kind != "done"]
+        if not cells:
+            return
+        prepared = prepare_cells(context, cells, features)
+        number = ledger.cells.index(cells[0]) + 1
+        names = " + ".join(cell.name for cell in cells)
+        log.info(f"\n[{number}/{len(ledger.cells)}] {names}: {prepared.task.features.shape[1]} columns")
+        with context.clock("training"):
+            trained = train_cell(context, prepared)
+        for cell in cells:
+            record = save_cell(context, cell, prepared, trained, ledger.inputs[cell])
+            announce_finished(store.folder, cell, record)
 
 
 def finish(context: Context, ledger: Ledger) -> int:
@@ -184,23 +176,30 @@ def finish(context: Context, ledger: Ledger) -> int:
 # --- failures
 
 
-class CellError(Exception):
-    """A cell cannot be computed; the message says why, and no traceback is needed."""
-
-
 def is_out_of_space(error: Exception) -> bool:
     """True if the disk is full, or the user's quota."""
     return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
-def note_failure(context: Context, ledger: Ledger, cells: list[Cell], error: Exception) -> None:
-    """Note why these cells failed, except those that were saved before the error; log the traceback."""
-    if not isinstance(error, CellError):
+@contextlib.contextmanager
+def noting_failures(context: Context, ledger: Ledger, cells: list[Cell]) -> Iterator[None]:
+    """Log an error, and note it as the failure of those of the cells that were not saved before it.
+
+    After an error the later cells are computed; on a full disk they fail too.
+    """
+
+    def unsaved(cells: list[Cell]) -> list[Cell]:
+        return [cell for cell in cells if context.store.state(cell.name, ledger.inputs[cell]).kind != "done"]
+
+    try:
+        yield
+    except Exception as error:
         log.error(traceback.format_exc().rstrip())
-    reason = str(error) if isinstance(error, CellError) else describe_error(error)
-    for cell in cells:
-        if context.store.state(cell.name, ledger.inputs[cell]).kind != "done":
-            ledger.failures[cell] = reason
+        lost = dict.fromkeys(unsaved(cells), describe_error(error))
+        if is_out_of_space(error):
+            lost = dict.fromkeys(unsaved(ledger.missing), "not run: no space left for its results") | lost
+        for cell, reason in lost.items():
+            ledger.failures.setdefault(cell, reason)
 
 
 def report_failures(context: Context, ledger: Ledger, cells: list[Cell]) -> None:
