@@ -1,13 +1,16 @@
-"""Small data sets for the tests, in every layout that a column can have."""
+"""Small data sets for the tests, in every layout that a column can have, and records of finished cells."""
+
+import types
 
 import numpy as np
 import torch
 from datasets import Array2D, ClassLabel, Dataset, Features, List, Value
 
 import representations
-from ablation.collection import Columns, collect_rows
+from ablation.collection import Columns, View, collect_rows
+from ablation.scores import cell_record
 from ablation.sources import open_dataset
-from ablation.splits import SplitSpec, split_rows
+from ablation.splits import Split, SplitSpec, split_rows
 
 LAYOUTS = ("nested", "array2d", "fixed", "large", "float16", "float64")
 MODULES = [
@@ -107,3 +110,33 @@ def collect(
 def load(name, device="cpu", *, data_split="", revision="", **kwargs):
     """The collection that a name means."""
     return collect(open_dataset(name, data_split, revision), name, device, **kwargs)
+
+
+def scored_runs(test_accuracies, n=40):
+    """Runs whose test predictions are right for the first so many of n rows."""
+    labels = {part: np.arange(n) % 2 for part in ("train", "val", "test")}
+    runs = []
+    for i, accuracy in enumerate(test_accuracies):
+        right = labels["test"].copy()
+        right[round(accuracy * n) :] = 1 - right[round(accuracy * n) :]
+        predictions = {"train": labels["train"], "val": labels["val"], "test": right}
+        runs.append(
+            types.SimpleNamespace(
+                seed=42 + i,
+                best_epoch=i + 1,
+                predictions=predictions,
+                seconds=2.0,
+                train_loss=[1.0],
+                val_accuracy=[0.5],
+                learning_rate=[1e-3],
+            )
+        )
+    return types.SimpleNamespace(runs=runs, trained_dim=4), labels
+
+
+def record_of(cell, accuracies):
+    """The record of a cell whose runs have these test accuracies on 40 rows."""
+    runs, labels = scored_runs(accuracies)
+    rows = np.arange(40)
+    view = View(labels["train"], Split(rows, rows, rows, False))
+    return cell_record(cell, runs, view, 2, {"num_layers": 8, "feature_dim": 40})

@@ -1,45 +1,12 @@
 """results.json and results.txt: comparisons matched by name."""
 
-import types
-
 import numpy as np
 import pytest
+from builders import record_of
 
 from ablation import results as results_module
 from ablation.cells import Cell
-from ablation.collection import View
 from ablation.results_text import results_text
-from ablation.scores import cell_record
-from ablation.splits import Split
-
-
-def trained(test_accuracies, n=40):
-    """Runs whose test predictions are right for the first so many of n rows."""
-    labels = {part: np.arange(n) % 2 for part in ("train", "val", "test")}
-    runs = []
-    for i, accuracy in enumerate(test_accuracies):
-        right = labels["test"].copy()
-        right[round(accuracy * n) :] = 1 - right[round(accuracy * n) :]
-        predictions = {"train": labels["train"], "val": labels["val"], "test": right}
-        runs.append(
-            types.SimpleNamespace(
-                seed=42 + i,
-                best_epoch=i + 1,
-                predictions=predictions,
-                seconds=2.0,
-                train_loss=[1.0],
-                val_accuracy=[0.5],
-                learning_rate=[1e-3],
-            )
-        )
-    return types.SimpleNamespace(runs=runs, trained_dim=4), labels
-
-
-def record(cell, accuracies):
-    runs, labels = trained(accuracies)
-    rows = np.arange(40)
-    view = View(labels["train"], Split(rows, rows, rows, False))
-    return cell_record(cell, runs, view, 2, {"num_layers": 8, "feature_dim": 40})
 
 
 def header():
@@ -61,10 +28,12 @@ def header():
 def test_the_comparison_goes_by_name_where_cells_are_missing():
     records = {}
     for i, name in enumerate(("simple_stats", "stats", "frequency")):
-        records[Cell(name, "all_layers")] = record(Cell(name, "all_layers"), [0.9 - 0.1 * i, 0.8 - 0.1 * i])
+        records[Cell(name, "all_layers")] = record_of(
+            Cell(name, "all_layers"), [0.9 - 0.1 * i, 0.8 - 0.1 * i]
+        )
     for name in ("frequency", "simple_stats"):  # stats failed there, and the order is another
-        records[Cell(name, "visual_only")] = record(Cell(name, "visual_only"), [0.6, 0.4])
-    records[Cell("frequency", "text_only")] = record(Cell("frequency", "text_only"), [0.3, 0.3])
+        records[Cell(name, "visual_only")] = record_of(Cell(name, "visual_only"), [0.6, 0.4])
+    records[Cell("frequency", "text_only")] = record_of(Cell("frequency", "text_only"), [0.3, 0.3])
     results = results_module.collect(records, {Cell("stats", "visual_only"): "ValueError: no"}, {}, header())
     assert [entry["representation"] for entry in results["comparison"]] == ["simple_stats", "frequency"]
     first, last = results["comparison"]

@@ -1,16 +1,12 @@
 """Scores against scikit-learn, and the record of a cell."""
 
-import types
-
 import numpy as np
 import pytest
+from builders import record_of
 from sklearn.metrics import accuracy_score, confusion_matrix, precision_recall_fscore_support
 
 from ablation import scores as scoring
 from ablation.cells import Cell
-from ablation.collection import View
-from ablation.scores import cell_record
-from ablation.splits import Split
 
 
 @pytest.mark.parametrize(
@@ -55,38 +51,9 @@ def test_scores_are_scikit_learns(case):
     assert set(scoring.SCORES) == set(expected)
 
 
-def trained(test_accuracies, n=40):
-    """Runs whose test predictions are right for the first so many of n rows."""
-    labels = {part: np.arange(n) % 2 for part in ("train", "val", "test")}
-    runs = []
-    for i, accuracy in enumerate(test_accuracies):
-        right = labels["test"].copy()
-        right[round(accuracy * n) :] = 1 - right[round(accuracy * n) :]
-        predictions = {"train": labels["train"], "val": labels["val"], "test": right}
-        runs.append(
-            types.SimpleNamespace(
-                seed=42 + i,
-                best_epoch=i + 1,
-                predictions=predictions,
-                seconds=2.0,
-                train_loss=[1.0],
-                val_accuracy=[0.5],
-                learning_rate=[1e-3],
-            )
-        )
-    return types.SimpleNamespace(runs=runs, trained_dim=4), labels
-
-
-def record(cell, accuracies):
-    runs, labels = trained(accuracies)
-    rows = np.arange(40)
-    view = View(labels["train"], Split(rows, rows, rows, False))
-    return cell_record(cell, runs, view, 2, {"num_layers": 8, "feature_dim": 40})
-
-
 def test_a_record_has_the_origins_keys_and_true_numbers():
     cell = Cell("stats", "all_layers")
-    found = record(cell, [0.5, 0.7, 0.9])
+    found = record_of(cell, [0.5, 0.7, 0.9])
     names = [f"{part}_{score}" for part in ("val", "test") for score in ("acc", "f1", "precision", "recall")]
     names += ["train_acc", "training_time", "best_epoch"]
     for name in names:
@@ -109,4 +76,4 @@ def test_a_record_has_the_origins_keys_and_true_numbers():
         and np.array(found["val_confusion_matrices"]).sum() == 120
     )
     assert set(found["learning_curves"][0]) >= {"val_acc_history", "train_loss_history", "best_epoch"}
-    assert record(cell, [0.5])["test_acc_std"] == 0
+    assert record_of(cell, [0.5])["test_acc_std"] == 0
