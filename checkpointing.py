@@ -341,7 +341,7 @@ PHRASES = {
 
 
 def differences(made_with: dict, requested: dict) -> list[str]:
-    """What of `requested` differs from what a file was made with, one phrase each.
+    """Phrases for each input in `requested` that differs from `made_with`, a file's.
 
     `requested` may leave out what is not known yet.
     """
@@ -461,8 +461,8 @@ class ResultStore:
     def clear(self, requested: dict[str, dict], needed: Iterable[str], rerun_stale: bool) -> list[str]:
         """Make `checkpoints/` hold finished cells only; returns one line for each file that was moved.
 
-        `requested` describes every cell that could be in the folder, `needed` names those that this run is
-        about. Damaged cells are set aside, stale ones too with `rerun_stale`. Raises Refused, before anything
+        `requested` describes every cell that could be in the folder, `needed` names those of this process.
+        Damaged cells are set aside, stale ones too with `rerun_stale`. Raises Refused, before anything
         is moved, if a needed cell is stale and may not be run again.
         """
         states = {name: self.state(name, description) for name, description in requested.items()}

@@ -29,14 +29,10 @@ EPS = 1e-8
 TOP = 10  # singular values and FFT magnitudes kept
 BINS = 50  # of the histogram behind info_theoretic
 EIGH_BATCH = 16_384  # matrices a call: cuSOLVER fails on larger batches
-SLICE_WEIGHTS = {
-    "cpu": 2**17,
-    "gpu": 2**24,
-}  # weights described at a time: on a CPU what stays in a core's cache
-SLICE_PRODUCTS = {
-    "cpu": 2**20,
-    "gpu": 2**24,
-}  # the same of modules, whose many small operations want longer slices
+# Weights described at a time: on a CPU what stays in a core's cache.
+SLICE_WEIGHTS = {"cpu": 2**17, "gpu": 2**24}
+# The same of modules, whose many small operations want longer slices.
+SLICE_PRODUCTS = {"cpu": 2**20, "gpu": 2**24}
 GRAM_IS_EXACT_ABOVE = 1e-4  # of s_m/s_1: below it, squaring loses more than half of float64's digits
 SKETCH_SIZE = 16  # rows and columns of the product's sketch
 PROJECTED = 16  # numbers that a singular vector of the product is projected to
@@ -81,9 +77,8 @@ class LayerBatch:
     @cached_property
     def mean(self) -> Tensor:
         """Mean of the entries."""
-        return (
-            self.x.sum(1, dtype=torch.float64) / self.N
-        )  # (n,) exact for a constant: 24 bits times N fit, so its std is 0
+        # (n,) exact for a constant: 24 bits times N fit, so its std is 0.
+        return self.x.sum(1, dtype=torch.float64) / self.N
 
     @cached_property
     def centred(self) -> Tensor:
@@ -411,7 +406,7 @@ class ModuleBatch:
 
     @cached_property
     def row_norms(self) -> Tensor:
-        """Of the rows of W, (n, out)."""
+        """Norms of the rows of W, (n, out)."""
         return ((self.grams[0] @ self.upT) * self.upT).sum(1).clamp_min(0).sqrt()
 
     @cached_property
@@ -445,9 +440,8 @@ class ModuleBatch:
         scale = s.sqrt()[:, None]  # (n, 1, r)
         probes = self.projected[0][:, :PROJECTED] @ left * scale  # (n, PROJECTED, r)
         u = self.up @ left * scale if whole else probes  # (n, out or PROJECTED, r)
-        v = (
-            right @ (self.down if whole else self.projected[1][:, :, :PROJECTED]) * scale.mT
-        )  # (n, r, in or PROJECTED)
+        # (n, r, in or PROJECTED)
+        v = right @ (self.down if whole else self.projected[1][:, :, :PROJECTED]) * scale.mT
         if self.svd_of_ill is not None:
             U, s_ill, V = self.svd_of_ill
             U, V = U * s_ill.sqrt()[:, None], V * s_ill.sqrt()[:, :, None]
@@ -590,11 +584,13 @@ def describe(w: Tensor, names: list[str]) -> tuple[dict[str, Tensor], dict[str, 
 def describe_module(
     down: Tensor, up: Tensor, names: list[str], sketch_size: int = SKETCH_SIZE
 ) -> tuple[dict[str, Tensor], dict[str, Exception]]:
-    """The same of the products of a module's batch, `down` (n, r, in) and `up` (n, out, r)."""
+    """Several representations of the products of one module's batch, and the errors of those that failed.
+
+    The factors are `down` (n, r, in) and `up` (n, out, r).
+    """
     limit = SLICE_PRODUCTS["cpu" if down.device.type == "cpu" else "gpu"]
-    size = (
-        (down[0].numel() + up[0].numel()) * (down.shape[1] + 1) // 2
-    )  # the pairs of columns behind the fourth moment
+    # Numbers a row: the pairs of columns behind the fourth moment.
+    size = (down[0].numel() + up[0].numel()) * (down.shape[1] + 1) // 2
     return in_slices(
         (down, up),
         limit // size,

@@ -1,6 +1,5 @@
 #!/usr/bin/env python3
-"""Can a LoRA's concept be read off its weights,
-and how much of it is left in the visual (attn1) layers alone?
+"""Can a LoRA's concept be read off its weights, and how well from its visual (attn1) layers alone?
 
 Describes every layer of a collection of LoRAs by nine representations, trains a small MLP on each for several
 seeds, once with all layers and once with the visual ones, and reports the drop in accuracy. Rerun the same
@@ -75,15 +74,15 @@ def run_experiment(settings: Settings, actions: Actions) -> int:
 
     context = open_context(settings, actions)
     cells, skipped = possible_cells(context.settings, context.data)
-    ledger = begin(context, cells, skipped)
+    ledger = open_ledger(context, cells, skipped)
     features, ledger.failures = load_or_extract(context, ledger.missing)  # each weight is read once
-    follower = Follower(context, ledger)
+    page = LivePage(context, ledger)
     for group in groups_of(ledger.missing):  # a cell and its audits share the trained runs
         computable = [cell for cell in group if cell not in ledger.failures]
         with noting_failures(context, ledger, computable):
             run_group(context, ledger, computable, features)
-        report_failures(context, ledger, group)
-        follower.show(group)
+        announce_failures(context, ledger, group)
+        page.show(group)
     return finish(context, ledger)
 
 
@@ -100,7 +99,7 @@ def open_context(settings: Settings, actions: Actions) -> Context:
     return Context(settings, actions, device, data, ResultStore(settings.output_folder), clock)
 
 
-def begin(context: Context, cells: list[Cell], skipped: dict[Cell, str]) -> Ledger:
+def open_ledger(context: Context, cells: list[Cell], skipped: dict[Cell, str]) -> Ledger:
     """Set damaged and stale files aside, and find out which cells are missing.
 
     Raises Refused if finished cells were made with other settings and may not be run again.
@@ -145,9 +144,7 @@ def run_group(context: Context, ledger: Ledger, cells: list[Cell], features: Fea
 
 
 def finish(context: Context, ledger: Ledger) -> int:
-    """Write results.json, results.txt, manifest.json,
-    the report and the last tables of the log. Returns the status.
-    """
+    """Write the results, the manifest, the report and the last tables of the log. Returns the exit status."""
     store = context.store
     for cell in ledger.cells:
         state = store.state(cell.name, ledger.inputs[cell])
@@ -160,7 +157,7 @@ def finish(context: Context, ledger: Ledger) -> int:
     write_manifest(context, ledger, status)
     announce(store.folder, "ended", status=status, seconds=context.clock.seconds)
     if context.actions.report and store.names():
-        with reporting_errors("the report"), Progress(None, "writing the report"):
+        with logging_errors("the report"), Progress(None, "writing the report"):
             from ablation.report.write import is_current, write_report
 
             if not is_current(store.folder):
@@ -202,7 +199,7 @@ def noting_failures(context: Context, ledger: Ledger, cells: list[Cell]) -> Iter
             ledger.failures.setdefault(cell, reason)
 
 
-def report_failures(context: Context, ledger: Ledger, cells: list[Cell]) -> None:
+def announce_failures(context: Context, ledger: Ledger, cells: list[Cell]) -> None:
     """Log and announce the cells of a group that failed, whenever that was."""
     for cell in cells:
         if cell in ledger.failures:
@@ -210,17 +207,17 @@ def report_failures(context: Context, ledger: Ledger, cells: list[Cell]) -> None
             announce(context.store.folder, "failed", cell=cell.name, error=ledger.failures[cell])
 
 
-# --- while it goes on
+# --- the page while cells run
 
 
-class Follower:
-    """Keeps report.html, and TensorBoard's files if asked for, up to date with the finished cells."""
+class LivePage:
+    """Shows finished cells while others still run: report.html, and TensorBoard's curves if asked for."""
 
     def __init__(self, context: Context, ledger: Ledger):
         self.context, self.ledger = context, ledger
         self.records: dict[Cell, dict] = {}
         if context.actions.report and ledger.missing:
-            with reporting_errors("the page"):
+            with logging_errors("the page"):
                 done = [cell for cell in ledger.cells if cell not in ledger.missing]
                 self.records = {cell: context.store.load(cell.name) for cell in done}
 
@@ -229,22 +226,24 @@ class Follower:
         context, actions, store = self.context, self.context.actions, self.context.store
         if not (actions.report or actions.tensorboard):
             return
-        with reporting_errors("the page"):
+        with logging_errors("the page"):
             done = [c for c in cells if c not in self.ledger.failures and store.path(c.name).exists()]
-            self.records |= {cell: store.load(cell.name) for cell in done}
-            if actions.tensorboard:
-                from ablation.tensorboard import log_curves
-
-                log_curves(store.folder, {cell: self.records[cell] for cell in done if not cell.audit})
+            records = {cell: store.load(cell.name) for cell in done}
+            self.records |= records
             if actions.report and self.records:
                 from ablation.report.write import refresh
 
                 count = len(self.ledger.cells)
                 refresh(store.folder, header_of(context), self.records, self.ledger.failures, count)
+        if actions.tensorboard:
+            with logging_errors("TensorBoard's curves"):
+                from ablation.tensorboard import log_curves
+
+                log_curves(store.folder, {cell: record for cell, record in records.items() if not cell.audit})
 
 
 @contextlib.contextmanager
-def reporting_errors(what: str) -> Iterator[None]:
+def logging_errors(what: str) -> Iterator[None]:
     """Log the traceback if the report page cannot be made; results are not affected."""
     try:
         yield

@@ -52,9 +52,8 @@ class Audit:
 
     def positions(self, variant: str, rows: np.ndarray) -> np.ndarray:
         """Positions in `self.rows` of the changed rows of a variant that come from `rows`."""
-        by_row = np.argsort(self.rows, kind="stable").reshape(
-            -1, len(self.variants)
-        )  # a row's variants in order
+        # A row's variants in order.
+        by_row = np.argsort(self.rows, kind="stable").reshape(-1, len(self.variants))
         position = np.full(self.num_rows, -1)
         position[self.is_changed] = by_row[:, self.variants.index(variant)]
         return position[rows]

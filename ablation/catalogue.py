@@ -59,7 +59,7 @@ SPECS = {  # of every representation, by name
     "norms": Representation("layer", 1, 1, control=True),
     "metadata": Representation("row", 0, 1, fitted=True, control=True),
 }
-# The experiment's own nine, which a run without --representations computes. A new representation does not
+# The experiment's own nine, which are computed without --representations. A new representation does not
 # join them.
 NINE = (
     "simple_stats",
@@ -72,7 +72,7 @@ NINE = (
     "info_theoretic",
     "ensemble",
 )
-ENSEMBLE_PARTS = ("spectral", "matrix_norms", "distribution", "frequency", "info_theoretic")
+ENSEMBLE_MEMBERS = ("spectral", "matrix_norms", "distribution", "frequency", "info_theoretic")
 CHOICES = {name: spec for name, spec in SPECS.items() if not spec.control}
 REPRESENTATION_GROUPS = {
     "nine": NINE,
@@ -86,7 +86,7 @@ def components_of(representation: str) -> tuple[str, ...]:
     """Names of the representations that are computed and cached for this one:
     itself, or those it is built from.
     """
-    return {"ensemble": ENSEMBLE_PARTS, "norms": ("simple_stats",)}.get(representation, (representation,))
+    return {"ensemble": ENSEMBLE_MEMBERS, "norms": ("simple_stats",)}.get(representation, (representation,))
 
 
 # --- layer sets
@@ -102,12 +102,13 @@ class LayerSet(NamedTuple):
     title: str  # in the progress summary
     kinds: tuple[str, ...] = ATTENTION_KINDS
     side: str = ""  # "down" or "up"
+    words: str = ""  # in sentences, where the name with spaces would not do
 
 
 LAYER_SETS = {
     "all_layers": LayerSet("All Layers"),
-    "visual_only": LayerSet("Visual-Only", ("attn1",)),
-    "text_only": LayerSet("Text-Only", ("attn2",)),
+    "visual_only": LayerSet("Visual-Only", ("attn1",), words="the visual layers"),
+    "text_only": LayerSet("Text-Only", ("attn2",), words="the text layers"),
 }
 CONTROL_SETS = {  # of --controls alone
     "down_only": LayerSet("Down-Only", side="down"),
@@ -137,6 +138,12 @@ def title_of(layer_set: str) -> str:
     return known[layer_set].title if layer_set in known else layer_set
 
 
+def words_of(layer_set: str) -> str:
+    """A layer set as sentences name it: `all layers`, `the visual layers`."""
+    known = LAYER_SETS | CONTROL_SETS
+    return (known[layer_set].words if layer_set in known else "") or layer_set.replace("_", " ")
+
+
 class Comparison(NamedTuple):
     """Two layer sets whose test accuracies are compared.
     The drop is that of `first` minus that of `second`.
@@ -147,15 +154,16 @@ class Comparison(NamedTuple):
     removed: str  # what `second` lacks of `first`, as sentences name it
 
 
+# The experiment's question, and the same with layer sets of equally many modules.
+MAIN_COMPARISON = Comparison("all_layers", "visual_only", "the text layers")
+SIZE_MATCHED_COMPARISON = Comparison("random_half", "visual_only", "")
 COMPARISONS = (
-    Comparison("all_layers", "visual_only", "the text layers"),
+    MAIN_COMPARISON,
     Comparison("all_layers", "text_only", "the visual layers"),
     Comparison("visual_only", "text_only", ""),
     Comparison("all_layers", "random_half", "half of the modules"),
-    Comparison("random_half", "visual_only", ""),
+    SIZE_MATCHED_COMPARISON,
 )
-MAIN_COMPARISON = COMPARISONS[0]  # the experiment's question
-SIZE_MATCHED_COMPARISON = COMPARISONS[4]  # layer sets of equally many modules
 
 # --- splits, audits, controls, classifiers
 
@@ -194,5 +202,5 @@ DATASET_NAMES = (
 
 TRAINING_VERSION = 2
 AUDIT_VERSION = 1
-CLASSIFIER_VERSION = 1
-INFERENCE_VERSION = 5  # also when the verdict says something else of the same predictions
+CLASSIFIER_VERSION = 1  # of CLASSIFIERS; kernel_ridge has the version of its representation
+INFERENCE_VERSION = 6  # also when the verdict says something else of the same predictions

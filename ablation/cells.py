@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from ablation.catalogue import AUDITS, CLASSIFIERS, CONTROL_SETS, SHUFFLED, SPECS, SPLITS, title_of
+from ablation.catalogue import AUDITS, CLASSIFIERS, CONTROL_SETS, SHUFFLED, SPECS, SPLITS, group_of, title_of
 
 # How each further field of a Cell is written in a file's name, in this order:
 # all_layers_stats.random1.linear.json
@@ -87,7 +87,9 @@ class Cell(NamedTuple):
     @property
     def spoken(self) -> str:
         """The cell as people say it: `stats of all layers, shuffled labels`."""
-        layers = self.layer_set.removeprefix("by_block.").replace("_", " ") if self.layer_set else ""
+        layers = self.layer_set.replace("_", " ").replace(".", " ")
+        if group_of(self.layer_set) == "by_block":
+            layers = self.layer_set.removeprefix("by_block.")
         words = [f"{self.representation} of {layers}"]
         words += [f"split {self.split}"] if self.split else []
         words += [CLASSIFIERS[self.classifier].lower()] if self.classifier else []
@@ -120,3 +122,9 @@ def cells_named(names: Iterable[str]) -> list[Cell]:
 def groups_of(cells: list[Cell]) -> list[list[Cell]]:
     """Consecutive cells that share their trained runs: a cell and its audits."""
     return [list(group) for _, group in itertools.groupby(cells, key=lambda cell: cell.trained)]
+
+
+def spoken_cell(name: str) -> str:
+    """The name of a cell's files as people say it."""
+    cell = Cell.named(name)
+    return name if cell is None else cell.spoken

@@ -16,16 +16,15 @@ from sklearn.kernel_ridge import KernelRidge
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import KernelCenterer
 
-from ablation.mlp import Listener, Run, Task, TrainedRuns, TrainingError
 from ablation.splits import PARTS
+from ablation.task import Listener, Run, Task, TrainedRuns, TrainingError
 from ablation.training import standardise
 
 log = logging.getLogger("visual_ablation")
 
 CLASSIFIER_SEED = 0
-PROBE_PENALTIES = tuple(
-    10.0**power for power in range(-4, 2)
-)  # scikit-learn's C: 1 / penalty on the squared weights
+# scikit-learn's C, the inverse of the penalty on the squared weights: the strongest penalty first.
+PROBE_CS = tuple(10.0**power for power in range(-4, 2))
 PROBE_ITERATIONS = 2000
 BOOSTING_ITERATIONS, BOOSTING_PATIENCE = 100, 10
 # Few leaves and bins: a data set has some hundred rows and up to ten thousand columns, and time grows with
@@ -38,7 +37,7 @@ NEGLIGIBLE_SPREAD = 1e-6  # kernels whose spread is smaller, relative to their s
 def train_linear(task: Task, listener: Listener) -> TrainedRuns:
     """Multinomial logistic regression (scikit-learn, L-BFGS) on the standardised columns.
 
-    The penalty is the one of PROBE_PENALTIES with the best validation accuracy; of several, the strongest.
+    C is the one of PROBE_CS with the best validation accuracy; of several, the smallest.
     """
     began = time.perf_counter()
     columns, rows = standardised(task)
@@ -50,13 +49,13 @@ def train_linear(task: Task, listener: Listener) -> TrainedRuns:
         )
     model = LogisticRegression(max_iter=PROBE_ITERATIONS, warm_start=True)
     best, predictions = -1.0, {}
-    for penalty in PROBE_PENALTIES:
+    for inverse in PROBE_CS:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)  # logged below with the penalty
-            model.set_params(C=penalty).fit(columns[rows["train"]], labels[rows["train"]])
+            model.set_params(C=inverse).fit(columns[rows["train"]], labels[rows["train"]])
         if max(model.n_iter_) >= PROBE_ITERATIONS:
             log.warning(
-                f"the linear probe did not converge in {PROBE_ITERATIONS} iterations at C = {penalty:g}"
+                f"the linear probe did not converge in {PROBE_ITERATIONS} iterations at C = {inverse:g}"
             )
         accuracy = float(np.mean(model.predict(columns[rows["val"]]) == labels[rows["val"]]))
         if accuracy > best:
@@ -100,7 +99,7 @@ def train_kernel_ridge(task: Task, listener: Listener) -> TrainedRuns:
     The kernel and the targets, one a class, are centred by the training rows; the largest output wins. The
     penalty is the one of RIDGE_PENALTIES, times the mean of the centred kernel's diagonal, with the best
     validation accuracy; of several, the largest. Raises TrainingError if the training rows' products do not
-    differ.
+    differ. Raise the version of the representation kernel_ridge when a number changes.
     """
     began = time.perf_counter()
     kernel, labels, split = task.features, task.labels, task.split

@@ -87,9 +87,8 @@ class LoraCollection:
     split: Split  # the first one
     files: SourceFiles
     groups: np.ndarray | None = None  # (N,) numbers of what rows have in common; None without such a column
-    metadata: dict[str, np.ndarray] = field(
-        default_factory=dict
-    )  # (N,) float64 each, NaN where a row has no value
+    # (N,) float64 each, NaN where a row has no value.
+    metadata: dict[str, np.ndarray] = field(default_factory=dict)
     views: dict[tuple[SplitSpec | None, str], View] = field(default_factory=dict)  # kept by `view`
 
     @property

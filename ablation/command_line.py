@@ -50,8 +50,6 @@ SECTIONS = {  # of --help; every setting stands in one of them
 class Actions:
     """Flags that are no settings: they change what is done or shown, and no number."""
 
-    quick: bool = False
-    config: str | None = None
     rerun_stale: bool = False
     dry_run: bool = False
     status: bool = False
@@ -74,8 +72,8 @@ def parse_command_line(argv: list[str] | None, description: str) -> tuple[Settin
     `description` is the program's docstring: its first paragraph heads --help, its exit statuses close it.
     """
     parsed = vars(build_parser(description).parse_args(argv))
-    names = [f.name for f in dataclasses.fields(Actions)]
-    actions = Actions(**{name: parsed.pop(name) for name in names})
+    config, quick = parsed.pop("config"), parsed.pop("quick")
+    actions = Actions(**{f.name: parsed.pop(f.name) for f in dataclasses.fields(Actions)})
     fields = setting_fields()
     # A flag such as --controls without a value means all of its choices.
     typed = {
@@ -83,18 +81,16 @@ def parse_command_line(argv: list[str] | None, description: str) -> tuple[Settin
     }
     if actions.watch and not actions.status:
         raise InputError("--watch goes with --status")
-    if actions.quick:
+    if quick:
         if "num_runs" in typed:
             raise InputError(
                 f"--quick means 3 runs and --num-runs {typed['num_runs']} another number: leave one out"
             )
         typed["num_runs"] = 3
     from_file: dict[str, Any] = {}
-    if actions.config is not None:
-        from_file = read_yaml(actions.config)
-        build_settings(
-            from_file, actions.config
-        )  # a bad value in the file is an error even if a flag replaces it
+    if config is not None:
+        from_file = read_yaml(config)
+        build_settings(from_file, config)  # a bad value in the file is an error even if a flag replaces it
     return build_settings(from_file | typed), actions
 
 

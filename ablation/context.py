@@ -36,8 +36,8 @@ class Context:
 
 @dataclass
 class Ledger:
-    """What became of each cell.
-    `inputs` has what the numbers of every cell, also of other commands', depend on.
+    """The cells of a command, and what became of each.
+    `inputs` maps cells, also those of other commands in the folder, to what their numbers depend on.
     """
 
     cells: list[Cell]  # of this command, in order

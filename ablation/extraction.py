@@ -97,9 +97,8 @@ def extract_features(request: Request, on_layers: OnLayers = lambda layers: None
         done += block.num_rows
     data.weights.free_buffers.clear()
     wall = time.perf_counter() - began
-    reading = (
-        wall * seconds.read / (seconds.read + seconds.describe or 1)
-    )  # seconds of several threads overlap
+    # Seconds of several threads overlap.
+    reading = wall * seconds.read / (seconds.read + seconds.describe or 1)
     flat = {name: x.flatten(1) for name, x in features.items() if name not in errors}
     return Extracted(flat, errors, reading, wall - reading)
 
@@ -241,9 +240,8 @@ class Block:
             log.warning(
                 f"out of memory on {reader.device}: {self.layer_label(position)} are changed on the host"
             )
-        return audit.change(
-            reader, position, rows, w.cpu()
-        )  # outside `except`, whose traceback keeps tensors alive
+        # Outside `except`, whose traceback keeps tensors alive.
+        return audit.change(reader, position, rows, w.cpu())
 
 
 Described = tuple[int, dict[str, Tensor], dict[str, Exception]]

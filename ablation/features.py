@@ -1,4 +1,4 @@
-"""The features of a run, from the cache or from the weights; and the columns that each cell takes of them."""
+"""The features of all cells, from the cache or from the weights; and the columns that each cell takes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ log = logging.getLogger("visual_ablation")
 
 @dataclass
 class Features:
-    """What the columns of every cell are taken from.
+    """The features that the columns of every cell are taken from.
 
     `computed` maps representations to features (N, P*k) of the data set's rows, `changed[audit]` to features
     (E, P*k) of the audit's changed rows. `components` bounds the components of pca and kernel_pca.
@@ -69,12 +69,12 @@ def cell_columns(features: dict[str, Tensor], cell: Cell, data: LoraCollection) 
     """The columns (N, P'*k) of the cell's P' layers or modules:
     visual-only is a slice of the all-layers features.
 
-    The parts of an ensemble are joined within each layer. Norms are the first column of simple_stats.
+    The members of the ensemble are joined within each layer. Norms are the first column of simple_stats.
     """
     is_layer = SPECS[cell.representation].source == "layer"
     count = len(data.layers if is_layer else data.layers.modules)
-    parts = [features[name].unflatten(1, (count, -1)) for name in components_of(cell.representation)]
-    x = parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)  # (N, P, k)
+    components = [features[name].unflatten(1, (count, -1)) for name in components_of(cell.representation)]
+    x = components[0] if len(components) == 1 else torch.cat(components, dim=2)  # (N, P, k)
     if cell.representation == "norms":
         x = x[:, :, :1]
     chosen = positions_of(cell, data)
@@ -110,7 +110,7 @@ def refuse_non_finite_features(x: Tensor, cell: Cell, data: LoraCollection) -> N
 
 
 def load_or_extract(context: Context, cells: list[Cell]) -> tuple[Features, dict[Cell, str]]:
-    """What the columns of `cells` are taken from, and the reason for each cell whose features failed."""
+    """The features that `cells` need, and the reason for each cell whose features failed."""
     features = Features(context.data, context.settings.pca_components)
     failures: dict[Cell, str] = {}
     audits = [name for name in context.settings.audit if any(cell.audit == name for cell in cells)]
@@ -144,17 +144,17 @@ def extracted_names(cells: list[Cell], audit: str) -> list[str]:
     """The representations that cells with this audit
     ('': without one) need from the pass over the weights.
     """
-    parts = {part for cell in cells if cell.audit == audit for part in components_of(cell.representation)}
-    return [name for name, spec in SPECS.items() if name in parts and not spec.fitted]
+    needed = {name for cell in cells if cell.audit == audit for name in components_of(cell.representation)}
+    return [name for name, spec in SPECS.items() if name in needed and not spec.fitted]
 
 
 def failures_of(cells: list[Cell], errors: dict[str, Exception]) -> dict[Cell, str]:
     """The reason for each cell that needs a representation which failed."""
     failures: dict[Cell, str] = {}
     for cell in cells:
-        for part in components_of(cell.representation):
-            if part in errors:
-                failures.setdefault(cell, f"features of {part}: {describe_error(errors[part])}")
+        for name in components_of(cell.representation):
+            if name in errors:
+                failures.setdefault(cell, f"features of {name}: {describe_error(errors[name])}")
     return failures
 
 
@@ -210,7 +210,7 @@ def load_cached(context: Context, cache: FeatureCache, names: list[str], feature
 
 
 def save_cached(context: Context, cache: FeatureCache, computed: dict[str, Tensor]) -> None:
-    """Cache features; a disk that does not take them is logged, and the run goes on."""
+    """Cache features; a disk that does not take them is logged, and the experiment goes on."""
     with context.clock("features"), Progress(len(computed), "representations cached") as progress:
         for name, x in computed.items():
             try:

@@ -1,4 +1,4 @@
-"""What a cell's numbers depend on: a checkpoint is current if it was made with the same."""
+"""The inputs of a cell's numbers. A checkpoint is current if it was made with the cell's present inputs."""
 
 from __future__ import annotations
 

@@ -24,8 +24,8 @@ from ablation.audits import Audit
 from ablation.collection import LoraCollection, View
 from ablation.controls import metadata_features
 from ablation.layers import Module
-from ablation.mlp import TrainingError
 from ablation.reading import BLOCK_ROWS
+from ablation.task import TrainingError
 from representations import ModuleBatch
 
 FIT_SEED = 0
@@ -135,9 +135,8 @@ class Fit:
             down = self.read(module.down).to(self.device)  # (N + E, r, in)
             upT = self.read(module.up).mT.contiguous().to(self.device)  # (N + E, r, out)
             r = down.shape[1]
-            down_T, upT_T = (
-                w[train.to(self.device)].flatten(0, 1) for w in (down, upT)
-            )  # (T*r, in), (T*r, out)
+            # (T*r, in), (T*r, out)
+            down_T, upT_T = (w[train.to(self.device)].flatten(0, 1) for w in (down, upT))
             for rows in self.blocks(max(1, KERNEL_TILE // (r * r * len(train)))):
                 inner = (upT[rows].flatten(0, 1) @ upT_T.mT) * (down[rows].flatten(0, 1) @ down_T.mT)
                 kernel[rows] += inner.view(-1, r, len(train), r).sum((1, 3), dtype=torch.float64).cpu()
@@ -229,9 +228,8 @@ def centroid_cosine(fit: Fit) -> Tensor:
     folds = torch.from_numpy(np.random.default_rng(FIT_SEED).permutation(len(fit.train)) % FOLDS)
     fold_of = torch.full((fit.data.num_rows,), -1)
     fold_of[fit.train] = folds
-    fold_of = fold_of[
-        fit.sources
-    ]  # (N + E,): a changed training row has the label of the row that it comes from
+    # (N + E,): a changed training row has the label of the row that it comes from.
+    fold_of = fold_of[fit.sources]
     cosines = []
     for module in fit.modules:
         down, up = fit.read(module.down), fit.read(module.up)

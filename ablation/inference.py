@@ -1,4 +1,4 @@
-"""The saved predictions of a run's cells -> accuracies with intervals,
+"""The saved predictions of an experiment's cells -> accuracies with intervals,
 comparisons, ranking, inflation, controls.
 """
 
@@ -40,7 +40,7 @@ SUSPECT_LEVEL = 0.01  # share of runs without a fault that the check calls suspe
 def infer(
     predictions: Predictions, groups: np.ndarray | None, margin: float, kind: str = "random"
 ) -> dict[str, Any]:
-    """What the saved predictions of a run's cells say; {} if no cell of the tables is among them.
+    """What the saved predictions of an experiment's cells say; {} if no cell of the tables is among them.
 
     `groups` (N,) are the groups of the data set's rows, if any; `kind` is the first split's. `accuracies` are
     over all splits of that kind; `comparisons` are of two layer sets, representation by representation;
@@ -233,9 +233,8 @@ def check_shuffled_labels(predictions: Predictions) -> dict[str, Any]:
     arrays = list(predictions.values())
     labels = arrays[0]["test_labels"]
     classes = np.arange(labels.max() + 1)
-    shares = np.stack(
-        [(of_cell["test_predictions"][:, :, None] == classes).mean(0) for of_cell in arrays]
-    )  # (cells, n, C)
+    # (cells, n, C)
+    shares = np.stack([(of_cell["test_predictions"][:, :, None] == classes).mean(0) for of_cell in arrays])
     rng, rows = np.random.default_rng(RESAMPLING_SEED), np.arange(len(labels))
     orders = [labels, *(rng.permutation(labels) for _ in range(SHUFFLES))]
     accuracies = np.stack([shares[:, rows, order].mean(1) for order in orders])  # (1 + B, cells)

@@ -10,7 +10,7 @@ from typing import Any
 
 from ablation.catalogue import CLASSIFIERS, title_of
 from ablation.cells import Cell
-from ablation.tables import (
+from ablation.text_table import (
     TEXT_WIDTH,
     Column,
     accuracy_with_interval,

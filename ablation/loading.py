@@ -28,7 +28,7 @@ def load(settings: Settings, device: str, clock: Clock) -> LoraCollection:
         if not sys.stdout.isatty():
             disable_progress_bars()
         data = load_collection(settings, device)
-        for name in split_names(settings)[1:]:  # a split that is not possible ends the run here
+        for name in split_names(settings)[1:]:  # a split that is not possible ends the command here
             data.view(split_spec(settings, name))
     log_contents(data, settings)
     log_groups(data, settings)

@@ -1,4 +1,4 @@
-"""What the user sees while a run goes on: lines, progress, seconds by stage; and how signals end the run."""
+"""What the user sees while cells are computed: lines, progress, seconds by stage; and how signals end it."""
 
 from __future__ import annotations
 

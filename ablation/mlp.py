@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -17,62 +16,13 @@ from torch import Tensor, nn
 from torch.optim.adam import adam
 
 from ablation.settings import TrainingSettings
-from ablation.splits import Split
+from ablation.task import Run, TrainingError
 
 HIDDEN_LAYERS = 3
 LR_FACTOR, LR_PATIENCE = 0.5, 10  # of ReduceLROnPlateau on validation accuracy
 BETA1, BETA2, ADAM_EPS = 0.9, 0.999, 1e-8
 EVAL_ROWS = 4096  # rows in one forward pass without gradients
 DROPOUT_STEPS = 8  # steps whose dropout is drawn at once
-
-
-class TrainingError(Exception):
-    """Training cannot go on; the message says why. The cell fails."""
-
-
-@dataclass
-class Run:
-    """The result of one seed. Epochs count from 1; the lists have one entry for each epoch."""
-
-    seed: int
-    best_epoch: int = 0
-    train_loss: list[float] = field(default_factory=list)  # mean over the epoch's rows, with dropout
-    val_accuracy: list[float] = field(default_factory=list)
-    learning_rate: list[float] = field(default_factory=list)  # used in the epoch
-    predictions: dict[str, np.ndarray] = field(
-        default_factory=dict
-    )  # part of the split -> (n,) class numbers
-    seconds: float = 0.0
-
-
-@dataclass
-class TrainedRuns:
-    """The runs of a cell. `trained_dim` counts the columns that vary over the training rows."""
-
-    runs: list[Run]
-    trained_dim: int
-
-
-class Task(NamedTuple):
-    """What a classifier learns: `labels` (N,) from `features` (N, D), on the training rows of `split`.
-
-    `extra` has the features (n, D) of further rows, by name; they are predicted and nothing else.
-    """
-
-    features: Tensor
-    labels: np.ndarray
-    split: Split
-    num_classes: int
-    extra: dict[str, Tensor] = {}  # noqa: RUF012 (never changed)
-
-
-class Listener(NamedTuple):
-    """Functions that are told of progress, from any thread: `on_run(run, number)` as runs finish, number from
-    1, and `on_epoch(run)` after each epoch of each run.
-    """
-
-    on_run: Callable[[Run, int], None] = lambda run, number: None
-    on_epoch: Callable[[Run], None] = lambda run: None
 
 
 class Prepared(NamedTuple):

@@ -20,9 +20,7 @@ from torch.nn import functional as F
 from ablation.mlp import (
     EVAL_ROWS,
     AdamState,
-    Listener,
     Prepared,
-    Run,
     adam_step,
     autocast,
     batch_order,
@@ -36,6 +34,7 @@ from ablation.mlp import (
     rows_on,
 )
 from ablation.settings import TrainingSettings
+from ablation.task import Listener, Run
 
 WARM_UP = 2  # ordinary steps before one is recorded as a CUDA graph
 
@@ -134,9 +133,8 @@ class PackedEpoch:
     def __init__(self, pack: Pack, x_train: Tensor, y_train: Tensor):
         self.pack, self.x_train, self.y_train = pack, x_train, y_train
         device = y_train.device
-        self.total_R = torch.zeros(
-            len(pack), dtype=torch.float64, device=device
-        )  # loss summed over the epoch's rows
+        # Loss summed over the epoch's rows.
+        self.total_R = torch.zeros(len(pack), dtype=torch.float64, device=device)
         rate_type = torch.float32 if device.type == "cuda" else torch.float64  # as Adam's kernel takes them
         self.rates_R = torch.zeros(len(pack), dtype=rate_type, device=device)
         self.steps: dict[int, Callable[..., None]] = {}  # by the size of the batch
@@ -155,9 +153,8 @@ class PackedEpoch:
             size = batch_RB.shape[1]
             dropout = []
             if settings.dropout:
-                dropout = [
-                    torch.stack([next(factors)[:, :size] for factors in dropouts], dim=1)
-                ]  # (L, R, B, H)
+                # (L, R, B, H)
+                dropout = [torch.stack([next(factors)[:, :size] for factors in dropouts], dim=1)]
             if size not in self.steps:
                 self.steps[size] = Replayed(self.step, record_graph) if self.replays() else self.step
             self.steps[size](batch_RB, *dropout)

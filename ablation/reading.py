@@ -277,9 +277,8 @@ class ReadAhead:
                 self.waited += time.perf_counter() - began
                 waiting.extend(islice(jobs, 1))
                 if w.is_cuda:
-                    w.record_stream(
-                        torch.cuda.current_stream(w.device)
-                    )  # keeps its memory until the work is done
+                    # Keeps its memory until the work is done.
+                    w.record_stream(torch.cuda.current_stream(w.device))
                 yield w
         finally:
             pool.shutdown(cancel_futures=True)

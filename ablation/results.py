@@ -12,7 +12,7 @@ import numpy as np
 from ablation.catalogue import CHOICES, INFERENCE_VERSION, LAYER_SETS, MAIN_COMPARISON
 from ablation.cells import Cell
 from ablation.results_text import results_text
-from ablation.scores import mean_and_std, with_all_scores
+from ablation.scores import mean_and_std, with_derived_scores
 from checkpointing import hash_of, read_json, write_bytes, write_json
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def collect(
     `header` says what was run on what. `failures` and `skipped` map cells to their error or reason, a line
     each.
     """
-    records = {cell: with_all_scores(record) for cell, record in records.items()}
+    records = {cell: with_derived_scores(record) for cell, record in records.items()}
     results = dict(header)
     layer_sets = dict.fromkeys([*LAYER_SETS, *(cell.layer_set for cell in records if cell.is_plain)])
     for layer_set in layer_sets:
@@ -142,7 +142,7 @@ def inference_of(context: Context, records: dict[Cell, dict]) -> dict[str, Any]:
 
     arrays = {cell: context.store.load_predictions(cell.name) for cell in records}
     inference = {} if overlap else infer(arrays, data.groups, settings.margin, kind)
-    made = dict(zip(INFERENCE_KEYS, (inference, verdict(inference), made_from), strict=True))
+    made = dict(zip(INFERENCE_KEYS, (inference, verdict(inference, overlap), made_from), strict=True))
     return made | {"inference_check": hash_of(made)}
 
 

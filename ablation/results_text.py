@@ -11,7 +11,7 @@ import numpy as np
 from ablation.catalogue import LAYER_SETS, MAIN_COMPARISON, group_of, title_of
 from ablation.cells import Cell
 from ablation.inference_text import audit_lines, inference_lines
-from ablation.tables import TEXT_WIDTH, Column, percent, table
+from ablation.text_table import TEXT_WIDTH, Column, percent, table
 
 
 def results_text(results: dict[str, Any]) -> str:

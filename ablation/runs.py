@@ -12,10 +12,10 @@ from ablation.context import Context
 from ablation.features import Features, refuse_non_finite_features
 from ablation.fingerprints import data_settings
 from ablation.log import Progress, end_if_stopped
-from ablation.mlp import Listener, Run, Task, TrainedRuns
 from ablation.provenance import made_on
 from ablation.scores import audit_record, cell_record, prediction_arrays, run_scores, variant_arrays
 from ablation.splits import PARTS
+from ablation.task import Listener, Run, Task, TrainedRuns
 from ablation.training import train_runs
 
 log = logging.getLogger("visual_ablation")

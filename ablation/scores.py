@@ -14,7 +14,7 @@ from ablation.cells import Cell
 
 if TYPE_CHECKING:
     from ablation.collection import View
-    from ablation.mlp import Run, TrainedRuns
+    from ablation.task import Run, TrainedRuns
 
 SCORED_PARTS = ("val", "test")
 SCORES = ("acc", "f1", "precision", "recall")  # of each scored part, in the records and in results.json
@@ -120,17 +120,15 @@ def learning_curve(run: Run) -> dict[str, Any]:
     }
 
 
-def with_all_scores(record: dict[str, Any]) -> dict[str, Any]:
-    """The record with every score of SCORES, also of one that is newer than the record.
+def with_derived_scores(record: dict[str, Any]) -> dict[str, Any]:
+    """The record with its val and test scores derived anew from the confusion counts.
 
-    Val and test scores are derived from the confusion counts, so a new metric needs no new run.
+    So a new or corrected metric needs no new run.
     """
-    if all(f"{part}_{score}_mean" in record for part in SCORED_PARTS for score in SCORES):
-        return record
     per_run = []
     for number, run in enumerate(record["per_run_results"]):
         counts = {part: np.array(record[f"{part}_confusion_matrices"][number]) for part in SCORED_PARTS}
-        per_run.append({**part_scores(counts), **run})
+        per_run.append({**run, **part_scores(counts)})
     return {**record, **summaries(per_run), "per_run_results": per_run}
 
 

@@ -1,4 +1,4 @@
-"""Which cells a run has, in which order, and which of them a data set has something for."""
+"""Which cells an experiment has, in which order, and which of them a data set has something for."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ log = logging.getLogger("visual_ablation")
 
 
 def list_cells(settings: Settings, layer_sets: list[str]) -> list[Cell]:
-    """Every cell that the settings ask for, the table first.
+    """Every cell that the settings ask for, once, the table first.
 
     `layer_sets` are those of the settings with groups expanded (`layers.expand_layer_sets`).
     """
@@ -32,7 +32,7 @@ def list_cells(settings: Settings, layer_sets: list[str]) -> list[Cell]:
         if not cell.own_classifier
     ]
     audited = cells_of(layer_sets, settings.representations, settings.audit)
-    return audited + further + classified + control_cells(settings, layer_sets)
+    return list(dict.fromkeys(audited + further + classified + control_cells(settings, layer_sets)))
 
 
 def possible_cells(settings: Settings, data: LoraCollection) -> tuple[list[Cell], dict[Cell, str]]:

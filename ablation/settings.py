@@ -104,7 +104,11 @@ class TrainingSettings:
 
 @dataclass(frozen=True)
 class Settings:
-    """What to read, what to compute, where to put it. `training` holds the rest."""
+    """What to read, what to compute, where to put it. `training` holds the rest.
+
+    One class of many fields, because they are one flat set of names: the flags, the keys of a YAML file and
+    `settings` of results.json. Nothing below the command line takes it whole for a field or two.
+    """
 
     dataset: str = setting("digits", f"data set: {DATASET_NAMES}")
     data_split: str = setting("", "split of the data set to read (default: train, or the only one there is)")

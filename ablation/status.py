@@ -7,6 +7,7 @@ from __future__ import annotations
 import calendar
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -98,7 +99,7 @@ class Watched:
 
     states: dict[Cell, State]
     events: list[dict]
-    is_held: bool  # by a run
+    is_held: bool  # by a process
 
     @property
     def done(self) -> int:
@@ -107,11 +108,11 @@ class Watched:
 
     @property
     def is_loading(self) -> bool:
-        """True while a run has the folder and has not begun its cells."""
+        """True while a process has the folder and has not begun its cells."""
         return self.is_held and (not self.events or any(e["event"] == "ended" for e in self.events))
 
     def count(self, event: str) -> int:
-        """Events of this kind since the run began."""
+        """Events of this kind since the process began."""
         return 0 if self.is_loading else sum(e["event"] == event for e in self.events)
 
     @property
@@ -120,7 +121,7 @@ class Watched:
         return len(self.states) - self.done - self.count("failed")
 
     def line(self) -> str:
-        """Cells done, failed, running and left; rate and time to go while a run works."""
+        """Cells done, failed, running and left; rate and time to go while a process works."""
         running = int(self.is_held and not self.is_loading and self.left > 0)
         line = (
             f"{self.done}/{len(self.states)} cells done, {self.count('failed')} failed, {running} running, "
@@ -200,8 +201,8 @@ def print_needs(settings: Settings, surveyed: Survey, to_run: list[Cell]) -> Non
     def size(name: str) -> float:
         return feature_bytes(name, surveyed, settings)
 
-    parts = {part for cell in to_run for part in components_of(cell.representation)}
-    cached = sum(size(part) for part in parts if not SPECS[part].fitted)
+    components = {name for cell in to_run for name in components_of(cell.representation)}
+    cached = sum(size(name) for name in components if not SPECS[name].fitted)
     growth = 1 + sum(AUDITS[audit].changed_rows for audit in settings.audit)
     per_cell = [sum(map(size, components_of(cell.representation))) for cell in to_run]
     memory, largest = growth * cached, growth * max(per_cell, default=0)
@@ -230,24 +231,26 @@ def print_needs(settings: Settings, surveyed: Survey, to_run: list[Cell]) -> Non
         )
 
 
+# Bytes of the features of all rows, of each representation that is fitted to training rows. The number of
+# classes is not known before the data set is opened: centroid_cosine takes ten.
+FITTED_BYTES: dict[str, Callable[[Survey, Settings], float]] = {
+    "flat_vec": lambda surveyed, settings: surveyed.weight_bytes,
+    "pca": lambda surveyed, settings: 4 * surveyed.rows * settings.pca_components,
+    "centroid_cosine": lambda surveyed, settings: 4 * surveyed.rows * 2 * (len(surveyed.shapes) // 2) * 10,
+    "kernel_pca": lambda surveyed, settings: 8 * surveyed.rows**2,
+    "kernel_ridge": lambda surveyed, settings: 8 * surveyed.rows**2,
+    "metadata": lambda surveyed, settings: 0,
+}
+
+
 def feature_bytes(name: str, surveyed: Survey, settings: Settings) -> float:
-    """Bytes of a representation's features of all rows.
-    The number of classes is not known: centroid_cosine takes ten.
-    """
+    """Bytes of a representation's features of all rows."""
     rows, layers = surveyed.rows, len(surveyed.shapes)
     modules = layers // 2
     spec = SPECS[name]
     if not spec.fitted:
         return 4 * rows * settings.width_of(name) * (modules if spec.source == "module" else layers)
-    fitted = {
-        "flat_vec": surveyed.weight_bytes,
-        "pca": 4 * rows * settings.pca_components,
-        "centroid_cosine": 4 * rows * 2 * modules * 10,
-        "kernel_pca": 8 * rows**2,
-        "kernel_ridge": 8 * rows**2,
-        "metadata": 0,
-    }
-    return fitted[name]
+    return FITTED_BYTES[name](surveyed, settings)
 
 
 def gigabytes(size: float) -> str:

@@ -33,8 +33,8 @@ class Survey(NamedTuple):
 def survey(name: str, data_split: str = "") -> Survey | None:
     """Rows and layers of a data set; None for one on the Hub whose size is not among the published ones.
 
-    Of several splits it takes the one that a run would take, as far as file names tell. Raises InputError for
-    a name that is no data set's and for files that cannot be read.
+    Of several splits it takes the one that the experiment would take, as far as file names tell. Raises
+    InputError for a name that is no data set's and for files that cannot be read.
     """
     kind, location = resolve_name(name)
     if kind == "hub":
@@ -75,7 +75,7 @@ def is_number(kind: pa.DataType) -> bool:
 
 
 def files_of_split(name: str, kind: str, root: Path, data_split: str) -> list[Path]:
-    """The files that hold the split which a run would read."""
+    """The files that hold the split which the experiment would read."""
     if kind == "disk":
         if (root / "dataset_dict.json").is_file():
             splits = sorted(path.parent.name for path in root.glob("*/state.json"))

@@ -27,12 +27,7 @@ from ablation.mlp import (
     EVAL_ROWS,
     AdamState,
     Dropout,
-    Listener,
     Prepared,
-    Run,
-    Task,
-    TrainedRuns,
-    TrainingError,
     adam_step,
     arithmetic,
     autocast,
@@ -49,6 +44,7 @@ from ablation.mlp import (
 from ablation.packed import train_packed
 from ablation.settings import InputError, TrainingSettings
 from ablation.splits import PARTS
+from ablation.task import Listener, Run, Task, TrainedRuns, TrainingError
 
 log = logging.getLogger("visual_ablation")
 
@@ -108,9 +104,8 @@ def home_of(features: Tensor, device: str) -> str:
     if torch.device(device).type != "cuda":
         return device
     size, (free, _) = features.numel() * features.element_size(), torch.cuda.mem_get_info(device)
-    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(
-        device
-    )  # kept by torch for new tensors
+    # Kept by torch for new tensors.
+    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     if size * COPIES <= free:
         return device
     log.info(
@@ -167,7 +162,7 @@ def train_sequential(data: Prepared, settings: TrainingSettings, listener: Liste
 
 
 class Watch(NamedTuple):
-    """What a run in a thread looks at: the event that ends it, and who is told of its epochs."""
+    """The event that ends a run in a thread, and the listener that is told of its epochs."""
 
     stop: threading.Event
     listener: Listener
@@ -217,9 +212,8 @@ def train_one(
         set_dropout(model, None)
         correct = int((predict(model, x_val, settings, data.device) == y_val).sum())
         if record_epoch(run, total.item() / rows, correct, len(y_val), learning_rate):
-            best = {
-                name: tensor.clone() for name, tensor in model.state_dict().items()
-            }  # training goes on: a copy
+            # Training goes on: a copy.
+            best = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         scheduler.step(run.val_accuracy[-1])
         watch.listener.on_epoch(run)
     model.load_state_dict(best)

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from ablation.catalogue import MAIN_COMPARISON, SIZE_MATCHED_COMPARISON, Comparison
+from ablation.catalogue import MAIN_COMPARISON, SHUFFLED, SIZE_MATCHED_COMPARISON, Comparison, words_of
+from ablation.cells import spoken_cell
 from ablation.estimators import LEVEL, POWER, holm
 
 MANY_SPLITS = 5  # from as many on, the corrected test over splits has enough power
@@ -17,13 +18,15 @@ LISTED = 3  # names in one sentence
 Numbers = dict[str, Any]
 
 
-def verdict(inference: dict[str, Any]) -> str:
+def verdict(inference: dict[str, Any], is_overlapping: bool = False) -> str:
     """One paragraph about the drop, with its conditions; `inference` is what `infer` returns.
 
-    {} means that train, validation and test are the same rows, or that no cell is finished.
+    It is {} if train, validation and test are the same rows (`is_overlapping`), or if no cell is finished.
     """
     if not inference:
-        return "No verdict: there is no finished cell, or train, validation and test are the same rows."
+        if is_overlapping:
+            return "No verdict: train, validation and test are the same rows."
+        return "No verdict: no cell of the tables is finished."
     sentences = [*suspicion(inference), *drop_sentences(inference), *nuisances(inference)]
     return " ".join(sentences)
 
@@ -60,7 +63,7 @@ def are(count: int) -> str:
 
 
 def suspicion(inference: dict[str, Any]) -> list[str]:
-    """What shuffled labels say of the run, if they were tried."""
+    """What shuffled labels say of the experiment, if they were tried."""
     check = inference["shuffled"]
     if check is None:
         return []
@@ -71,13 +74,12 @@ def suspicion(inference: dict[str, Any]) -> list[str]:
             "together, by the MLP on the first split)."
         ]
     cells = {name: cell for name, cell in check["cells"].items() if cell["p_adjusted"] < check["level"]}
-    shown = [
-        f"{name} ({in_percent(cell['accuracy'])} where {in_percent(cell['expected'])} are due)"
-        for name, cell in list(cells.items())[:1]
-    ]
+    name, cell = next(iter(cells.items()))
+    spoken = spoken_cell(name.removesuffix(f".{SHUFFLED}"))
+    accuracy = f"{in_percent(cell['accuracy'])} where {in_percent(cell['expected'])} are due"
     more = f" and {len(cells) - 1} more" if len(cells) > 1 else ""
     return [
-        f"SUSPECT: trained on shuffled labels, {shown[0]}{more} {are(len(cells))} above chance.",
+        f"SUSPECT: trained on shuffled labels, {spoken} ({accuracy}){more} {are(len(cells))} above chance.",
         f"By chance this happens with p = {check['p']:.4f} for all {count} cells together, less than "
         f"{check['level']:g}.",
         "Something other than the weights tells the label. Until it is found, no number here means what it "
@@ -150,7 +152,8 @@ def drop_sentences(inference: dict[str, Any]) -> list[str]:
     """What is shown about the drop of the main comparison, and under which conditions."""
     entries = entries_of(inference, MAIN_COMPARISON)
     if not entries:
-        return ["No verdict: no representation was run with all layers and with the visual layers alone."]
+        first, second = map(words_of, MAIN_COMPARISON[:2])
+        return [f"No verdict: no representation was run with {first} and with {second} alone."]
     if inference["runs"] < FEWEST_RUNS:
         return [
             f"No verdict: {inference['runs']} runs a cell do not tell how runs differ; --num-runs "
@@ -206,7 +209,7 @@ def change_sentences(classified: Classified, margin: float) -> list[str]:
 
 
 def undecided_sentences(classified: Classified, inference: dict[str, Any]) -> list[str]:
-    """For which representations the run cannot tell, and which drop it would have found."""
+    """For which representations the experiment cannot tell, and which drop it would have found."""
     splits = inference["splits"]
     sentences = []
     if classified.undecided:
@@ -246,7 +249,8 @@ def size_matched_sentences(inference: dict[str, Any]) -> list[str]:
     result = f"lower for {names_of(worse)}" if worse else "not shown to be lower for any representation"
     result += f", and higher for {names_of(better)}" if better else ""
     control = "Against random halves of the modules, which lose as many"
-    return [f"{control}, accuracy with the visual layers is {result}.", *map(drop_of, worse)]
+    kept = words_of(SIZE_MATCHED_COMPARISON.second)
+    return [f"{control}, accuracy with {kept} is {result}.", *map(drop_of, worse)]
 
 
 def scope_sentences(inference: dict[str, Any], entries: list[Numbers]) -> list[str]:
@@ -260,7 +264,8 @@ def scope_sentences(inference: dict[str, Any], entries: list[Numbers]) -> list[s
     if not entries_of(inference, SIZE_MATCHED_COMPARISON):
         sentences += [
             f"Fewer columns are left without {MAIN_COMPARISON.removed}.",
-            "So a fall alone does not show that they know something which the visual layers do not.",
+            "So a fall alone does not show that they know something which "
+            f"{words_of(MAIN_COMPARISON.second)} do not.",
             "--layer-sets random_half would tell the two apart.",
         ]
     return sentences

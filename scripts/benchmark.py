@@ -25,15 +25,15 @@ import tempfile
 import _root
 import torch
 
-from ablation.benchmark.stages import PRECISIONS, STAGES, StageOptions, stage_table
-from ablation.benchmark.timing import gemm_rate, machine_text
-from ablation.benchmark.training_settings import (
+from ablation.benchmark.batch_and_precision import (
     PRECISION_HEAD,
     batch_table,
     compare_batch_sizes,
     compare_precisions,
     precision_line,
 )
+from ablation.benchmark.stages import PRECISIONS, STAGES, StageOptions, stage_table
+from ablation.benchmark.timing import gemm_rate, machine_text
 from ablation.catalogue import SPECS
 from ablation.collection import LoraCollection, collect_rows
 from ablation.command_line import find_device

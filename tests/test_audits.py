@@ -73,10 +73,8 @@ def test_a_gauge_changes_both_layers_and_not_their_product(data):
         G = torch.linalg.pinv(layers[module.up]) @ changed[module.up]  # (n, r, r)
         s = torch.linalg.svdvals(G)
         assert s.min() > 0.999 / GAUGE_STRETCH and s.max() < 1.001 * GAUGE_STRETCH
-        assert (G - G[:1]).abs().amax((1, 2))[1:].min() > 0.01 and G.det().sign().unique().tolist() == [
-            -1,
-            1,
-        ]  # each row's own, of either sign
+        # Each row's own, of either sign.
+        assert (G - G[:1]).abs().amax((1, 2))[1:].min() > 0.01 and G.det().sign().unique().tolist() == [-1, 1]
         assert (
             not torch.allclose(
                 G, torch.linalg.pinv(layers[data.layers.modules[0].up]) @ changed[data.layers.modules[0].up]
@@ -115,9 +113,8 @@ def test_noise_has_the_std_that_it_says_in_test_rows_only(data):
         w = data.weights.read_layer(layer, 0, 24).double()[TEST]
         noise = [changed[audit.positions(variant, TEST)] - w for variant in audit.variants]
         for level, of_level in zip(NOISE_LEVELS, noise, strict=True):
-            assert torch.allclose(
-                of_level / level, noise[-1] / NOISE_LEVELS[-1], atol=2e-4
-            )  # one draw, scaled
+            # One draw, scaled.
+            assert torch.allclose(of_level / level, noise[-1] / NOISE_LEVELS[-1], atol=2e-4)
         ratio = noise[-1].flatten(1).std(1) / w.flatten(1).std(1, correction=0)
         assert ratio.mean() == pytest.approx(0.2, rel=0.25) and len(ratio.unique()) == len(TEST)
         first = noise[-1] if first is None else first

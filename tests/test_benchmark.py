@@ -12,7 +12,7 @@ from test_training import SMALL, problem, train_runs
 from torch.utils.flop_counter import FlopCounterMode
 
 from ablation import mlp
-from ablation.benchmark import stages, timing, training_settings
+from ablation.benchmark import batch_and_precision, stages, timing
 from ablation.benchmark.origin import describe_one_by_one, train_from_loader
 from ablation.training import standardise
 
@@ -126,11 +126,14 @@ def test_the_origins_features_are_of_every_row():
 def test_equivalence_is_an_interval_within_the_margin(shift, spread, equivalent):
     rng = np.random.default_rng(0)
     noise = rng.normal(size=80)
-    found = training_settings.equivalence(shift + spread * (noise - noise.mean()) / noise.std(ddof=1))
+    found = batch_and_precision.equivalence(shift + spread * (noise - noise.mean()) / noise.std(ddof=1))
     assert (
         found["equivalent"]
         == equivalent
-        == (found["low"] > -training_settings.EQUAL_WITHIN and found["high"] < training_settings.EQUAL_WITHIN)
+        == (
+            found["low"] > -batch_and_precision.EQUAL_WITHIN
+            and found["high"] < batch_and_precision.EQUAL_WITHIN
+        )
     )
     half = 1.6644 * spread / np.sqrt(80)  # Student's t, 79 degrees of freedom, 95% quantile
     assert found["difference"] == pytest.approx(shift, abs=1e-12) and found["high"] - found[
@@ -140,8 +143,8 @@ def test_equivalence_is_an_interval_within_the_margin(shift, spread, equivalent)
 
 def test_equivalence_of_runs_that_all_differ_alike():
     assert (
-        training_settings.equivalence(np.zeros(3))["equivalent"]
-        and not training_settings.equivalence(np.full(3, 0.02))["equivalent"]
+        batch_and_precision.equivalence(np.zeros(3))["equivalent"]
+        and not batch_and_precision.equivalence(np.full(3, 0.02))["equivalent"]
     )
 
 

@@ -914,9 +914,8 @@ def test_a_killed_build_keeps_its_finished_shards(place, build):
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (place / "out").exists()
-    (work / "set/.data-00050-of-00100.arrow.1.tmp").write_bytes(
-        b"half"
-    )  # what it was writing, if the kill came between two shards
+    # What it was writing, if the kill came between two shards.
+    (work / "set/.data-00050-of-00100.arrow.1.tmp").write_bytes(b"half")
     done = {path.stem for path in work.glob("shard-*.json")}
     assert 5 <= len(done) < 100
     kept = {

@@ -8,9 +8,9 @@ from sklearn.preprocessing import StandardScaler
 
 from ablation import classifiers
 from ablation.catalogue import CLASSIFIERS, SPECS
-from ablation.classifiers import PROBE_PENALTIES, TRAINERS
-from ablation.mlp import Listener, Task
+from ablation.classifiers import PROBE_CS, TRAINERS
 from ablation.splits import Split
+from ablation.task import Listener, Task
 
 BESIDE_THE_MLP = {name: train for name, train in TRAINERS.items() if name != "kernel_ridge"}
 
@@ -41,11 +41,10 @@ def test_the_linear_probe_is_scikit_learns_on_standardised_columns():
         make_pipeline(StandardScaler(), LogisticRegression(C=penalty, max_iter=5000)).fit(
             x[split.train].double(), labels[split.train]
         )
-        for penalty in PROBE_PENALTIES
+        for penalty in PROBE_CS
     ]
-    best = max(
-        models, key=lambda model: model.score(x[split.val].double(), labels[split.val])
-    )  # the first of several
+    # The first of several.
+    best = max(models, key=lambda model: model.score(x[split.val].double(), labels[split.val]))
     for part in ("train", "val", "test"):
         agree = trained.runs[0].predictions[part] == best.predict(x[getattr(split, part)].double())
         assert agree.mean() > 0.98, part

@@ -87,9 +87,8 @@ def test_groups_are_numbered_by_value_and_rows_without_one_are_alone():
     rows["group"] = ["a", "b", None, "a", None, "b", "c", "a", "c", "c", "c", "c"]
     data = collect(Dataset.from_dict(rows), "x", group_column="group")
     assert data.groups.tolist() == [0, 1, 2, 0, 3, 1, 4, 0, 4, 4, 4, 4]
-    assert (
-        collect(Dataset.from_dict(rows), "x", group_column="category_name").groups is None
-    )  # the default, where it is absent
+    # The default, where it is absent.
+    assert collect(Dataset.from_dict(rows), "x", group_column="category_name").groups is None
     with pytest.raises(
         InputError, match="has no column 'leaf': give --group-column, one of category_label, group"
     ):

@@ -151,3 +151,21 @@ def test_nothing_imports_with_a_star():
 def test_one_file_puts_the_root_on_the_path():
     changing = [path.name for path in FILES if re.search(r"sys\.path\b", path.read_text())]
     assert changing == ["_root.py"]
+
+
+def test_the_page_says_where_every_module_is_tested():
+    page = (ROOT / "docs" / "design.md").read_text()
+    table = page[page.index("| tests | of |") : page.index("`tests/oracles.py`")]
+    named = set(re.findall(r"`(\w+)`", table))
+    files = set(re.findall(r"`(test_\w+\.py)`", table))
+    assert all((ROOT / "tests" / name).is_file() for name in files)
+    own = {path.stem.removeprefix("test_") for path in (ROOT / "tests").glob("test_*.py")}
+    commands = {path.stem for path in (ROOT / "scripts").glob("*.py")}
+    rooms = {room(module_name(path)) for path in FILES} - {
+        "ablation",
+        "scripts",
+        "visual_ablation_experiment",
+    }
+    assert rooms <= named | own and named <= rooms
+    unlisted = {path.name for path in (ROOT / "tests").glob("test_*.py")} - files
+    assert all(name[5:-3] in rooms | commands for name in unlisted)

@@ -277,9 +277,8 @@ def test_the_results_end_with_what_they_mean_for_new_examples(run, place):
         "Chance:"
     )
     assert " ".join(text.split("VERDICT")[1].split()) == results["verdict"]
-    run(
-        "--representations", "stats", "frequency", "--margin", "0.5", "--num-runs", "3"
-    )  # no cell depends on it
+    # No cell depends on it.
+    run("--representations", "stats", "frequency", "--margin", "0.5", "--num-runs", "3")
     assert json.loads((folder(place) / "results.json").read_text())["inference"]["margin"] == 0.5
 
 
@@ -294,9 +293,8 @@ def test_what_was_inferred_is_kept_only_for_the_same_predictions_and_settings(ru
     assert not calls and {key: json.loads(path.read_text())[key] for key in ("inference", "verdict")} == {
         key: first[key] for key in ("inference", "verdict")
     }
-    path.write_text(
-        path.read_text().replace('"verdict": "', '"verdict": "All is well. ')
-    )  # touched by somebody
+    # Touched by somebody.
+    path.write_text(path.read_text().replace('"verdict": "', '"verdict": "All is well. '))
     run(*chosen)
     assert len(calls) == 1 and json.loads(path.read_text())["verdict"] == first["verdict"]
     for flags in (
@@ -488,9 +486,8 @@ def test_splits_classifiers_and_controls_are_more_cells_of_the_same_run(run, pla
         "All experiments already completed!" in run(*chosen, dataset="./leaves")[1]
         and snapshot(place_of / "checkpoints") == before
     )
-    status, log = run(
-        "--representations", "stats", "--group-column", "leaf", dataset="./leaves"
-    )  # the plain run leaves and shows them
+    # The plain run leaves and shows them.
+    status, log = run("--representations", "stats", "--group-column", "leaf", dataset="./leaves")
     assert (
         status == 0 and snapshot(place_of / "checkpoints") == before and "left out of the results" not in log
     )

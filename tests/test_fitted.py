@@ -19,9 +19,9 @@ from ablation.catalogue import REPRESENTATION_GROUPS
 from ablation.classifiers import train_kernel_ridge
 from ablation.collection import LoraCollection
 from ablation.fitted import FIT_SEED, FITTED, FOLDS
-from ablation.mlp import Listener, Task, TrainingError
 from ablation.reading import WeightReader
 from ablation.splits import Split
+from ablation.task import Listener, Task, TrainingError
 
 N = 60
 

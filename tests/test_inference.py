@@ -68,10 +68,8 @@ def test_groups_flip_as_one_and_examples_without_a_difference_do_not_count():
 def test_one_run_is_the_paired_t_test_and_its_equivalence_test():
     first, second, _ = experiment(np.random.default_rng(0), runs=1, drop=0.08)
     found, d = difference(first, second, 0.05), first[0].astype(float) - second[0]
-    expected, error = (
-        scipy.stats.ttest_1samp(d, 0),
-        math.sqrt(scipy.stats.sem(d) ** 2 + 200 / 201**3),
-    )  # with one that differs more
+    # With one that differs more.
+    expected, error = (scipy.stats.ttest_1samp(d, 0), math.sqrt(scipy.stats.sem(d) ** 2 + 200 / 201**3))
     assert found["standard_error"] == pytest.approx(error)
     assert (
         found["p_examples_and_runs"]
@@ -150,9 +148,8 @@ def test_nothing_is_claimed_where_nothing_differs():
     found = difference(same, same, 0.02)
     assert (found["drop"], found["p"], found["d_z"], found["cohens_h"]) == (0, 1, None, 0)
     assert found["p_equivalence"] == pytest.approx(0.98**50)
-    bound = (
-        scipy.stats.binomtest(0, 50).proportion_ci(method="exact").high
-    )  # what 50 examples alike leave open
+    # What 50 examples alike leave open.
+    bound = scipy.stats.binomtest(0, 50).proportion_ci(method="exact").high
     assert found["interval"] == pytest.approx((-bound, bound)) and found["smallest"] >= bound
     one = difference(np.ones((3, 1), bool), np.zeros((3, 1), bool), 0.02)
     assert one["p"] == 1 and one["p_equivalence"] == 1 and one["interval"] == (-1, 1) and one["smallest"] == 1
@@ -459,9 +456,10 @@ def shuffled_predictions(rng, cells, runs=3, n=150, classes=5, know=0.0):
     labels = rng.choice(classes, n, p=[0.4, 0.3, 0.1, 0.1, 0.1])
     found = {}
     for i, cell in enumerate(cells):
+        # Runs that agree.
         guess = np.where(
             rng.random((runs, n)) < 0.7, rng.integers(0, classes, n), rng.integers(0, classes, (runs, n))
-        )  # runs that agree
+        )
         knows = (rng.random((runs, n)) < know) & (i == 0)
         found[cell] = {
             "test_rows": np.arange(n),
@@ -513,7 +511,7 @@ def test_labels_that_leak_into_one_cell_make_the_run_suspect():
     )
     found = inference.infer(cells, None, 0.02)
     assert found["shuffled"]["suspect"] and verdict(found).startswith(
-        "SUSPECT: trained on shuffled labels, all_layers_stats.shuffled ("
+        "SUSPECT: trained on shuffled labels, stats of all layers ("
     )
     assert not any("shuffled" in name for name in found["accuracies"])
     fine = inference.infer(cells | shuffled_predictions(np.random.default_rng(29), SHUFFLED), None, 0.02)
@@ -610,9 +608,8 @@ def test_the_whole_run_says_of_each_representation_what_its_own_data_say():
 
 def test_groups_that_training_rows_share_are_counted_and_taken_whole():
     cells = predictions(np.random.default_rng(1), {"stats": 0.1}, n=60)
-    groups = np.concatenate(
-        [np.arange(60) // 6, np.arange(120) // 6 + 5]
-    )  # test rows have groups 0 to 9, training rows 5 to 24
+    # Test rows have groups 0 to 9, training rows 5 to 24.
+    groups = np.concatenate([np.arange(60) // 6, np.arange(120) // 6 + 5])
     found = inference.infer(cells, groups, 0.02)
     assert found["groups"] == 10 and found["test_rows_that_share_a_group_with_training"] == 30
     (entry,) = found["comparisons"][0]["entries"]

@@ -12,7 +12,7 @@ import pytest
 from builders import collect
 from datasets import Dataset, Features, List, Value
 
-from ablation.catalogue import ENSEMBLE_PARTS, NINE, SPECS
+from ablation.catalogue import ENSEMBLE_MEMBERS, NINE, SPECS
 from ablation.inspection import likeness, measure
 from ablation.inspection.columns import COLUMN_NAMES, POSITIONS, Moments, redundant
 from ablation.inspection.measure import inspect, read_groups
@@ -228,9 +228,8 @@ def test_down_that_is_its_initialisation_is_called_so(plain):
         and not found["rows_are_correlated"]
         and not plain["class_signal"]["down"]["significant"]
     )
-    assert (
-        abs(plain["class_signal"]["down"]["direction"]["within_minus_between"]) < 0.005
-    )  # a row is not compared with itself
+    # A row is not compared with itself.
+    assert abs(plain["class_signal"]["down"]["direction"]["within_minus_between"]) < 0.005
     assert abs(found["between_rows"]["mean"]) < 0.003 and found["between_rows"]["pairs"] == N * (N - 1) // 2
     assert said(plain, "`down` looks like its gaussian initialisation and nothing else")
 
@@ -436,7 +435,7 @@ def test_the_columns_that_rank_four_leaves(plain):
         and "s_4" not in found["spectral"]["constant"]["in_every_layer"]
     )
     assert 1 < found["stats"]["effective"] < 7
-    parts = sum(found[part]["degrees_of_freedom"] for part in ENSEMBLE_PARTS)
+    parts = sum(found[part]["degrees_of_freedom"] for part in ENSEMBLE_MEMBERS)
     assert found["ensemble"]["degrees_of_freedom"] < parts  # they repeat each other
     assert not any(known["too_few_rows"] for known in found.values()) and said(plain, "spectral (12 of 32)")
 

@@ -30,9 +30,10 @@ def mean_square_by_class(data, kind):
     layers = [layer for layer, of in zip(data.layers.names, data.layers.kinds, strict=True) if of == kind][
         :16
     ]
+    # (n, layers)
     values = torch.stack(
         [data.weights.read_layer(layer, 0, data.num_rows).square().mean((1, 2)) for layer in layers], dim=1
-    )  # (n, layers)
+    )
     labels = torch.from_numpy(data.labels)
     means = torch.stack([values[labels == c].mean(0) for c in range(len(data.classes))])
     within = torch.stack(
@@ -92,9 +93,8 @@ def test_a_signal_in_the_product_is_in_nothing_else(tmp_path, rank):
     assert mean_square_by_class(data, "attn1") < 2
     a, b = class_directions(0, 1, 320, 64)
     assert np.abs(a).tolist() == np.ones((10, 320)).tolist() and np.abs(a.sum(1)).max() == 0
-    assert np.allclose(
-        np.abs(np.fft.fft(a)), np.abs(np.fft.fft(a[0])), atol=1e-3
-    )  # no Fourier magnitude tells
+    # No Fourier magnitude tells.
+    assert np.allclose(np.abs(np.fft.fft(a)), np.abs(np.fft.fft(a[0])), atol=1e-3)
     assert np.abs(a @ a.T / 320 - np.eye(10)).max() < 0.25 and np.allclose((b**2).sum(1), 1)
 
 

@@ -275,11 +275,8 @@ def test_the_content_hash_sees_weights_and_names_and_nothing_else(tmp_path):
         ).weights.content_hash()
         != base
     )
-    shapes = [
-        {"rank": 2, "width": 6},
-        {"rank": 6, "width": 2},
-        {"rank": 3, "width": 4},
-    ]  # the same twelve weights a row
+    # The same twelve weights a row.
+    shapes = [{"rank": 2, "width": 6}, {"rank": 6, "width": 2}, {"rank": 3, "width": 4}]
     hashes = set()
     for shape in shapes:
         columns = {LAYER: lora_columns(**shape)[LAYER].tolist(), "category_label": ["x", "y"] * 12}

@@ -319,9 +319,8 @@ def test_nothing_overlaps_with_twelve_long_names_and_many_classes(results, class
                 if label.get_text()
             ]
             labels = [label for label in labels if axes.axison or label in axes.texts]
-            boxes = [
-                Text.get_window_extent(label, canvas.get_renderer()) for label in labels
-            ]  # a name without its line
+            # A name without its line.
+            boxes = [Text.get_window_extent(label, canvas.get_renderer()) for label in labels]
             for i, box in enumerate(boxes):
                 assert not any(box.overlaps(other) for other in boxes[:i]), (name, labels[i].get_text())
                 assert frame.x0 - 1 <= box.x0 and box.x1 <= frame.x1 + 1, (name, labels[i].get_text())

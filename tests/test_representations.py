@@ -86,7 +86,7 @@ def test_the_catalogue_has_the_registries_names_in_their_order():
 
 def test_the_ensemble_is_the_parts_that_the_catalogue_names():
     w = torch.randn(3, 4, 5)
-    parts = [FUNCTIONS[part](w) for part in project.ENSEMBLE_PARTS]
+    parts = [FUNCTIONS[part](w) for part in project.ENSEMBLE_MEMBERS]
     assert torch.equal(FUNCTIONS["ensemble"](w), torch.cat(parts, dim=1))
 
 
@@ -144,9 +144,8 @@ def test_rank_deficient_and_ill_conditioned_matrices(name, shape):
             if low
             else np.outer(rng.normal(size=shape[0]), rng.normal(size=shape[1]))
         )
-    exact = (
-        rng.normal(size=(2, *shape)) / 64
-    )  # of norm 1: rounding is 1e-16 of that, and a gap divides it by 1e-8
+    # Of norm 1: rounding is 1e-16 of that, and a gap divides it by 1e-8.
+    exact = rng.normal(size=(2, *shape)) / 64
     exact[:, :, 1:] = exact[:, :, :1] * 2.0 ** rng.integers(-2, 3, shape[1] - 1)  # rank 1 even in float32
     w = np.concatenate([np.stack(batch), exact]).astype(np.float32)
     ours = FUNCTIONS[name](torch.from_numpy(w)).numpy()[:, :32]
@@ -271,6 +270,7 @@ def test_columns_in_weight_units_scale_and_the_others_do_not(name, factor, seed)
 # --- of the product
 
 PRODUCT_NAMES = [name for name, spec in COMPUTED.items() if spec.source == "module"]
+# R, in, out.
 MODULES = [
     (1, 320, 320),
     (1, 768, 320),
@@ -281,7 +281,7 @@ MODULES = [
     (3, 2, 9),
     (1, 1, 1),
     (5, 3, 40),
-]  # r, in, out
+]
 
 
 def draw_module(kind, n, r, inner, out, seed=0):
@@ -349,9 +349,8 @@ def test_singular_values_and_directions_of_ill_conditioned_products(shape, kind)
     assert np.abs(module.singular_values.numpy() - truth).max() <= 1e-12 * truth.max()
     assert np.abs(module.singular_values.numpy() / truth - 1)[truth > 1e-9 * truth.max()].max() < 1e-6
     left, right = module.directions(shape[0], whole=True)
-    assert (
-        np.abs((left.mT @ right).numpy() - dense).max() <= 1e-12 * np.abs(dense).max()
-    )  # balanced factors of the same product
+    # Balanced factors of the same product.
+    assert np.abs((left.mT @ right).numpy() - dense).max() <= 1e-12 * np.abs(dense).max()
     for vectors in (left, right):
         gram = (vectors @ vectors.mT).numpy()[:, : module.m, : module.m]
         assert np.abs(gram - np.eye(module.m) * truth[:, None]).max() <= 1e-9 * truth.max()
@@ -423,10 +422,8 @@ def test_a_zero_product_has_no_direction_and_nothing_invented():
 
 def test_the_sketch_is_linear_in_the_product_and_keeps_inner_products_on_average():
     down, up = draw_module("initial", 2, 2, 400, 300)
-    joined = (
-        np.concatenate([down[:1], down[1:]], axis=1),
-        np.concatenate([up[:1], up[1:]], axis=2),
-    )  # W_0 + W_1 as one module
+    # W_0 + W_1 as one module.
+    joined = (np.concatenate([down[:1], down[1:]], axis=1), np.concatenate([up[:1], up[1:]], axis=2))
     parts = product("product_sketch", down, up, sketch_size=40)
     assert torch.allclose(
         product("product_sketch", *joined, sketch_size=40)[0], parts.sum(0), rtol=1e-4, atol=1e-4

@@ -77,3 +77,10 @@ def test_a_record_has_the_origins_keys_and_true_numbers():
     )
     assert set(found["learning_curves"][0]) >= {"val_acc_history", "train_loss_history", "best_epoch"}
     assert record_of(cell, [0.5])["test_acc_std"] == 0
+
+
+def test_scores_are_derived_from_counts_whatever_the_record_says():
+    record = record_of(Cell("stats", "all_layers"), [0.5, 0.7])
+    per_run = [{**run, "test_f1": 9.0} for run in record["per_run_results"]]
+    old = {key: value for key, value in record.items() if not key.startswith("val_recall")}
+    assert scoring.with_derived_scores({**old, "test_f1_mean": 9.0, "per_run_results": per_run}) == record

@@ -190,9 +190,8 @@ def test_a_product_that_fails_costs_its_cells_and_their_audits_only(run, place, 
 
     monkeypatch.setitem(representations.PRODUCT_REPRESENTATIONS, "product_norms", broken)
     status, log = run("--representations", "stats", "product_norms", "product_sketch", "--audit", "gauge")
-    assert (
-        status == 1 and log.count("product_norms failed on rows 0..40 of unet.") == 2
-    )  # of the rows, and of the audit's
+    # Of the rows, and of the audit's.
+    assert status == 1 and log.count("product_norms failed on rows 0..40 of unet.") == 2
     assert visible(folder(place) / "checkpoints") == sorted(
         f"{cell.name}.json"
         for cell in cells_of(("all_layers", "visual_only"), ("stats", "product_sketch"), ("gauge",))
@@ -322,9 +321,8 @@ def test_halves_blocks_and_named_sets_are_slices_of_one_pass(run, place, monkeyp
         pair: one["entries"][0]["drop"]
         for pair, one in zip(pairs, results["inference"]["comparisons"], strict=True)
     }
-    assert drops[pairs[0]] == pytest.approx(
-        drops[pairs[1]] + drops[pairs[2]]
-    )  # fewer columns, and which columns
+    # Fewer columns, and which columns.
+    assert drops[pairs[0]] == pytest.approx(drops[pairs[1]] + drops[pairs[2]])
     assert (
         "random_half_stats" not in results["inference"]["accuracies"]
         and "random_half.1_stats" in results["inference"]["accuracies"]
@@ -340,9 +338,8 @@ def test_halves_blocks_and_named_sets_are_slices_of_one_pass(run, place, monkeyp
         "By Block Config:      8/8 completed, 0 remaining"
         in run("--status", "--config", "sets.json", "--num-runs", "3")[1]
     )
-    status, log = run(
-        "--representations", "stats", "product_norms", "--num-runs", "3"
-    )  # the plain run leaves and shows them
+    # The plain run leaves and shows them.
+    status, log = run("--representations", "stats", "product_norms", "--num-runs", "3")
     assert status == 0 and snapshot(folder(place) / "checkpoints") == before
     assert "random_half.1_results" in json.loads((folder(place) / "results.json").read_text())
 

@@ -214,10 +214,8 @@ def test_groups_of_representations_stand_for_their_names():
     chosen = lambda *names: build_settings({"representations": list(names)}).representations
     assert chosen("nine") == NINE == Settings().representations and len(NINE) == 9
     assert chosen("nine", "product") == NINE + REPRESENTATION_GROUPS["product"]
-    assert chosen("product_norms", "product")[:2] == (
-        "product_norms",
-        "product_spectral",
-    )  # nothing twice where a group is named
+    # Nothing twice where a group is named.
+    assert chosen("product_norms", "product")[:2] == ("product_norms", "product_spectral")
     assert set(chosen("all")) == set(CHOICES)
     groups = [REPRESENTATION_GROUPS[group] for group in ("nine", "product", "fitted")]
     members = [name for group in groups for name in group]
@@ -312,6 +310,16 @@ def test_every_control_lists_its_cells_and_a_bare_flag_asks_for_all_of_them():
     for control in CONTROLS:
         cells = list_cells(build_settings({"controls": [control]}), ["all_layers", "visual_only"])[18:]
         assert cells and all(cell.is_control and Cell.named(cell.name) == cell for cell in cells), control
+    everything = build_settings({"controls": list(CONTROLS), "layer_sets": ["all_layers", "text_only"]})
+    cells = list_cells(everything, ["all_layers", "text_only"])
+    assert len(set(cells)) == len(cells)
+
+
+def test_a_cell_that_two_controls_ask_for_is_listed_once(monkeypatch):
+    monkeypatch.setitem(CONTROL_CELLS, "up", lambda settings, layer_sets: [Cell("norms", "all_layers")])
+    settings = build_settings({"controls": ["norms", "up"], "layer_sets": ["all_layers"]})
+    cells = list_cells(settings, ["all_layers"])
+    assert cells.count(Cell("norms", "all_layers")) == 1
 
 
 def test_options_belong_to_the_representations_that_they_change():
@@ -349,11 +357,12 @@ def test_every_cell_is_found_again_by_the_name_of_its_files():
     "name, spoken",
     [
         ("all_layers_stats", "stats of all layers"),
-        ("by_block.mid_block.attentions.0.attn1_stats", "stats of mid block.attentions.0.attn1"),
+        ("by_block.mid_block.attentions.0.attn1_stats", "stats of mid_block.attentions.0.attn1"),
         (
             "visual_only_simple_stats.random1.linear",
             "simple_stats of visual only, split random1, linear probe",
         ),
+        ("random_half.3_stats", "stats of random half 3"),
         ("text_only_pca.shuffled", "pca of text only, shuffled labels"),
         ("up_only_stats.gauge", "stats of up only, gauge audit"),
     ],

@@ -10,6 +10,8 @@ from builders import lora_dataset
 from experiments import checkpoints, folder, snapshot, visible
 
 from ablation import status as program_status
+from ablation.catalogue import SPECS
+from ablation.status import FITTED_BYTES
 
 # --- the report
 
@@ -68,9 +70,8 @@ def test_a_report_that_cannot_be_made_costs_no_result(run, place, monkeypatch, w
         and "could not be written: ZeroDivisionError: division by zero; scripts/report.py makes it anew"
         in log
     )
-    assert (
-        len(checkpoints(place)) == 2 + 2 and (folder(place) / "results.json").exists()
-    )  # two of them hidden locks
+    # Two of them hidden locks.
+    assert len(checkpoints(place)) == 2 + 2 and (folder(place) / "results.json").exists()
 
 
 def test_tensorboard_is_asked_for_before_the_work(run, place, monkeypatch):
@@ -184,3 +185,7 @@ def test_dry_run_tells_what_would_run_why_and_what_it_needs(run, place):
     assert "39.86 GB Arrow copy" in log and "39.86 GB download" in log
     assert "not known before the download" in run("--dry-run", dataset="someone/their-loras")[1]
     assert run("--dry-run", dataset="2k")[0] == 2
+
+
+def test_the_plan_knows_the_size_of_every_fitted_representation():
+    assert set(FITTED_BYTES) == {name for name, spec in SPECS.items() if spec.fitted}

@@ -9,10 +9,10 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ablation import mlp, packed, training
-from ablation.mlp import Listener, Task, TrainingError
 from ablation.packed import Pack, PackedEpoch, Replayed, train_packed
 from ablation.settings import InputError, TrainingSettings
 from ablation.splits import PARTS, Split
+from ablation.task import Listener, Task, TrainingError
 from ablation.training import prepare, resolve_training, standardise, train_sequential
 
 SILENT = Listener()
@@ -417,9 +417,8 @@ def test_features_that_a_gpu_has_no_room_for_stay_on_the_host_and_change_no_numb
 
 def test_where_features_lie_goes_by_the_room_that_their_copies_need(monkeypatch):
     features = torch.zeros(1000, 10)
-    monkeypatch.setattr(
-        torch.cuda, "memory_reserved", lambda device: 50_000
-    )  # of which torch has 20,000 for what comes
+    # Of which torch has 20,000 for what comes.
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 50_000)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 30_000)
     for free, home in (
         (training.COPIES * 40_000 - 20_000, "cuda:1"),

@@ -9,9 +9,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from ablation.collection import LoraCollection
-from ablation.mlp import HIDDEN_LAYERS, Run, has_stopped, plateau, record_epoch
+from ablation.mlp import HIDDEN_LAYERS, has_stopped, plateau, record_epoch
 from ablation.settings import TrainingSettings
 from ablation.splits import Split
+from ablation.task import Run
 
 PERCENTS = (0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99)
 

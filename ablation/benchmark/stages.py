@@ -18,10 +18,11 @@ from ablation.cells import Cell, cells_of
 from ablation.collection import LoraCollection
 from ablation.extraction import Request, extract_features
 from ablation.features import Features
-from ablation.mlp import HIDDEN_LAYERS, Task, TrainedRuns
+from ablation.mlp import HIDDEN_LAYERS
 from ablation.reading import BLOCK_ROWS, ReadAhead
 from ablation.settings import TrainingSettings
 from ablation.splits import Split
+from ablation.task import Task, TrainedRuns
 from ablation.training import resolve_training, standardise, train_runs
 
 BENCHMARKED_SETS = ("all_layers", "visual_only")

@@ -6,7 +6,7 @@ from collections import Counter, defaultdict
 
 import numpy as np
 
-from ablation.catalogue import ENSEMBLE_PARTS, NINE, SPECS
+from ablation.catalogue import ENSEMBLE_MEMBERS, NINE, SPECS
 
 SAME = 1e-6  # share of a column's variance that other columns leave unexplained if they determine it
 ROUNDING = 1e-6  # a spread below this share of a column's size is float32's rounding
@@ -48,13 +48,15 @@ COLUMN_NAMES = {  # of each representation
     "frequency": [*(f"f_{i}" for i in range(1, 11)), "mean", "std", "max", "share_of_ten"],
     "info_theoretic": ["entropy", "entropy/log50"],
 }
-COLUMN_NAMES["ensemble"] = [f"{part}.{name}" for part in ENSEMBLE_PARTS for name in COLUMN_NAMES[part]]
+COLUMN_NAMES["ensemble"] = [
+    f"{member}.{name}" for member in ENSEMBLE_MEMBERS for name in COLUMN_NAMES[member]
+]
 INSPECTED = [name for name in NINE if name != "ensemble"]
 STARTS = dict(
     zip(INSPECTED, np.cumsum([0] + [SPECS[name].width for name in INSPECTED[:-1]]).tolist(), strict=True)
 )
 POSITIONS = {name: np.arange(start, start + SPECS[name].width) for name, start in STARTS.items()}
-POSITIONS["ensemble"] = np.concatenate([POSITIONS[part] for part in ENSEMBLE_PARTS])
+POSITIONS["ensemble"] = np.concatenate([POSITIONS[member] for member in ENSEMBLE_MEMBERS])
 
 REDUNDANCIES = ("constant", "rounding", "duplicate", "collinear")
 

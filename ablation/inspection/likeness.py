@@ -62,9 +62,8 @@ class Likeness:
         one_hot = one_hot[:, one_hot.any(0)]  # (S, C)
         measure = ClassMeasure(self, one_hot.sum(0))
         observed = measure(one_hot)
-        null = np.array(
-            [measure(one_hot[rng.permutation(len(self.labels))]) for _ in range(PERMUTATIONS)]
-        )  # (P, 2)
+        # (P, 2)
+        null = np.array([measure(one_hot[rng.permutation(len(self.labels))]) for _ in range(PERMUTATIONS)])
         # Differences of a rounding error count as none, or equal values would win or lose by their last bit.
         p = (1 + (null >= np.array(observed) - 1e-12).sum(0)) / (1 + PERMUTATIONS)
         chance = (one_hot.shape[1] - 1) / max(len(self.labels) - 1, 1)

@@ -17,10 +17,8 @@ from ablation.making.progress import ProgressLine
 
 NUM_DIGITS = 10
 NEUTRAL = NUM_DIGITS  # number of the context of no class, after those of the ten digits
-CONTEXT_TOKENS, CONTEXT_WIDTH = (
-    4,
-    32,
-)  # with a single token attention has nothing to choose, and to_q learns nothing
+# With a single token attention has nothing to choose, and to_q learns nothing.
+CONTEXT_TOKENS, CONTEXT_WIDTH = (4, 32)
 NUM_TIMESTEPS = 1000
 ADAM_BETAS, ADAM_EPSILON = (0.9, 0.999), 1e-8  # torch's defaults
 
@@ -230,9 +228,8 @@ class AdapterPack:
         self.loras = {
             column: torch.stack([d.loras[column] for d in self.drawn]).to(self.dtype) for column in columns
         }
-        self.mean = {
-            column: torch.zeros_like(weights) for column, weights in self.loras.items()
-        }  # Adam's moments
+        # Adam's moments.
+        self.mean = {column: torch.zeros_like(weights) for column, weights in self.loras.items()}
         self.square = {column: torch.zeros_like(weights) for column, weights in self.loras.items()}
         numbers = [plan.digit if recipe.prompt == "named" else NEUTRAL for plan in plans]
         self.contexts = make_contexts().to(self.dtype)[numbers]  # (n, tokens, width)

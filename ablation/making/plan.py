@@ -63,9 +63,8 @@ class Headers:
 
     layouts: list[Layout] = field(default_factory=list)
     numbers: dict[tuple, int] = field(default_factory=dict)
-    number_of_file: array = field(
-        default_factory=lambda: array("i")
-    )  # -1 for a file that cannot become a row
+    # -1 for a file that cannot become a row.
+    number_of_file: array = field(default_factory=lambda: array("i"))
     bad: list[tuple[str, str]] = field(default_factory=list)
 
     def add(self, layout: Layout | None) -> None:

@@ -20,7 +20,7 @@ class ProgressLine:
         self.began = self.last = time.monotonic()
 
     def skip(self, amount: int) -> None:
-        """Count work of an earlier run, without crediting this run with its speed."""
+        """Count work of an earlier process, without crediting this one with its speed."""
         self.done += amount
         self.skipped += amount
 

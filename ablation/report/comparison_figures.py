@@ -28,7 +28,7 @@ class Quantity(NamedTuple):
 
 
 def against_size(runs: list[Results], quantity: Quantity) -> Figure | None:
-    """A quantity against the number of LoRAs, a panel for each representation; None where no run has it."""
+    """A quantity against the number of LoRAs, a panel for each representation; None where there is none."""
     with matplotlib.rc_context(STYLE):
         rows = [
             row
@@ -90,7 +90,7 @@ def draw_curves(axes: Any, rows: Rows, quantity: Quantity, all_rows: Rows) -> No
 
 
 def key_of_groups(figure: Figure, rows: Rows) -> None:
-    """Write below the figure which runs have which marker, if there are several groups."""
+    """Write below the figure which experiments have which marker, if there are several groups."""
     groups = list(dict.fromkeys(row["group"] for row in rows))
     if len(groups) < 2:
         return

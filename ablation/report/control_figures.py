@@ -12,19 +12,9 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
+from ablation.cells import spoken_cell
 from ablation.report.rows import Results, audits_rows, blocks_rows, controls_rows
-from ablation.report.style import (
-    COLOURS,
-    FAINT,
-    INK,
-    ON_DARK,
-    ON_LIGHT,
-    WIDE,
-    WIDTH,
-    drawn,
-    name_rows,
-    spoken_cell,
-)
+from ablation.report.style import COLOURS, FAINT, INK, ON_DARK, ON_LIGHT, WIDE, WIDTH, drawn, name_rows
 
 
 @drawn

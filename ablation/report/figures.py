@@ -10,6 +10,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from ablation.catalogue import MAIN_COMPARISON
 from ablation.report import accuracy_figures, comparison_figures, control_figures, rows, training_figures
 
 
@@ -17,7 +18,7 @@ from ablation.report import accuracy_figures, comparison_figures, control_figure
 class Drawing:
     """A figure of one run's results, or of several runs'.
 
-    `rows` gives the figure's data for tables/<name>.csv, `draw` the figure, or None where a run has nothing
+    `rows` gives the figure's data for tables/<name>.csv, `draw` the figure, or None where there is nothing
     for it.
     """
 
@@ -46,7 +47,7 @@ FIGURES = {
         is_of_all_splits=True,
     ),
     "drop": Drawing(
-        "The drop without the text layers",
+        f"The drop without {MAIN_COMPARISON.removed}",
         "Accuracy with all layers less that with the visual layers alone, with 95 % intervals for new "
         "examples and runs; filled: p < 0.05 after Holm's correction; band: the margin within which the two "
         "count as equal.",

@@ -86,7 +86,7 @@ def shared_settings(record: dict) -> str:
 def partial_results(
     header: Results, records: dict[Cell, dict], folder: Path, failures: dict[Cell, str] | None = None
 ) -> Results:
-    """results.json of a run that is not finished: its cells, and no inference.
+    """results.json of an experiment that is not finished: its cells, and no inference.
     `header` has what else is known.
     """
     first = next(iter(records.values()))

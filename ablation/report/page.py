@@ -25,7 +25,7 @@ def render_page(
 def render_running_page(
     results: Results, title: str, tables: list[dict], blocks: list[TextSection | None]
 ) -> bytes:
-    """The page of a run that goes on: it reloads itself and has no figure."""
+    """The page of an experiment that goes on: it reloads itself and has no figure."""
     return render([results], title, sections=[], tables=tables, blocks=blocks, running=True)
 
 

@@ -1,6 +1,6 @@
 """What the figures and tables of a report hold: functions of results.json as a dict, without matplotlib.
 
-A function `<name>_rows(results)` gives a list of flat dicts, [] where a run has nothing for it.
+A function `<name>_rows(results)` gives a list of flat dicts, [] where an experiment has nothing for it.
 `tables/<name>.csv` holds these rows, and a function of the figure modules draws them. Accuracies are
 fractions.
 """
@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from ablation.catalogue import CHOICES, LAYER_SETS, group_of
+from ablation.catalogue import CHOICES, LAYER_SETS, MAIN_COMPARISON, group_of
 from ablation.report.load import Results
 from ablation.splits import PARTS
 
@@ -20,7 +20,7 @@ Rows = list[dict[str, Any]]
 
 
 def layer_sets(results: Results) -> list[str]:
-    """Those with a finished cell, in the order of the results; single blocks are not among them."""
+    """Layer sets with a finished cell, in the order of the results; single blocks are not among them."""
     names = [
         key.removesuffix("_results") for key, rows in results.items() if key.endswith("_results") and rows
     ]
@@ -65,7 +65,7 @@ def best_representation(results: Results) -> str:
     of whatever layer set there is, if that is not there.
     """
     sets = layer_sets(results)
-    layer_set = "all_layers" if "all_layers" in sets else sets[0]
+    layer_set = MAIN_COMPARISON.first if MAIN_COMPARISON.first in sets else sets[0]
     accuracies = accuracies_of(results, layer_set)
     return max(accuracies, key=lambda name: accuracies[name])
 
@@ -92,15 +92,15 @@ def accuracy_rows(results: Results) -> Rows:
 
 
 def main_comparison(results: Results) -> Rows:
-    """Entries of all layers against visual only, by size."""
+    """Entries of the main comparison (all layers against visual only), the largest drop first."""
     for comparison in (results.get("inference") or {}).get("comparisons", []):
-        if (comparison["first"], comparison["second"]) == ("all_layers", "visual_only"):
+        if (comparison["first"], comparison["second"]) == MAIN_COMPARISON[:2]:
             return sorted(comparison["entries"], key=lambda entry: -entry["drop"])
     return []
 
 
 def drop_rows(results: Results) -> Rows:
-    """All layers minus visual only, the largest first."""
+    """The drops of the main comparison, the largest first."""
     return [
         {
             "representation": entry["representation"],
@@ -134,10 +134,10 @@ def class_drop_rows(results: Results) -> Rows:
     independent predictions, so too wide where both are right about the same rows, and too narrow where rows
     come in groups.
     """
-    every, visual = rows_of(results, "all_layers"), rows_of(results, "visual_only")
+    first, second = (rows_of(results, layer_set) for layer_set in MAIN_COMPARISON[:2])
     classes, found = list(results.get("label_mapping", {})), []
-    for name in (name for name in representations(results) if name in every and name in visual):
-        (a, support), (b, _) = recalls(every[name]), recalls(visual[name])
+    for name in (name for name in representations(results) if name in first and name in second):
+        (a, support), (b, _) = recalls(first[name]), recalls(second[name])
         for number, label in enumerate(classes):
             if support[number] > 0:
                 low, high = newcombe(a[number], b[number], support[number])
@@ -146,8 +146,8 @@ def class_drop_rows(results: Results) -> Rows:
                         "representation": name,
                         "class": label,
                         "test_rows": round(support[number]),
-                        "all_layers": a[number],
-                        "visual_only": b[number],
+                        MAIN_COMPARISON.first: a[number],
+                        MAIN_COMPARISON.second: b[number],
                         "drop": a[number] - b[number],
                         "low": low,
                         "high": high,
@@ -213,11 +213,12 @@ def shares(record: dict) -> np.ndarray:
 
 def retention_rows(results: Results) -> Rows:
     """Test accuracy of each layer set over that with all layers."""
-    every = accuracies_of(results, "all_layers")
+    whole = MAIN_COMPARISON.first
+    every = accuracies_of(results, whole)
     return [
         {"representation": name, "layer_set": layer_set, "retention": accuracy / every[name]}
         for layer_set in layer_sets(results)
-        if layer_set != "all_layers"
+        if layer_set != whole
         for name, accuracy in accuracies_of(results, layer_set).items()
         if every.get(name, 0) > 0
     ]
@@ -339,7 +340,7 @@ def blocks_rows(results: Results) -> Rows:
 
 
 def scaling_rows(runs: list[Results]) -> Rows:
-    """Accuracy of every cell of every run, what is lost against all layers, and what is retained."""
+    """Accuracy of every cell of every experiment, what is lost against all layers, and what is retained."""
     found = []
     for results in runs:
         drops = {row["representation"]: row for row in drop_rows(results)}
@@ -347,7 +348,8 @@ def scaling_rows(runs: list[Results]) -> Rows:
             (row["representation"], row["layer_set"]): row["retention"] for row in retention_rows(results)
         }
         for row in accuracy_rows(results):
-            drop_of = drops.get(row["representation"], {}) if row["layer_set"] == "visual_only" else {}
+            is_second = row["layer_set"] == MAIN_COMPARISON.second
+            drop_of = drops.get(row["representation"], {}) if is_second else {}
             found.append(
                 {
                     "run": results["name"],

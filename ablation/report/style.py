@@ -10,15 +10,12 @@ import matplotlib.lines
 from matplotlib.figure import Figure
 
 from ablation.catalogue import LAYER_SET_GROUPS, group_of, title_of
-from ablation.cells import Cell
 
 WIDTH, WIDE = 3.4, 7.0  # inches: one column of a paper, and two
 INK, PAPER, FAINT = "#1b1e23", "#fefefe", "#9aa0a8"  # the page replaces INK and PAPER by its own colours
 LEADER = "#6b727c"  # of lines from a name to its point
-ON_DARK, ON_LIGHT = (
-    "#ffffff",
-    "#000001",
-)  # of numbers in coloured cells; not black, which SVG leaves to the page
+# Of numbers in coloured cells; not black, which SVG leaves to the page.
+ON_DARK, ON_LIGHT = ("#ffffff", "#000001")
 # Okabe and Ito's colours, which the colour-blind can tell apart: one for each layer set, everywhere
 COLOURS = {
     "all_layers": "#0072B2",
@@ -106,12 +103,6 @@ def name_rows(axes, names: list[str]) -> None:
     axes.tick_params(axis="y", length=0)
     axes.grid(axis="x", color=FAINT, linewidth=0.3, alpha=0.6)
     axes.set_axisbelow(True)
-
-
-def spoken_cell(name: str) -> str:
-    """The name of a cell's files as people say it."""
-    cell = Cell.named(name)
-    return name if cell is None else cell.spoken
 
 
 def colour_bar(figure: Figure, image: Any, grid: Any) -> None:

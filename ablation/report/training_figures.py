@@ -43,11 +43,12 @@ from ablation.report.style import (
 )
 from ablation.splits import PARTS
 
+# Points, where a name may stand.
 SHIFTS = [
     (radius * math.cos(angle), radius * math.sin(angle))
     for radius in (7, 14, 22, 31, 41)
     for angle in np.deg2rad([0, 180, 90, 270, 45, 135, 225, 315])
-]  # points, where a name may stand
+]
 
 
 @drawn
@@ -84,7 +85,7 @@ def confusion(results: Results) -> Figure | None:
 
 @drawn
 def confusion_all(results: Results) -> Figure | None:
-    """The same for every representation, small."""
+    """Small confusion matrices of every representation; None if there is only one."""
     sets, names = [name for name in layer_sets(results) if not group_of(name)][:4], representations(results)
     if not sets or len(names) < 2:
         return None

@@ -1,4 +1,4 @@
-"""Writing a report: of one folder, of several beside each other, and of a run that goes on."""
+"""Writing a report: of one folder, of several beside each other, and of an experiment that goes on."""
 
 from __future__ import annotations
 
@@ -71,11 +71,11 @@ def write_report(folder: Path, formats: tuple[str, ...] = FORMATS) -> list[Path]
 
     results = load_results(folder)
     sections, files = draw_all(FIGURES, results, formats)
-    files |= table_files(results, formats)
     if "html" in formats:
         title = f"Visual ablation: {results['dataset']}"
         blocks = [data_block(results), manifest_block(folder), failure_block(results)]
         files["report.html"] = render_page([results], title, sections, page_tables(results), blocks)
+    files |= table_files(results, formats)
     written = write_files(folder, files)
     remove_earlier(folder, list(FIGURES), files, formats)
     stamp = {
@@ -88,7 +88,7 @@ def write_report(folder: Path, formats: tuple[str, ...] = FORMATS) -> list[Path]
 
 
 def table_files(results: Results, formats: tuple[str, ...]) -> Files:
-    """The tables of a run besides those of its figures."""
+    """The tables of an experiment besides those of its figures."""
     files = {}
     if "latex" in formats:
         files["tables/results.tex"] = latex_table(results).encode()
@@ -124,7 +124,7 @@ def is_current(folder: Path) -> bool:
 def refresh(
     folder: Path, header: Results, records: dict[Cell, dict], failures: dict[Cell, str], total: int
 ) -> None:
-    """While a run goes on: write the page with its table alone. `total` cells are to be finished."""
+    """While cells are computed: write the page with its table alone. `total` cells are to be finished."""
     results = partial_results(header, records, folder, failures)
     results["name"] = folder.resolve().parent.name
     results["verdict"] = (

@@ -13,8 +13,8 @@ from ablation.benchmark.stages import PRECISIONS, inputs_of, train
 from ablation.benchmark.timing import peak, start_of_peak
 from ablation.cells import cells_of
 from ablation.collection import LoraCollection
-from ablation.mlp import TrainedRuns
 from ablation.settings import TrainingSettings
+from ablation.task import TrainedRuns
 
 EQUAL_WITHIN = 0.01  # accuracies that differ by less count as equal
 TEST_LEVEL = 0.05  # of each of the two one-sided tests

@@ -1,0 +1,60 @@
+"""What a classifier is given (a task, a listener) and what it gives (trained runs)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+from torch import Tensor
+
+from ablation.splits import Split
+
+
+class TrainingError(Exception):
+    """Training cannot go on; the message says why. The cell fails."""
+
+
+@dataclass
+class Run:
+    """The result of one seed. Epochs count from 1; the lists have one entry for each epoch."""
+
+    seed: int
+    best_epoch: int = 0
+    train_loss: list[float] = field(default_factory=list)  # mean over the epoch's rows, with dropout
+    val_accuracy: list[float] = field(default_factory=list)
+    learning_rate: list[float] = field(default_factory=list)  # used in the epoch
+    # Part of the split -> (n,) class numbers.
+    predictions: dict[str, np.ndarray] = field(default_factory=dict)
+    seconds: float = 0.0
+
+
+@dataclass
+class TrainedRuns:
+    """The runs of a cell. `trained_dim` counts the columns that vary over the training rows."""
+
+    runs: list[Run]
+    trained_dim: int
+
+
+class Task(NamedTuple):
+    """What a classifier learns: `labels` (N,) from `features` (N, D), on the training rows of `split`.
+
+    `extra` has the features (n, D) of further rows, by name; they are predicted and nothing else.
+    """
+
+    features: Tensor
+    labels: np.ndarray
+    split: Split
+    num_classes: int
+    extra: dict[str, Tensor] = {}  # noqa: RUF012 (never changed)
+
+
+class Listener(NamedTuple):
+    """Functions that are told of progress, from any thread: `on_run(run, number)` as runs finish, number from
+    1, and `on_epoch(run)` after each epoch of each run.
+    """
+
+    on_run: Callable[[Run, int], None] = lambda run, number: None
+    on_epoch: Callable[[Run], None] = lambda run: None
