@@ -226,6 +226,7 @@ class LivePage:
         context, actions, store = self.context, self.context.actions, self.context.store
         if not (actions.report or actions.tensorboard):
             return
+        records: dict[Cell, dict] = {}
         with logging_errors("the page"):
             done = [c for c in cells if c not in self.ledger.failures and store.path(c.name).exists()]
             records = {cell: store.load(cell.name) for cell in done}
@@ -236,22 +237,19 @@ class LivePage:
                 count = len(self.ledger.cells)
                 refresh(store.folder, header_of(context), self.records, self.ledger.failures, count)
         if actions.tensorboard:
-            with logging_errors("TensorBoard's curves"):
+            with logging_errors("the curves of TensorBoard", "results.json has them"):
                 from ablation.tensorboard import log_curves
 
                 log_curves(store.folder, {cell: record for cell, record in records.items() if not cell.audit})
 
 
 @contextlib.contextmanager
-def logging_errors(what: str) -> Iterator[None]:
-    """Log the traceback if the report page cannot be made; results are not affected."""
+def logging_errors(what: str, remedy: str = "scripts/report.py makes it anew") -> Iterator[None]:
+    """Log an error with its traceback and go on; results are not affected."""
     try:
         yield
     except Exception as error:
-        log.error(
-            f"{what} could not be written: {describe_error(error)}; scripts/report.py makes it anew\n"
-            f"{traceback.format_exc()}"
-        )
+        log.error(f"{what} could not be written: {describe_error(error)}; {remedy}\n{traceback.format_exc()}")
 
 
 if __name__ == "__main__":

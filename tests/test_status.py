@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from builders import lora_dataset
-from experiments import checkpoints, folder, snapshot, visible
+from experiments import FAST, checkpoints, folder, never, snapshot, visible
 
 from ablation import status as program_status
 from ablation.catalogue import SPECS
@@ -72,6 +72,16 @@ def test_a_report_that_cannot_be_made_costs_no_result(run, place, monkeypatch, w
     )
     # Two of them hidden locks.
     assert len(checkpoints(place)) == 2 + 2 and (folder(place) / "results.json").exists()
+
+
+def test_an_error_of_tensorboard_costs_neither_a_cell_nor_the_page(run, place, monkeypatch):
+    monkeypatch.setattr("ablation.tensorboard.check_installed", lambda: None)
+    monkeypatch.setattr("ablation.tensorboard.log_curves", never)
+    status, log = run(
+        "--representations", "stats", "--tensorboard", fast=[flag for flag in FAST if flag != "--no-report"]
+    )
+    assert status == 0 and log.count("the curves of TensorBoard could not be written") == 2
+    assert "the page could not be written" not in log and (folder(place) / "report.html").exists()
 
 
 def test_tensorboard_is_asked_for_before_the_work(run, place, monkeypatch):
