@@ -13,8 +13,11 @@ import io
 import json
 import logging
 import os
+import shutil
 import socket
 import time
+import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -354,6 +357,51 @@ def differences(made_with: dict, requested: dict) -> list[str]:
     return phrases
 
 
+class UnfinishedRuns:
+    """The finished runs of a cell that is not finished, a file each, in a hidden folder of the output folder.
+
+    `made_with` describes what the cell's numbers depend on; runs of another cell by that name are not used.
+    """
+
+    def __init__(self, folder: Path, cell: str, made_with: dict):
+        self.folder = folder / ".unfinished" / cell
+        self.fingerprint = hash_of(made_with)
+
+    def path(self, number: int) -> Path:
+        """The file of a run."""
+        return self.folder / f"run{number}.npz"
+
+    def load(self, number: int) -> dict[str, np.ndarray] | None:
+        """The arrays of a run; None if there is none, if its file is damaged, or if it was made otherwise."""
+        import numpy as np
+
+        try:
+            with np.load(self.path(number), allow_pickle=False) as arrays:
+                return dict(arrays) if str(arrays["fingerprint"]) == self.fingerprint else None
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+            log.info(f"{self.path(number)} is damaged and its run is trained again: {error}")
+            return None
+
+    def save(self, number: int, arrays: dict[str, np.ndarray]) -> None:
+        """Write the arrays of a run."""
+        import numpy as np
+
+        buffer = io.BytesIO()
+        content: dict[str, Any] = {**arrays, "fingerprint": np.array(self.fingerprint)}
+        np.savez_compressed(buffer, **content)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_bytes(self.path(number), buffer.getvalue())
+
+    def remove(self) -> None:
+        """Remove the files, once the cell is finished."""
+        if self.folder.exists():
+            shutil.rmtree(self.folder)
+            with contextlib.suppress(OSError):  # other cells are unfinished
+                self.folder.parent.rmdir()
+
+
 class ResultStore:
     """The finished cells of an output folder, by name:
     a checkpoint each, with the predictions behind its counts.
@@ -411,8 +459,9 @@ class ResultStore:
             return State("damaged", "its predictions are missing")
         except (OSError, ValueError, KeyError, RecursionError) as error:
             return State("damaged", str(error) or type(error).__name__)
-        # Cells that were made before there were other kinds of split do not say that theirs is random.
-        made_with = {"split_kind": "random", **record.get("asked", {}), **record["made_with"]}
+        # Cells that were made before there were other kinds of split, or folds, do not speak of them.
+        older = {"split_kind": "random", "folds": 0, "partitions": 1}
+        made_with = older | record.get("asked", {}) | record["made_with"]
         changed = differences(made_with, requested)
         return State("stale", "; ".join(changed), record) if changed else State("done", record=record)
 

@@ -32,7 +32,7 @@ from ablation.selection import possible_cells
 from ablation.settings import InputError, Settings
 from ablation.sources import resolve_name
 from ablation.status import print_plan, print_progress_summary, print_status, watch_status
-from checkpointing import Held, Refused, ResultStore, holding
+from checkpointing import Held, Refused, ResultStore, UnfinishedRuns, holding
 
 if TYPE_CHECKING:
     from ablation.context import Context, Ledger
@@ -136,11 +136,13 @@ def run_group(context: Context, ledger: Ledger, cells: list[Cell], features: Fea
         number = ledger.cells.index(cells[0]) + 1
         names = " + ".join(cell.name for cell in cells)
         log.info(f"\n[{number}/{len(ledger.cells)}] {names}: {prepared.task.features.shape[1]} columns")
+        kept = UnfinishedRuns(store.folder, cells[0].name, ledger.inputs[cells[0]])
         with context.clock("training"):
-            trained = train_cell(context, prepared)
+            trained = train_cell(context, prepared, kept)
         for cell in cells:
             record = save_cell(context, cell, prepared, trained, ledger.inputs[cell])
             announce_finished(store.folder, cell, record)
+        kept.remove()
 
 
 def finish(context: Context, ledger: Ledger) -> int:

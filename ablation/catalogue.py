@@ -167,7 +167,9 @@ COMPARISONS = (
 
 # --- splits, audits, controls, classifiers
 
+PARTS = ("train", "val", "test")  # of a split
 SPLITS = ("random", "stratified", "grouped")
+AUTO = "auto"  # with --folds: grouped where there are groups, else stratified
 GROUP_COLUMN = "category_name"  # used where a data set has it
 
 
@@ -203,4 +205,4 @@ DATASET_NAMES = (
 TRAINING_VERSION = 2
 AUDIT_VERSION = 1
 CLASSIFIER_VERSION = 1  # of CLASSIFIERS; kernel_ridge has the version of its representation
-INFERENCE_VERSION = 6  # also when the verdict says something else of the same predictions
+INFERENCE_VERSION = 7  # also when the verdict says something else of the same predictions

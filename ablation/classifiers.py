@@ -16,7 +16,7 @@ from sklearn.kernel_ridge import KernelRidge
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import KernelCenterer
 
-from ablation.splits import PARTS
+from ablation.catalogue import PARTS
 from ablation.task import Listener, Run, Task, TrainedRuns, TrainingError
 from ablation.training import standardise
 
@@ -52,7 +52,9 @@ def train_linear(task: Task, listener: Listener) -> TrainedRuns:
     for inverse in PROBE_CS:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)  # logged below with the penalty
-            model.set_params(C=inverse).fit(columns[rows["train"]], labels[rows["train"]])
+            model.set_params(C=inverse).fit(
+                columns[rows["train"]], labels[rows["train"]], task.row_weights(rows["train"])
+            )
         if max(model.n_iter_) >= PROBE_ITERATIONS:
             log.warning(
                 f"the linear probe did not converge in {PROBE_ITERATIONS} iterations at C = {inverse:g}"
@@ -83,7 +85,9 @@ def train_boosting(task: Task, listener: Listener) -> TrainedRuns:
         max_bins=BOOSTING_BINS,
     )
     watched = {"X_val": columns[val], "y_val": labels[val]} if len(val) else {}
-    model.fit(columns[rows["train"]], labels[rows["train"]], **watched)
+    if len(val) and task.is_weighted:
+        watched["sample_weight_val"] = task.row_weights(val)
+    model.fit(columns[rows["train"]], labels[rows["train"]], task.row_weights(rows["train"]), **watched)
     stages = model.staged_predict(columns[rows["val"]])
     best = int(np.argmax([np.mean(predicted == labels[rows["val"]]) for predicted in stages]))
     predictions = {
@@ -107,13 +111,15 @@ def train_kernel_ridge(task: Task, listener: Listener) -> TrainedRuns:
     centre = KernelCenterer().fit(kernels["train"].numpy())
     centred = {name: centre.transform(of_rows.numpy()) for name, of_rows in kernels.items()}
     targets = np.eye(task.num_classes)[labels[split.train]]
-    mean, scale = targets.mean(0), centred["train"].trace() / len(targets)
+    weights = task.row_weights(split.train)
+    mean, scale = np.average(targets, axis=0, weights=weights), centred["train"].trace() / len(targets)
     size = abs(kernel[split.train].diagonal().mean().item())
     if scale <= NEGLIGIBLE_SPREAD**2 * size or len(targets) < 2:
         raise TrainingError("the products of the training rows do not differ: there is nothing to learn from")
     best, predictions = -1.0, {}
     for penalty in sorted(RIDGE_PENALTIES, reverse=True):
-        ridge = KernelRidge(alpha=penalty * scale, kernel="precomputed").fit(centred["train"], targets - mean)
+        ridge = KernelRidge(alpha=penalty * scale, kernel="precomputed")
+        ridge.fit(centred["train"], targets - mean, weights)
         accuracy = np.mean((ridge.predict(centred["val"]) + mean).argmax(1) == labels[split.val])
         if accuracy > best:
             best = accuracy

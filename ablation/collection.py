@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from ablation.catalogue import ATTENTION_KINDS, GROUP_COLUMN, METADATA_COLUMNS
+from ablation.catalogue import ATTENTION_KINDS, GROUP_COLUMN, METADATA_COLUMNS, PARTS
 from ablation.controls import labels_for
 from ablation.layers import Layers, is_layer
 from ablation.reading import WeightReader, layout_of
 from ablation.settings import InputError, Settings
 from ablation.sources import open_dataset
-from ablation.splits import PARTS, Split, SplitSpec, split_rows
+from ablation.splits import Split, SplitSpec, fold_splits, split_rows, split_spec
 from ablation.survey import is_number
 from checkpointing import file_stamps, identify
 
@@ -39,14 +39,28 @@ class Columns(NamedTuple):
 
 
 class View(NamedTuple):
-    """The rows as one cell sees them: class numbers (N,), possibly shuffled, and the parts of a split."""
+    """The rows as one cell sees them: class numbers (N,), possibly shuffled, and the parts of a split.
+
+    In cross-validation `folds` has a split for each fold of each partition, and `split` is the first.
+    `is_weighted`: whole groups are held out, so that classes are uneven, and the loss weighs them alike.
+    """
 
     labels: np.ndarray
     split: Split
+    folds: tuple[Split, ...] = ()
+    is_weighted: bool = False
 
-    def labels_by_part(self) -> dict[str, np.ndarray]:
+    def split_of(self, fold: int) -> Split:
+        """The split of a run with that number among `folds`."""
+        return self.folds[fold] if self.folds else self.split
+
+    def fold(self, number: int) -> View:
+        """The rows with one fold's split alone."""
+        return self._replace(split=self.split_of(number), folds=())
+
+    def labels_by_part(self, fold: int = 0) -> dict[str, np.ndarray]:
         """Class numbers of the rows of train, val and test."""
-        return {part: self.labels[self.split.rows(part)] for part in PARTS}
+        return {part: self.labels[self.split_of(fold).rows(part)] for part in PARTS}
 
 
 @dataclass
@@ -84,12 +98,17 @@ class LoraCollection:
     layers: Layers
     labels: np.ndarray
     classes: list[str | int]
-    split: Split  # the first one
+    first: View  # the rows with their labels and the first split
     files: SourceFiles
     groups: np.ndarray | None = None  # (N,) numbers of what rows have in common; None without such a column
     # (N,) float64 each, NaN where a row has no value.
     metadata: dict[str, np.ndarray] = field(default_factory=dict)
     views: dict[tuple[SplitSpec | None, str], View] = field(default_factory=dict)  # kept by `view`
+
+    @property
+    def split(self) -> Split:
+        """The first split; in cross-validation the first fold."""
+        return self.first.split
 
     @property
     def num_rows(self) -> int:
@@ -108,8 +127,8 @@ class LoraCollection:
         Raises InputError if that split is not possible.
         """
         if (spec, labels) not in self.views:
-            split = self.split if spec is None else split_rows(self.num_rows, spec, self.labels, self.groups)
-            self.views[spec, labels] = View(labels_for(labels, self.labels), split)
+            view = self.first if spec is None else make_view(self.labels, spec, self.groups)
+            self.views[spec, labels] = view._replace(labels=labels_for(labels, self.labels))
         return self.views[spec, labels]
 
     def shared_groups(self, split: Split) -> int:
@@ -135,11 +154,19 @@ class LoraCollection:
         }
 
 
+def make_view(labels: np.ndarray, spec: SplitSpec, groups: np.ndarray | None) -> View:
+    """The rows with the split, or the folds, that `spec` describes. Raises InputError if they cannot be."""
+    if not spec.folds:
+        return View(labels, split_rows(len(labels), spec, labels, groups))
+    folds = tuple(fold_splits(len(labels), spec, labels, groups))
+    return View(labels, folds[0], folds, spec.resolved(groups is not None).kind == "grouped")
+
+
 def load_collection(settings: Settings, device: str) -> LoraCollection:
     """Open the data set of the settings and check its columns, labels and layer sets; no weight is read."""
     dataset = open_dataset(settings.dataset, settings.data_split, settings.revision)
     columns = Columns(settings.label_column, settings.group_column, settings.metadata_columns)
-    spec = SplitSpec(settings.split[0], settings.split_seed)
+    spec = split_spec(settings, "")
     collection = collect_rows(dataset, settings.dataset, device, columns, spec)
     collection.layers.named_sets = settings.named_layer_sets
     return collection
@@ -180,7 +207,7 @@ def collect_rows(
         layers=layers,
         labels=labels,
         classes=classes,
-        split=split_rows(len(dataset), spec, labels, groups),
+        first=make_view(labels, spec, groups),
         files=SourceFiles([entry["filename"] for entry in dataset.cache_files]),
         groups=groups,
         metadata=read_metadata(dataset, name, columns),

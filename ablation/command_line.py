@@ -21,6 +21,8 @@ SECTIONS = {  # of --help; every setting stands in one of them
     "what is computed": ("representations", "layer_sets", "random_halves", "sketch_size", "pca_components"),
     "splits, controls and tests": (
         "split",
+        "folds",
+        "repeats",
         "num_splits",
         "split_seed",
         "audit",

@@ -7,6 +7,7 @@ import difflib
 from collections.abc import Mapping
 from typing import Any
 
+from ablation.catalogue import AUTO
 from ablation.settings import InputError, Settings, TrainingSettings, flag, setting_fields
 
 
@@ -24,6 +25,8 @@ def build_settings(values: Mapping[str, Any], source: str = "the command line") 
     training = {f.name for f in dataclasses.fields(TrainingSettings)}
     try:
         converted = {name: convert(known[name], value) for name, value in values.items()}
+        if converted.get("folds") and "split" not in converted:
+            converted["split"] = (AUTO,)
         return Settings(
             training=TrainingSettings(**{k: v for k, v in converted.items() if k in training}),
             **{k: v for k, v in converted.items() if k not in training},

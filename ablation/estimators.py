@@ -44,13 +44,13 @@ class StandardError:
     def half_width(self) -> float:
         """Half of the 95 % t interval.
 
-        Where nothing varies it is at least Clopper and Pearson's bound for what did not occur among the
+        Where nothing varies it is Clopper and Pearson's bound for what did not occur among the
         units: 1 - 0.025^(1 / units).
         """
         if self.error == math.inf:
             return math.inf
         half = float(scipy.stats.t.ppf(1 - LEVEL / 2, self.dof)) * self.error
-        return max(half, 1 - (LEVEL / 2) ** (1 / self.units)) if self.is_constant else half
+        return max(half, 1 - (LEVEL / 2) ** (1 / self.units)) if self.error == 0 else half
 
 
 @dataclass(frozen=True)
@@ -75,9 +75,7 @@ def standard_error(D: np.ndarray, groups: np.ndarray | None = None) -> StandardE
     that of the rest, with Satterthwaite's degrees of freedom. Dorfman, Berbaum and Metz (1992) and Obuchowski
     and Rockette (1995) do the same for readers and cases. With groups (n,), groups take the place of
     examples: their deviations are those from the mean of the other groups (jackknife), and they count as n^2
-    over the sum of their squared sizes. One more example (or group) that differs is added to the sum of
-    squares, as Agresti and Min (2005) do, because few differences by chance do not show how many there could
-    be. With one run the result has the examples' part alone.
+    over the sum of their squared sizes. With one run the result has the examples' part alone.
     """
     R, n = D.shape
     by_example, by_run, mean = D.mean(0), D.mean(1), D.mean()
@@ -86,7 +84,7 @@ def standard_error(D: np.ndarray, groups: np.ndarray | None = None) -> StandardE
     if G < 2:
         return StandardError(math.inf, 1.0, G)
     deviations = np.bincount(index, by_example - mean, minlength=G) / (1 - sizes / n)
-    examples = float((deviations**2).sum() + (n / G) ** 2) * (G - 1) / G / n**2
+    examples = float((deviations**2).sum()) * (G - 1) / G / n**2
     examples_dof, is_constant = max(n**2 / float((sizes**2).sum()) - 1, 1.0), bool(np.ptp(D) == 0)
     if R == 1:
         return StandardError(math.sqrt(examples), examples_dof, G, is_constant)
@@ -94,6 +92,8 @@ def standard_error(D: np.ndarray, groups: np.ndarray | None = None) -> StandardE
     rest_dof = (n - 1) * (R - 1)
     rest = float(((D - by_example - by_run[:, None] + mean) ** 2).sum()) / rest_dof / (n * R)
     total = max(examples + runs - rest, examples, runs)
+    if total == 0:
+        return StandardError(0.0, examples_dof, G, is_constant)
     dof = total**2 / (examples**2 / examples_dof + runs**2 / runs_dof + rest**2 / rest_dof)
     return StandardError(math.sqrt(total), min(dof, 1.0) if R == 2 else dof, G, is_constant)
 
@@ -103,13 +103,13 @@ def standard_error_over_splits(D: Sequence[np.ndarray], splits: SplitRows) -> St
 
     It is the variance over splits times 1/K + the ratio of test to training rows, with K - 1 degrees of
     freedom: splits of one data set share most of their rows, so their mean varies more than 1/K of that
-    variance (Nadeau and Bengio 2003). One example or group that differs is added, as in `standard_error`.
+    variance (Nadeau and Bengio 2003).
     Where rows of the data set come in groups, random splits do not show how groups differ, and the first
     split's error is taken if it is wider.
     """
     means = np.array([d.mean() for d in D])
     units = splits.count(np.concatenate(splits.test_rows))
-    error = math.sqrt(float(means.var(ddof=1)) * (1 / len(means) + splits.ratio) + 1 / units**2)
+    error = math.sqrt(float(means.var(ddof=1)) * (1 / len(means) + splits.ratio))
     is_constant = bool(all(np.ptp(d) == 0 for d in D) and np.ptp(means) == 0)
     over_splits = StandardError(error, len(means) - 1, units, is_constant)
     if splits.groups is None:
@@ -260,6 +260,7 @@ def conclusion(
         "drop": drop,
         "interval": (max(-1.0, drop - half), min(1.0, drop + half)),
         "standard_error": spread.error if is_known else None,
+        "dof": spread.dof,
         "p_equivalence": p_of_equivalence(drop, spread, differ, margin),
         "margin": margin,
         "training_noise_interval": training_noise(np.mean([d.mean(1) for d in D], axis=0)),
@@ -276,7 +277,9 @@ def p_of_equivalence(drop: float, spread: StandardError, differ: int, margin: fl
     With fewer than FEW_UNITS differing units it is at least the chance of so few, if a share `margin` of them
     differed.
     """
-    if not spread.error < math.inf:
+    if spread.error == 0 and abs(drop) < margin:
+        return float(scipy.stats.binom.cdf(differ, spread.units, margin))
+    if not 0 < spread.error < math.inf:
         return 1.0
     above = scipy.stats.t.sf((margin - drop) / spread.error, spread.dof)
     below = scipy.stats.t.sf((margin + drop) / spread.error, spread.dof)
@@ -295,7 +298,7 @@ def p_values_of_mean(D: np.ndarray, spread: StandardError, groups: np.ndarray | 
 
 def p_of_mean(mean: float, spread: StandardError) -> float:
     """The two-sided p-value of the t test that a mean is 0."""
-    if not spread.error < math.inf:
+    if not 0 < spread.error < math.inf:
         return 1.0
     return float(2 * scipy.stats.t.sf(abs(mean) / spread.error, spread.dof))
 
@@ -313,9 +316,16 @@ def holm(p_values: list[float]) -> list[float]:
     return adjusted.tolist()
 
 
-def chance_level(labels: np.ndarray) -> float:
-    """Accuracy of always answering the most frequent class of the test rows."""
-    return float(np.bincount(labels).max() / len(labels))
+def chance_level(labels: np.ndarray, train_labels: np.ndarray) -> float:
+    """Accuracy on the test rows of a rule that sees the training labels alone, the better of two.
+
+    One always answers their most frequent class, the other draws classes in their proportions: scikit-learn's
+    DummyClassifier, `most_frequent`, and the expectation of `stratified`.
+    """
+    classes = 1 + int(max(labels.max(), train_labels.max()))
+    trained = np.bincount(train_labels, minlength=classes) / len(train_labels)
+    tested = np.bincount(labels, minlength=classes) / len(labels)
+    return float(max(tested[trained.argmax()], trained @ tested))
 
 
 def binomial_error(accuracy: float, n: int) -> float:

@@ -56,7 +56,8 @@ class Features:
         """The fit of a cell's layer set, split and labels."""
         from ablation.fitted import Fit
 
-        key = (cell.layer_set, cell.split, cell.labels, *(audit.name for audit in audits))
+        rows = view.split.train.tobytes()  # folds of a split train on other rows
+        key = (cell.layer_set, cell.split, rows, cell.labels, *(audit.name for audit in audits))
         if self.last_fit is not None and self.last_fit[0] == key:
             fit = self.last_fit[1]
         else:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ablation.catalogue import (
     AUDIT_VERSION,
+    AUTO,
     CLASSIFIER_VERSION,
     METADATA_COLUMNS,
     SPECS,
@@ -44,11 +45,10 @@ def actual_inputs(context: Context, cells: list[Cell]) -> dict[Cell, dict[str, A
             view = context.view_of(Cell("", "", split=split, labels=labels))
         except InputError as error:  # of a cell that another command left in the folder
             return {"split": f"not possible any more: {error}"}
-        parts = [view.split.train, view.split.val, view.split.test]
-        return {
-            "labels": hash_of([view.labels.tolist(), data.classes]),
-            "split": hash_of([part.tolist() for part in parts]),
-        }
+        splits = view.folds or (view.split,)
+        parts = [part.tolist() for split in splits for part in (split.train, split.val, split.test)]
+        inputs = {"labels": hash_of([view.labels.tolist(), data.classes]), "split": hash_of(parts)}
+        return inputs | ({"is_weighted": True} if view.is_weighted else {})
 
     def inputs(cell: Cell) -> dict[str, Any]:
         own = training_inputs(context.settings, cell)
@@ -87,16 +87,18 @@ def data_settings(settings: Settings, cell: Cell) -> dict[str, Any]:
     They are stored with each cell, and compared only where the data set is not open: once it is, hashes cover
     them.
     """
-    kind, seed = split_spec(settings, cell.split)
+    spec = split_spec(settings, cell.split)
     selected: dict[str, Any] = {
         "data_split": settings.data_split,
         "revision": settings.revision,
         "label_column": settings.label_column,
-        "split_seed": seed,
-        "split_kind": kind,
+        "split_seed": spec.seed,
+        "split_kind": spec.kind,
+        "folds": spec.folds,
+        "partitions": spec.partitions,
     }
     if cell.representation == "metadata":
         selected["metadata_columns"] = list(dict.fromkeys([*METADATA_COLUMNS, *settings.metadata_columns]))
-    if kind == "grouped":
+    if spec.kind in ("grouped", AUTO):
         selected["group_column"] = settings.group_column
     return selected

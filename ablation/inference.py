@@ -20,18 +20,9 @@ from ablation.catalogue import (
     group_of,
 )
 from ablation.cells import Cell
-from ablation.estimators import (
-    LEVEL,
-    POWER,
-    RESAMPLING_SEED,
-    SplitRows,
-    StandardError,
-    chance_level,
-    holm,
-    p_of_mean,
-    sign_flip_test,
-)
-from ablation.samples import Predictions, Sample, join_first_split, samples_of
+from ablation.estimators import LEVEL, POWER, RESAMPLING_SEED, StandardError, holm, p_of_mean, sign_flip_test
+from ablation.family import adjust_family, primary
+from ablation.samples import TEST, TRAIN, Predictions, Sample, join_first_split, samples_of
 
 SHUFFLES = 1999  # permutations of the test labels in the check of shuffled labels
 SUSPECT_LEVEL = 0.01  # share of runs without a fault that the check calls suspect
@@ -56,12 +47,10 @@ def infer(
         return {}
     first_arrays = next(arrays for cell, arrays in predictions.items() if cell.is_plain)
     representations = list(dict.fromkeys(cell.representation for cell in plain))
-    tested = np.concatenate([rows for sample in plain.values() for rows in sample.rows.values()])
-    units = SplitRows([], 0.0, groups).count(tested)
 
     def compared(comparison: Comparison, classifier: str = "") -> dict[str, Any]:
-        entries = compare_layer_sets(of_kind, representations, comparison, margin, classifier)
-        forget_undetectable(entries, units)
+        pairs = sample_pairs(of_kind, representations, comparison, classifier)
+        entries = compare_layer_sets(pairs, margin)
         return {"first": comparison.first, "second": comparison.second, "entries": entries}
 
     comparisons = [compared(comparison) for comparison in COMPARISONS]
@@ -70,14 +59,18 @@ def infer(
     first_set = {name: Cell(name, MAIN_COMPARISON.first) for name in representations}
     every = {name: plain[cell] for name, cell in first_set.items() if cell in plain}
     return {
-        **test_set_facts(first_arrays, groups),
+        **test_set_facts(first_arrays, groups, next(iter(plain.values())).chance),
         "margin": margin,
         "level": LEVEL,
         "power": POWER,
         "split": kind,
         "splits": max(len(sample.right) for sample in plain.values()),
-        "runs": max(len(right) for sample in plain.values() for right in sample.right.values()),
+        "runs": max(sample.num_runs for sample in plain.values()),
+        "folds": folds_of(next(iter(plain.values()))),
         "accuracies": accuracies,
+        "primary": primary(
+            sample_pairs(of_kind, representations, MAIN_COMPARISON), above_chance(accuracies, every), margin
+        ),
         "comparisons": [comparison for comparison in comparisons if comparison["entries"]],
         "classifiers": [{"classifier": name, **compared(MAIN_COMPARISON, name)} for name in used],
         "ranking": ranking(every),
@@ -104,47 +97,60 @@ def control_entry(cell: Cell, accuracy: dict[str, Any]) -> dict[str, Any]:
     return named | accuracy
 
 
-def test_set_facts(arrays: dict[str, np.ndarray], groups: np.ndarray | None) -> dict[str, Any]:
-    """Size, chance level and groups of the first split's test rows."""
-    rows = arrays["test_rows"]
-    shared = None if groups is None else int(np.isin(groups[rows], groups[arrays["train_rows"]]).sum())
-    return {
-        "test_rows": len(rows),
-        "chance": chance_level(arrays["test_labels"]),
-        "groups": None if groups is None else len(np.unique(groups[rows])),
-        "test_rows_that_share_a_group_with_training": shared,
-    }
-
-
-def compare_layer_sets(
-    samples: dict[Cell, Sample],
-    representations: list[str],
-    comparison: Comparison,
-    margin: float,
-    classifier: str = "",
-) -> list[dict[str, Any]]:
-    """The differences of two layer sets,
-    representation by representation, adjusted for testing all of them.
+def test_set_facts(arrays: dict[str, np.ndarray], groups: np.ndarray | None, chance: float) -> dict[str, Any]:
+    """Size and groups of the test rows, and how many share their group with a training row: of the first
+    split, in a cross-validation of the first fold.
     """
-    entries = []
+    if "parts" in arrays:
+        parts = arrays["parts"]
+        splits = [(np.flatnonzero(of_run == TEST), np.flatnonzero(of_run == TRAIN)) for of_run in parts]
+        rows, train_rows = splits[0]
+        facts = {"test_rows": parts.shape[1], "groups": None if groups is None else len(np.unique(groups))}
+    else:
+        rows, train_rows = arrays["test_rows"], arrays["train_rows"]
+        facts = {"test_rows": len(rows), "groups": None if groups is None else len(np.unique(groups[rows]))}
+    shared = None if groups is None else int(np.isin(groups[rows], groups[train_rows]).sum())
+    return facts | {"chance": chance, "test_rows_that_share_a_group_with_training": shared}
+
+
+def folds_of(sample: Sample) -> dict[str, int] | None:
+    """Folds and rounds of a cross-validation; None for single splits."""
+    if sample.runs is None:
+        return None
+    rounds = len(sample.runs)
+    return {"folds": sample.num_runs // rounds, "rounds": rounds}
+
+
+def above_chance(accuracies: dict[str, dict[str, Any]], samples: dict[str, Sample]) -> list[str]:
+    """The representations that are above chance with all layers, after Holm's correction."""
+    names = list(samples)
+    cells = [accuracies[Cell(name, MAIN_COMPARISON.first).name] for name in names]
+    p_values = holm([cell["p_above_chance"] for cell in cells])
+    return [name for name, p in zip(names, p_values, strict=True) if p < LEVEL]
+
+
+def sample_pairs(
+    samples: dict[Cell, Sample], representations: list[str], comparison: Comparison, classifier: str = ""
+) -> dict[str, tuple[Sample, Sample]]:
+    """The samples of both layer sets of a comparison, by representation, where both are there."""
+    pairs = {}
     for name in representations:
         first = samples.get(Cell(name, comparison.first, classifier=classifier))
         second = samples.get(Cell(name, comparison.second, classifier=classifier))
-        entry = first.minus(second, margin) if first and second else None
-        if entry is not None:
-            entries.append({"representation": name, **entry})
-    adjust(entries)
+        if first and second and first.shared_splits(second):
+            pairs[name] = first, second
+    return pairs
+
+
+def compare_layer_sets(pairs: dict[str, tuple[Sample, Sample]], margin: float) -> list[dict[str, Any]]:
+    """The differences of two layer sets, by representation, adjusted for testing all of them."""
+    entries = []
+    for name, (first, second) in pairs.items():
+        entry = first.minus(second, margin)
+        assert entry is not None
+        entries.append({"representation": name, **entry})
+    adjust_family(entries, list(pairs.values()))
     return entries
-
-
-def forget_undetectable(entries: list[dict[str, Any]], units: int) -> None:
-    """Set `smallest` to None where the smallest possible
-    sign-flip p of so few units is above LEVEL after Holm.
-    """
-    if 2 / 2 ** min(units, 64) * len(entries) >= LEVEL:
-        for entry in entries:
-            if entry["splits"] == 1:
-                entry["smallest"] = None
 
 
 def ranking(samples: dict[str, Sample]) -> list[dict[str, Any]]:
@@ -212,7 +218,7 @@ def inflation(samples: dict[str, dict[Cell, Sample]], kind: str) -> list[dict[st
 def welch(mean: float, spreads: list[StandardError]) -> tuple[float, float]:
     """Half of the 95 % interval, and the two-sided p-value, of a difference of two independent means."""
     error = math.hypot(*(spread.error for spread in spreads))
-    if not error < math.inf:
+    if not 0 < error < math.inf:
         return math.inf, 1.0
     dof = error**4 / sum(spread.error**4 / spread.dof for spread in spreads)
     half = float(scipy.stats.t.ppf(1 - LEVEL / 2, dof)) * error

@@ -44,7 +44,13 @@ def inference_lines(inference: dict[str, Any]) -> list[str]:
 def general_lines(inference: dict[str, Any]) -> list[str]:
     """The chance level, groups, and how the spread over seeds compares with the test set's own error."""
     chance, rows = percent(inference["chance"]), inference["test_rows"]
-    lines = ["", f"Chance: {chance} (the most frequent class of {rows} test rows)"]
+    lines = ["", f"Chance: {chance} (the better of two rules that know the training labels alone)"]
+    folds = inference["folds"]
+    if folds is not None:
+        lines.append(
+            f"Folds: {folds['folds']}; each of {rows} rows is tested {folds['rounds']} times, by "
+            f"{inference['runs']} runs in all, which are trained on the other rows."
+        )
     if inference["groups"] is not None:
         shared = inference["test_rows_that_share_a_group_with_training"]
         lines.append(
@@ -66,7 +72,8 @@ COMPARISON_COLUMNS = (
     Column("representation", -20, lambda entry: entry["representation"]),
     Column("points", 8, lambda entry: points(entry["drop"])),
     Column("95 % interval", 18, lambda entry: interval_text(entry["interval"])),
-    Column("p (Holm)", 11, lambda entry: probability(entry["p_holm"])),
+    Column("p (max-T)", 11, lambda entry: probability(entry["p_max_t"])),
+    Column("p (Holm)", 10, lambda entry: probability(entry["p_holm"])),
     Column("equal (Holm)", 14, lambda entry: probability(entry["p_equivalence_holm"])),
     Column("smallest", 10, lambda entry: percent(entry["smallest"])),
     Column("h", 7, lambda entry: f"{entry['cohens_h']:+.2f}"),
@@ -89,12 +96,12 @@ def comparison_lines(comparison: dict, inference: dict[str, Any]) -> list[str]:
         for name in (comparison["first"], comparison["second"])
     ]
     scope = "for new examples and runs" if inference["runs"] > 2 else "for new examples, of these runs alone"
-    title = (
-        f"{names[0]} minus {names[1]}: {scope}{over_splits(comparison['entries'])}; equal: within "
-        f"{100 * inference['margin']:g} points; smallest: found with {100 * inference['power']:.0f} % "
-        "probability"
+    title = f"{names[0]} minus {names[1]}: {scope}{over_splits(comparison['entries'])}"
+    explained = (
+        f"(intervals one at a time; p corrected for all; equal: within {100 * inference['margin']:g} points; "
+        f"smallest: found with {100 * inference['power']:.0f} %)"
     )
-    return ["", title, *table(COMPARISON_COLUMNS, comparison["entries"])]
+    return ["", title, explained, *table(COMPARISON_COLUMNS, comparison["entries"])]
 
 
 def over_splits(entries: list[dict]) -> str:

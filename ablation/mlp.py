@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -22,6 +23,7 @@ HIDDEN_LAYERS = 3
 LR_FACTOR, LR_PATIENCE = 0.5, 10  # of ReduceLROnPlateau on validation accuracy
 BETA1, BETA2, ADAM_EPS = 0.9, 0.999, 1e-8
 EVAL_ROWS = 4096  # rows in one forward pass without gradients
+DRAWING = threading.Lock()  # of the process's random generator
 DROPOUT_STEPS = 8  # steps whose dropout is drawn at once
 
 
@@ -36,6 +38,7 @@ class Prepared(NamedTuple):
     y_N: Tensor
     parts: dict[str, Tensor]
     num_classes: int
+    weights_C: Tensor | None = None  # of a row in the loss, by its class; None: alike
 
     @property
     def device(self) -> torch.device:
@@ -137,8 +140,11 @@ class Dropout(nn.Module):
 
 
 def build_model(seed: int, inputs: int, num_classes: int, settings: TrainingSettings) -> nn.Sequential:
-    """The MLP on the CPU, with torch's default initial weights drawn from `seed` alone."""
-    with torch.random.fork_rng(devices=[]):
+    """The MLP on the CPU, with torch's default initial weights drawn from `seed` alone.
+
+    torch's own layers draw from one generator of the process, so one model at a time is built.
+    """
+    with DRAWING, torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         layers: list[nn.Module] = []
         for _ in range(HIDDEN_LAYERS):

@@ -130,8 +130,8 @@ class PackedEpoch:
     The tensors that its steps read and write stay in place, so that recorded steps can be replayed.
     """
 
-    def __init__(self, pack: Pack, x_train: Tensor, y_train: Tensor):
-        self.pack, self.x_train, self.y_train = pack, x_train, y_train
+    def __init__(self, pack: Pack, x_train: Tensor, y_train: Tensor, weights_C: Tensor | None = None):
+        self.pack, self.x_train, self.y_train, self.weights_C = pack, x_train, y_train, weights_C
         device = y_train.device
         # Loss summed over the epoch's rows.
         self.total_R = torch.zeros(len(pack), dtype=torch.float64, device=device)
@@ -168,7 +168,7 @@ class PackedEpoch:
             x_RBD = rows_on(self.x_train, batch_RB, self.y_train.device)
             logits_RBC = self.pack.logits(x_RBD, True, dropout_LRBH)
         logits = logits_RBC.to(self.x_train.dtype).flatten(0, 1)
-        losses = F.cross_entropy(logits, self.y_train[batch_RB].flatten(), reduction="none")
+        losses = F.cross_entropy(logits, self.y_train[batch_RB].flatten(), self.weights_C, reduction="none")
         loss_R = losses.view(R, B).mean(1)
         gradients = torch.autograd.grad(loss_R.sum(), list(self.pack.parameters.values()))
         self.pack.step(gradients, self.rates_R)
@@ -282,6 +282,7 @@ class PackedTraining:
         self.alive = list(range(len(self.runs)))
         self.x_train, self.y_train = data.rows_of("train")
         self.x_val, self.y_val = data.rows_of("val")
+        self.weights_C = data.weights_C
         inputs = data.x_ND.shape[1]
         models = [build_model(run.seed, inputs, data.num_classes, settings) for run in self.runs]
         self.pack = Pack(models, settings, data.device, data.x_ND.dtype)
@@ -293,7 +294,7 @@ class PackedTraining:
 
     def train(self, listener: Listener) -> None:
         """Train until every run has stopped."""
-        epoch = PackedEpoch(self.pack, self.x_train, self.y_train)
+        epoch = PackedEpoch(self.pack, self.x_train, self.y_train, self.weights_C)
         try:
             while self.alive:
                 self.train_epoch(epoch, listener)
@@ -304,7 +305,7 @@ class PackedTraining:
                     self.alive = [self.alive[i] for i in staying]
                     self.pack.keep(staying)
                     epoch.steps.clear()  # recorded steps hold a GPU's memory
-                    epoch = PackedEpoch(self.pack, self.x_train, self.y_train)
+                    epoch = PackedEpoch(self.pack, self.x_train, self.y_train, self.weights_C)
         finally:
             epoch.steps.clear()
 

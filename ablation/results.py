@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("visual_ablation")
 
 AUDIT_KEYS = ("test_acc_mean", "test_acc_std", "test_acc_all_runs", "variants")
-INFERENCE_KEYS = ("inference", "verdict", "inference_made_from")
+INFERENCE_KEYS = ("inference", "verdict", "verdict_parts", "inference_made_from")
 
 
 def compare(records: dict[Cell, dict]) -> list[dict[str, Any]]:
@@ -142,7 +142,8 @@ def inference_of(context: Context, records: dict[Cell, dict]) -> dict[str, Any]:
 
     arrays = {cell: context.store.load_predictions(cell.name) for cell in records}
     inference = {} if overlap else infer(arrays, data.groups, settings.margin, kind)
-    made = dict(zip(INFERENCE_KEYS, (inference, verdict(inference, overlap), made_from), strict=True))
+    said = verdict(inference, overlap)
+    made = dict(zip(INFERENCE_KEYS, (inference, said.text, said._asdict(), made_from), strict=True))
     return made | {"inference_check": hash_of(made)}
 
 

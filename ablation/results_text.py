@@ -27,9 +27,23 @@ def results_text(results: dict[str, Any]) -> str:
         "",
         "VERDICT",
         "",
-        *textwrap.wrap(results["verdict"], TEXT_WIDTH),
+        *verdict_lines(results),
     ]
     return "\n".join(lines) + "\n"
+
+
+def verdict_lines(results: dict[str, Any]) -> list[str]:
+    """The verdict: the answer, its numbers, and a list of reservations."""
+    parts = results.get("verdict_parts") or {"opening": [results["verdict"]]}
+    lines = []
+    for name in ("opening", "numbers"):
+        if parts.get(name):
+            lines += ["", *textwrap.wrap(" ".join(parts[name]), TEXT_WIDTH)]
+    if parts.get("reservations"):
+        lines.append("")
+    for sentence in parts.get("reservations", []):
+        lines += textwrap.wrap(f"- {sentence}", TEXT_WIDTH, subsequent_indent="  ")
+    return lines[1:]
 
 
 def head_lines(results: dict[str, Any]) -> list[str]:

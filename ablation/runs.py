@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from ablation.catalogue import SPECS
+from torch import Tensor
+
+from ablation.catalogue import PARTS, SPECS
 from ablation.cells import Cell
 from ablation.collection import View
 from ablation.context import Context
 from ablation.features import Features, refuse_non_finite_features
 from ablation.fingerprints import data_settings
+from ablation.fold_training import FoldPlan, FoldRun, runs_by_round, train_folds
 from ablation.log import Progress, end_if_stopped
 from ablation.provenance import made_on
 from ablation.scores import audit_record, cell_record, prediction_arrays, run_scores, variant_arrays
-from ablation.splits import PARTS
+from ablation.settings import TrainingSettings
 from ablation.task import Listener, Run, Task, TrainedRuns
 from ablation.training import train_runs
+from checkpointing import UnfinishedRuns
 
 log = logging.getLogger("visual_ablation")
 
@@ -28,7 +34,8 @@ class PreparedCells(NamedTuple):
 
     cell: Cell
     view: View
-    task: Task
+    task: Task  # in cross-validation that of the first fold
+    task_of: Callable[[int], Task]  # of a fold
     changes: dict[str, dict[str, dict[str, float]]]  # audit -> variant -> largest and rms
 
 
@@ -37,10 +44,15 @@ def prepare_cells(context: Context, cells: list[Cell], features: Features) -> Pr
     cell = cells[0].trained
     audits = [features.audits[audited.audit] for audited in cells if audited.audit]
     view = context.view_of(cell)
-    with context.clock("features"), Progress(None, f"computing {cell.representation}"):
-        x, changed = features.columns_of(cell, audits, view)
-        refuse_non_finite_features(x, cell, context.data)
-        changes = {audit.name: audit.changes(x, changed[audit.name], view.split.train) for audit in audits}
+
+    def columns_of(view: View) -> tuple[Tensor, dict[str, Tensor]]:
+        with context.clock("features"), Progress(None, f"computing {cell.representation}"):
+            x, changed = features.columns_of(cell, audits, view)
+            refuse_non_finite_features(x, cell, context.data)
+        return x, changed
+
+    x, changed = columns_of(view)
+    changes = {audit.name: audit.changes(x, changed[audit.name], view.split.train) for audit in audits}
     if SPECS[cell.representation].fitted:  # such a representation reads the weights only now
         context.data.files.refuse_changes()
     extra = {
@@ -48,18 +60,28 @@ def prepare_cells(context: Context, cells: list[Cell], features: Features) -> Pr
         for audit in audits
         for variant in audit.variants
     }
-    task = Task(x, view.labels, view.split, len(context.data.classes), extra)
-    return PreparedCells(cell, view, task, changes)
+    task = Task(x, view.labels, view.split, len(context.data.classes), extra, view.is_weighted)
+
+    def task_of(fold: int) -> Task:
+        of_fold = view.fold(fold)
+        is_fitted = fold > 0 and SPECS[cell.representation].fitted
+        own = columns_of(of_fold)[0] if is_fitted else x
+        return task._replace(features=own, split=of_fold.split)
+
+    return PreparedCells(cell, view, task, task_of, changes)
 
 
-def train_cell(context: Context, prepared: PreparedCells) -> TrainedRuns:
-    """Train the runs of a cell, with a line in the log for each run."""
+def train_cell(context: Context, prepared: PreparedCells, kept: UnfinishedRuns) -> TrainedRuns:
+    """Train the runs of a cell, with a line in the log for each run.
+
+    `kept` are the finished runs of a cross-validation that was ended.
+    """
     cell, task, settings = prepared.cell, prepared.task, context.settings.training
-    labels = prepared.view.labels_by_part()
-    count = 1 if cell.own_classifier else settings.num_runs
+    planned = planned_runs(context, prepared)
+    count = len(planned) or (1 if cell.own_classifier else settings.num_runs)
 
     def on_run(run: Run, number: int) -> None:
-        scores, _ = run_scores(labels, run, task.num_classes)
+        scores, _ = run_scores(prepared.view.labels_by_part(run.fold), run, task.num_classes)
         log.info(
             f"Run {number}/{count}: Train={scores['train_acc']:.4f}, Val={scores['val_acc']:.4f}, "
             f"Test={scores['test_acc']:.4f}, Time={run.seconds:.1f}s"
@@ -70,12 +92,32 @@ def train_cell(context: Context, prepared: PreparedCells) -> TrainedRuns:
         end_if_stopped()
         progress.note = f"epoch {len(run.train_loss)} of the run with seed {run.seed}"
 
-    with Progress(count, "runs") as progress:
+    def train_one(task: Task, one: FoldRun, listener: Listener) -> TrainedRuns:
+        return train(task, dataclasses.replace(settings, num_runs=1, seed=one.seed), listener)
+
+    def train(task: Task, settings: TrainingSettings, listener: Listener) -> TrainedRuns:
         if cell.own_classifier:
             from ablation.classifiers import TRAINERS
 
-            return TRAINERS[cell.own_classifier](task, Listener(on_run))
-        return train_runs(task, settings, context.device, Listener(on_run, on_epoch))
+            return TRAINERS[cell.own_classifier](task, listener)
+        return train_runs(task, settings, context.device, listener)
+
+    with Progress(count, "runs") as progress:
+        listener = Listener(on_run, on_epoch)
+        if planned:
+            plan = FoldPlan(planned, prepared.task_of, train_one, context.device)
+            return train_folds(plan, kept, listener)
+        return train(task, settings, listener)
+
+
+def planned_runs(context: Context, prepared: PreparedCells) -> list[FoldRun]:
+    """The runs of a cross-validation, of a classifier one a fold; [] for a single split."""
+    settings, folds = context.settings, prepared.view.folds
+    if not folds:
+        return []
+    if prepared.cell.own_classifier:
+        return [FoldRun(number, number, number) for number in range(len(folds))]
+    return runs_by_round(settings.folds, settings.partitions, settings.training)
 
 
 def save_cell(

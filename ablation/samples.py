@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import scipy.stats
 
-from ablation.catalogue import group_of
+from ablation.catalogue import PARTS, group_of
 from ablation.cells import Cell
 from ablation.estimators import (
     LEVEL,
@@ -23,7 +23,9 @@ from ablation.estimators import (
     standard_error,
     standard_error_over_splits,
 )
+from ablation.fold_estimators import difference_of_folds, fold_standard_error
 
+TRAIN, TEST = PARTS.index("train"), PARTS.index("test")
 Predictions = dict[Cell, dict[str, np.ndarray]]  # of each cell the arrays of its predictions/<cell>.npz
 
 
@@ -40,6 +42,19 @@ class Sample:
     ratio: float
     chance: float
     groups: np.ndarray | None
+    runs: np.ndarray | None = None  # (R, n) of a cross-validation: the number of the run behind each answer
+
+    @property
+    def num_runs(self) -> int:
+        """Trained runs, in all folds together or in one split."""
+        if self.runs is not None:
+            return len(np.unique(self.runs))
+        return max(len(right) for right in self.right.values())
+
+    def units_of(self, splits: Iterable[str]) -> np.ndarray:
+        """The unit of each test row of the splits, one after another: its group, or the row itself."""
+        rows = np.concatenate([self.rows[split] for split in splits])
+        return rows if self.groups is None else self.groups[rows]
 
     def shared_splits(self, other: Sample) -> list[str]:
         """Splits in which both have the same number of runs and the same test rows."""
@@ -66,12 +81,16 @@ class Sample:
             return None
         first = [self.right[split] for split in splits]
         second = [other.right[split] for split in splits]
+        if self.runs is not None:
+            return difference_of_folds((first[0], second[0]), margin, self.runs, self.groups)
         if len(splits) == 1:
             return difference(first[0], second[0], margin, self.groups_on(splits[0]))
         return difference_over_splits(first, second, margin, self.split_rows(splits))
 
     def standard_error_of(self, D: dict[str, np.ndarray]) -> StandardError:
         """The standard error of the mean of D[split] (R, n) over splits, runs and examples."""
+        if self.runs is not None:
+            return fold_standard_error(next(iter(D.values())), self.runs, self.groups)
         if len(D) == 1:
             ((split, only),) = D.items()
             return standard_error(only, self.groups_on(split))
@@ -99,7 +118,10 @@ class Sample:
             float(np.mean([hits.mean(1).std() for hits in right.values()])),
         )
         is_known = spread.error < math.inf
-        above = float(scipy.stats.t.sf((mean - self.chance) / spread.error, spread.dof)) if is_known else 1.0
+        if 0 < spread.error < math.inf:
+            above = float(scipy.stats.t.sf((mean - self.chance) / spread.error, spread.dof))
+        else:  # every answer alike: all units right by chance, or nothing is shown
+            above = self.chance**spread.units if mean == 1 else 1.0
         return {
             "accuracy": mean,
             "interval": (max(0.0, low), min(1.0, high)),
@@ -134,9 +156,12 @@ def samples_of(predictions: Predictions, groups: np.ndarray | None) -> dict[str,
 
 
 def sample_of(splits: dict[str, dict[str, np.ndarray]], groups: np.ndarray | None) -> Sample:
-    """The sample of a cell from its predictions in several splits."""
+    """The sample of a cell from its predictions in several splits, or in the folds of a cross-validation."""
+    folds = next((arrays for arrays in splits.values() if "parts" in arrays), None)
+    if folds is not None:
+        return fold_sample(folds, groups)
     ratios = [len(arrays["test_rows"]) / len(arrays["train_rows"]) for arrays in splits.values()]
-    chances = [chance_level(arrays["test_labels"]) for arrays in splits.values()]
+    chances = [chance_level(arrays["test_labels"], arrays["train_labels"]) for arrays in splits.values()]
     return Sample(
         right={
             split: arrays["test_predictions"] == arrays["test_labels"] for split, arrays in splits.items()
@@ -146,6 +171,26 @@ def sample_of(splits: dict[str, dict[str, np.ndarray]], groups: np.ndarray | Non
         chance=float(np.mean(chances)),
         groups=groups,
     )
+
+
+def fold_sample(arrays: dict[str, np.ndarray], groups: np.ndarray | None) -> Sample:
+    """The sample of a cross-validation: whether each row was told right in each round, in which it is tested
+    once.
+    """
+    answers, runs = tested_answers(arrays)
+    labels, parts = arrays["labels"], arrays["parts"]
+    chances = [chance_level(labels[parts[r] == TEST], labels[parts[r] == TRAIN]) for r in range(len(parts))]
+    ratio = float((parts == TEST).sum() / (parts == TRAIN).sum())
+    rows = np.arange(len(labels))
+    return Sample({"": answers == labels}, {"": rows}, ratio, float(np.mean(chances)), groups, runs)
+
+
+def tested_answers(arrays: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Predictions (m, N) of the rows when tested, round by round, and the numbers (m, N) of the runs."""
+    is_test = arrays["parts"] == TEST  # (R, N)
+    rounds = int(is_test[:, 0].sum())
+    order = np.argsort(~is_test, axis=0, kind="stable")[:rounds]  # of each row the runs that tested it
+    return np.take_along_axis(arrays["predictions"], order, axis=0), order
 
 
 def join_random_halves(samples: dict[Cell, Sample]) -> None:

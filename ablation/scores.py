@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ablation.catalogue import PARTS
 from ablation.cells import Cell
 
 if TYPE_CHECKING:
@@ -78,12 +79,13 @@ def cell_record(
     cell: Cell, trained: TrainedRuns, view: View, num_classes: int, sizes: dict[str, int]
 ) -> dict[str, Any]:
     """The record of a finished cell under the origin's keys. `sizes` has num_layers and feature_dim."""
-    labels = view.labels_by_part()
     per_run, confusions = [], []
     for number, run in enumerate(trained.runs, 1):
-        scores_of_run, counts = run_scores(labels, run, num_classes)
+        scores_of_run, counts = run_scores(view.labels_by_part(run.fold), run, num_classes)
         timing = {"training_time": run.seconds, "best_epoch": run.best_epoch}
-        per_run.append({"run": number, **scores_of_run, **timing, "feature_dim": sizes["feature_dim"]})
+        fold = {"fold": run.fold} if view.folds else {}
+        own: dict[str, Any] = {"run": number, **scores_of_run, **timing, "feature_dim": sizes["feature_dim"]}
+        per_run.append(own | fold)
         confusions.append(counts)
     record: dict[str, Any] = {
         "representation": f"{cell.representation}_{cell.layer_set}",
@@ -97,7 +99,7 @@ def cell_record(
     }
     for part in SCORED_PARTS:
         record[f"{part}_confusion_matrices"] = [counts[part].tolist() for counts in confusions]
-    for part in labels:
+    for part in PARTS:
         record[f"{part}_acc_all_runs"] = [run[f"{part}_acc"] for run in per_run]
     return record
 
@@ -105,7 +107,7 @@ def cell_record(
 def summaries(per_run: list[dict]) -> dict[str, float]:
     """`<key>_mean` and `<key>_std` over the runs for every score, the time and the best epoch."""
     summary = {}
-    for key in (key for key in per_run[0] if key not in ("run", "feature_dim")):
+    for key in (key for key in per_run[0] if key not in ("run", "feature_dim", "fold")):
         summary[f"{key}_mean"], summary[f"{key}_std"] = mean_and_std([run[key] for run in per_run])
     return summary
 
@@ -140,10 +142,31 @@ def stacked_predictions(trained: TrainedRuns, part: str) -> np.ndarray:
     return np.stack([run.predictions[part] for run in trained.runs]).astype(np.int32)
 
 
+def fold_arrays(trained: TrainedRuns, view: View) -> dict[str, np.ndarray]:
+    """For predictions/<cell>.npz of a cross-validation: class numbers (N,) of all rows; of each run the
+    predictions (R, N), the part that each row was in (R, N), as a position in PARTS, seed and fold (R,).
+    """
+    N, R = len(view.labels), len(trained.runs)
+    predictions, parts = np.zeros((R, N), np.int32), np.zeros((R, N), np.int8)
+    for r, run in enumerate(trained.runs):
+        for position, part in enumerate(PARTS):
+            rows = view.split_of(run.fold).rows(part)
+            predictions[r, rows], parts[r, rows] = run.predictions[part], position
+    return {
+        "labels": view.labels.astype(np.int32),
+        "predictions": predictions,
+        "parts": parts,
+        "seeds": np.array([run.seed for run in trained.runs]),
+        "folds": np.array([run.fold for run in trained.runs]),
+    }
+
+
 def prediction_arrays(trained: TrainedRuns, view: View) -> dict[str, np.ndarray]:
     """For predictions/<cell>.npz: of each part the row numbers (n,),
     class numbers (n,) and predictions (R, n).
     """
+    if view.folds:
+        return fold_arrays(trained, view)
     arrays = {}
     for part, labels in view.labels_by_part().items():
         arrays[f"{part}_rows"] = view.split.rows(part)

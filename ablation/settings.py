@@ -14,6 +14,7 @@ from typing import Any
 
 from ablation.catalogue import (
     AUDITS,
+    AUTO,
     CHOICES,
     CLASSIFIERS,
     CONTROL_SETS,
@@ -137,8 +138,19 @@ class Settings:
     split: tuple[str, ...] = setting(
         ("random",),
         "70/10/20 rows: random (the origin's), stratified by class, or grouped (no group of --group-column "
-        "in two parts); the tables show the first, further kinds are set beside it",
-        SPLITS,
+        "in two parts); the tables show the first, further kinds are set beside it; auto, for --folds: "
+        "grouped where there are groups, else stratified",
+        (*SPLITS, AUTO),
+    )
+    folds: int = setting(
+        0,
+        "cross-validation: every row is tested once in each of so many folds; 0: one split of 70/10/20",
+        Range(0),
+    )
+    repeats: int = setting(
+        0,
+        "partitions of the rows into folds, over which the runs are spread; 0: each run of a fold its own",
+        Range(0),
     )
     num_splits: int = setting(
         1,
@@ -183,6 +195,7 @@ class Settings:
         check_lists(self)
         check_named_layer_sets(self.named_layer_sets)
         check_layer_sets(self)
+        check_folds(self)
         if {"down", "up"} & set(self.controls) and not self.representations_of("layer"):
             raise InputError(
                 "--controls down and up need one of --representations that describes single layers"
@@ -209,6 +222,11 @@ class Settings:
     def options_of(self, representation: str) -> dict:
         """The settings that change a representation's numbers."""
         return {option: getattr(self, option) for option in SPECS[representation].options}
+
+    @property
+    def partitions(self) -> int:
+        """Partitions of the rows into folds."""
+        return self.repeats or max(1, self.training.num_runs // self.folds) if self.folds else 1
 
     @property
     def short_name(self) -> str:
@@ -298,6 +316,29 @@ def ambiguous_prefixes() -> set[str]:
         for shorter in SPECS
         if longer.endswith(f"_{shorter}")
     }
+
+
+def check_folds(settings: Settings) -> None:
+    """Raise InputError unless the runs can be spread evenly over the folds of --folds and their repeats."""
+    folds, repeats, runs = settings.folds, settings.repeats, settings.training.num_runs
+    if folds == 0:
+        if repeats or AUTO in settings.split:
+            raise InputError("--repeats and --split auto go with --folds")
+        return
+    if folds == 1:
+        raise InputError("--folds 1 leaves no row to train on: use 2 or more")
+    if AUTO in settings.split and len(settings.split) > 1:
+        raise InputError("--split auto stands alone: name the kinds, such as --split grouped random")
+    if settings.num_splits > 1:
+        raise InputError("--num-splits does not go with --folds: --repeats divides the rows again")
+    if settings.audit:
+        raise InputError("--audit does not go with --folds yet: audit one split")
+    step = folds * max(1, repeats)
+    if runs % step:
+        below, above = runs // step * step, (runs // step + 1) * step
+        nearest = f"{below} or {above}" if below else f"{above}"
+        what = f"--folds {folds}" + (f" --repeats {repeats}" if repeats else "")
+        raise InputError(f"--num-runs {runs} cannot be spread evenly over {what}: use {nearest}")
 
 
 def check_layer_sets(settings: Settings) -> None:

@@ -7,18 +7,29 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ablation.catalogue import AUTO
 from ablation.settings import InputError, Settings
 
-PARTS = ("train", "val", "test")
 SMALLEST_SPLIT = 11  # with fewer rows, train = val = test
+VAL_SHARE = 1 / 8  # of the rows that a fold does not test
 GROUPED_DRAWS = 1000  # tries to find a grouped split in which every class has a training row
 
 
 class SplitSpec(NamedTuple):
-    """A way to divide the rows: random, stratified or grouped, and a seed."""
+    """A way to divide the rows: random, stratified or grouped, and a seed.
+
+    With `folds` > 0 it is cross-validation: `partitions` of all rows into so many test parts. `auto` is then
+    grouped where there are groups, else stratified.
+    """
 
     kind: str
     seed: int
+    folds: int = 0
+    partitions: int = 1
+
+    def resolved(self, has_groups: bool) -> SplitSpec:
+        """The same with the kind that `auto` stands for."""
+        return self._replace(kind="grouped" if has_groups else "stratified") if self.kind == AUTO else self
 
 
 class Split(NamedTuple):
@@ -44,10 +55,11 @@ def split_names(settings: Settings) -> list[str]:
 
 def split_spec(settings: Settings, name: str) -> SplitSpec:
     """Kind and seed of the split with that name, whether these settings ask for it or not."""
+    folds, partitions = settings.folds, settings.partitions
     if not name:
-        return SplitSpec(settings.split[0], settings.split_seed)
+        return SplitSpec(settings.split[0], settings.split_seed, folds, partitions)
     kind = name.rstrip("0123456789")
-    return SplitSpec(kind, settings.split_seed + int(name[len(kind) :]))
+    return SplitSpec(kind, settings.split_seed + int(name[len(kind) :]), folds, partitions)
 
 
 def split_rows(
@@ -119,3 +131,90 @@ def grouped_split(labels: np.ndarray, groups: np.ndarray, seed: int) -> Split:
     halves = GroupShuffleSplit(1, test_size=0.67, random_state=seed)
     val, test = next(halves.split(rest, labels[rest], groups[rest]))
     return Split(train, rest[val], rest[test], False)
+
+
+# --- folds
+
+
+def fold_splits(
+    num_rows: int, spec: SplitSpec, labels: np.ndarray, groups: np.ndarray | None = None
+) -> list[Split]:
+    """A split for each fold of each partition, partition by partition; every row is tested once in each.
+
+    The rows that are not tested are divided 7 to 1 into training and validation rows, so that five folds have
+    the sizes of a 70/10/20 split. Partition p has the seed `spec.seed` + p. `random` divides without a look
+    at labels; `stratified` by group where every group has one class and a row for each fold, else by class;
+    `grouped` keeps groups whole, in validation too, and classes as even as that allows (scikit-learn's
+    StratifiedGroupKFold). Raises InputError if a class or the groups are too few.
+    """
+    if num_rows < SMALLEST_SPLIT:
+        raise InputError(f"--folds needs {SMALLEST_SPLIT} rows or more: the data set has {num_rows}")
+    spec = spec.resolved(groups is not None)
+    if spec.kind == "grouped" and groups is None:
+        raise InputError("--split grouped needs a column of groups: give --group-column")
+    kinds = {"random": random_folds, "stratified": stratified_folds, "grouped": grouped_folds}
+    return [
+        Split(train, val, test, False)
+        for partition in range(spec.partitions)
+        for train, val, test in kinds[spec.kind](spec.folds, spec.seed + partition, labels, groups)
+    ]
+
+
+FoldRows = tuple[np.ndarray, np.ndarray, np.ndarray]  # train, val, test
+
+
+def random_folds(folds: int, seed: int, labels: np.ndarray, groups: np.ndarray | None) -> list[FoldRows]:
+    """Folds of rows in random order."""
+    from sklearn.model_selection import KFold, ShuffleSplit
+
+    parts = []
+    for rest, test in KFold(folds, shuffle=True, random_state=seed).split(labels):
+        train, val = next(ShuffleSplit(1, test_size=VAL_SHARE, random_state=seed).split(rest))
+        parts.append((rest[train], rest[val], test))
+    return parts
+
+
+def stratified_folds(folds: int, seed: int, labels: np.ndarray, groups: np.ndarray | None) -> list[FoldRows]:
+    """Folds in which every class, or every group where that is possible, has its share."""
+    from sklearn.model_selection import StratifiedKFold, StratifiedShuffleSplit
+
+    fewest = int(np.unique(labels, return_counts=True)[1].min())
+    if fewest < folds:
+        raise InputError(f"--folds {folds} needs {folds} rows of each class: one has {fewest}")
+    strata = labels
+    if groups is not None and is_nested(groups, labels):
+        sizes = np.unique(groups, return_counts=True)[1]
+        strata = groups if sizes.min() >= folds else labels
+    parts = []
+    for rest, test in StratifiedKFold(folds, shuffle=True, random_state=seed).split(strata, strata):
+        halves = StratifiedShuffleSplit(1, test_size=VAL_SHARE, random_state=seed)
+        try:
+            train, val = next(halves.split(rest, strata[rest]))
+        except ValueError:  # a stratum is too small to be divided again
+            train, val = next(halves.split(rest, labels[rest]))
+        parts.append((rest[train], rest[val], test))
+    return parts
+
+
+def grouped_folds(folds: int, seed: int, labels: np.ndarray, groups: np.ndarray | None) -> list[FoldRows]:
+    """Folds of whole groups."""
+    from sklearn.model_selection import StratifiedGroupKFold
+
+    assert groups is not None
+    count = len(np.unique(groups))
+    if count < folds + 1:
+        raise InputError(f"--folds {folds} of whole groups need {folds + 1} groups: the data set has {count}")
+    parts = []
+    splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
+    for rest, test in splitter.split(labels, labels, groups):
+        eighths = min(round(1 / VAL_SHARE), len(np.unique(groups[rest])))
+        again = StratifiedGroupKFold(eighths, shuffle=True, random_state=seed)
+        train, val = next(again.split(rest, labels[rest], groups[rest]))
+        parts.append((rest[train], rest[val], test))
+    return parts
+
+
+def is_nested(groups: np.ndarray, labels: np.ndarray) -> bool:
+    """True if every group has rows of one class only."""
+    pairs = np.unique(np.stack([groups, labels]), axis=1)
+    return pairs.shape[1] == len(np.unique(groups))

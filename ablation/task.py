@@ -18,7 +18,10 @@ class TrainingError(Exception):
 
 @dataclass
 class Run:
-    """The result of one seed. Epochs count from 1; the lists have one entry for each epoch."""
+    """The result of one seed. Epochs count from 1; the lists have one entry for each epoch.
+
+    In cross-validation `fold` numbers its split among those of the view.
+    """
 
     seed: int
     best_epoch: int = 0
@@ -28,6 +31,7 @@ class Run:
     # Part of the split -> (n,) class numbers.
     predictions: dict[str, np.ndarray] = field(default_factory=dict)
     seconds: float = 0.0
+    fold: int = 0
 
 
 @dataclass
@@ -42,6 +46,7 @@ class Task(NamedTuple):
     """What a classifier learns: `labels` (N,) from `features` (N, D), on the training rows of `split`.
 
     `extra` has the features (n, D) of further rows, by name; they are predicted and nothing else.
+    `is_weighted`: rows weigh so that the classes of the training rows weigh alike.
     """
 
     features: Tensor
@@ -49,6 +54,23 @@ class Task(NamedTuple):
     split: Split
     num_classes: int
     extra: dict[str, Tensor] = {}  # noqa: RUF012 (never changed)
+    is_weighted: bool = False
+
+    @property
+    def class_weights(self) -> np.ndarray | None:
+        """(C,) weights of a training row by its class: n / (classes that occur * rows of the class), 0 for a
+        class without a row; None where rows weigh alike.
+        """
+        if not self.is_weighted:
+            return None
+        counts = np.bincount(self.labels[self.split.train], minlength=self.num_classes)
+        weights = counts.sum() / (np.count_nonzero(counts) * np.maximum(counts, 1))
+        return np.where(counts > 0, weights, 0.0)
+
+    def row_weights(self, rows: np.ndarray) -> np.ndarray | None:
+        """Weights (n,) of rows by their class; None where rows weigh alike."""
+        weights = self.class_weights
+        return None if weights is None else weights[self.labels[rows]]
 
 
 class Listener(NamedTuple):

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ablation.catalogue import PARTS
 from ablation.mlp import (
     EVAL_ROWS,
     AdamState,
@@ -43,7 +44,6 @@ from ablation.mlp import (
 )
 from ablation.packed import train_packed
 from ablation.settings import InputError, TrainingSettings
-from ablation.splits import PARTS
 from ablation.task import Listener, Run, Task, TrainedRuns, TrainingError
 
 log = logging.getLogger("visual_ablation")
@@ -94,7 +94,9 @@ def prepare(task: Task, device: str) -> Prepared:
         parts[name] = torch.arange(rows, rows + len(extra), device=home)
         rows += len(extra)
     x_ND = standardise(features.to(home), parts["train"])
-    return Prepared(x_ND, torch.from_numpy(task.labels).to(device), parts, task.num_classes)
+    weights = task.class_weights
+    weights_C = None if weights is None else torch.from_numpy(weights).to(device, x_ND.dtype)
+    return Prepared(x_ND, torch.from_numpy(task.labels).to(device), parts, task.num_classes, weights_C)
 
 
 def home_of(features: Tensor, device: str) -> str:
@@ -205,7 +207,7 @@ def train_one(
         for batch in batches(permutation, settings.batch_size):
             if watch.stop.is_set():
                 raise TrainingError("stopped")
-            rows_of_batch = (rows_on(x_train, batch, data.device), y_train[batch])
+            rows_of_batch = (rows_on(x_train, batch, data.device), y_train[batch], data.weights_C)
             set_dropout(model, next(factors)[:, : len(batch)] if settings.dropout else None)
             total += training_step(model, rows_of_batch, state, learning_rate, settings) * len(batch)
             rows += len(batch)
@@ -230,19 +232,22 @@ def set_dropout(model: nn.Sequential, factors_LBH: Tensor | None) -> None:
 
 def training_step(
     model: nn.Sequential,
-    batch: tuple[Tensor, Tensor],
+    batch: tuple[Tensor, Tensor, Tensor | None],
     state: AdamState,
     learning_rate: float,
     settings: TrainingSettings,
 ) -> Tensor:
-    """One step of Adam on a batch of columns (B, D) and class numbers (B,).
+    """One step of Adam on a batch of columns (B, D), class numbers (B,) and weights by class (C,) or None.
     Returns the mean loss before the step.
     """
-    x_BD, y_B = batch
+    x_BD, y_B, weights_C = batch
     parameters = list(model.parameters())
     with autocast(x_BD.device, settings.precision):
         logits_BC = model(x_BD)
-    loss = F.cross_entropy(logits_BC.to(x_BD.dtype), y_B)
+    if weights_C is None:
+        loss = F.cross_entropy(logits_BC.to(x_BD.dtype), y_B)
+    else:
+        loss = F.cross_entropy(logits_BC.to(x_BD.dtype), y_B, weights_C, reduction="none").mean()
     adam_step(parameters, torch.autograd.grad(loss, parameters), state, learning_rate, settings)
     return loss.detach()
 

@@ -2,33 +2,53 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from ablation.catalogue import MAIN_COMPARISON, SHUFFLED, SIZE_MATCHED_COMPARISON, Comparison, words_of
 from ablation.cells import spoken_cell
-from ablation.estimators import LEVEL, POWER, holm
+from ablation.estimators import LEVEL
+from ablation.family import FEWEST_UNITS
 
 MANY_SPLITS = 5  # from as many on, the corrected test over splits has enough power
-FEWEST_RUNS = 3  # from as many on, the spread over runs is known well enough for a claim about new runs
+FEWEST_RUNS = 5  # from as many on, the spread over runs is known well enough for a claim about new runs
 LISTED = 3  # names in one sentence
 
 Numbers = dict[str, Any]
 
 
-def verdict(inference: dict[str, Any], is_overlapping: bool = False) -> str:
-    """One paragraph about the drop, with its conditions; `inference` is what `infer` returns.
+class Verdict(NamedTuple):
+    """What was found, in sentences: the answer, the numbers behind it, and what it does not say."""
+
+    opening: list[str]
+    numbers: list[str]
+    reservations: list[str]
+
+    @property
+    def text(self) -> str:
+        """All sentences, as one paragraph."""
+        return " ".join([*self.opening, *self.numbers, *self.reservations])
+
+
+def verdict(inference: dict[str, Any], is_overlapping: bool = False) -> Verdict:
+    """The verdict on the main comparison; `inference` is what `infer` returns.
 
     It is {} if train, validation and test are the same rows (`is_overlapping`), or if no cell is finished.
     """
     if not inference:
         if is_overlapping:
-            return "No verdict: train, validation and test are the same rows."
-        return "No verdict: no cell of the tables is finished."
-    sentences = [*suspicion(inference), *drop_sentences(inference), *nuisances(inference)]
-    return " ".join(sentences)
+            return Verdict(["No verdict: train, validation and test are the same rows."], [], [])
+        return Verdict(["No verdict: no cell of the tables is finished."], [], [])
+    suspect, fine = suspicion(inference)
+    reason = why_no_verdict(inference)
+    if reason:
+        return Verdict([*suspect, reason], [], [*fine, *nuisances(inference)])
+    return Verdict(
+        [*suspect, *opening(inference)],
+        [*average_sentences(inference), *single_sentences(inference)],
+        [*scope_sentences(inference), *fine, *nuisances(inference)],
+    )
 
 
 # --- numbers and lists in sentences
@@ -48,9 +68,9 @@ def names_of(entries: list[Numbers]) -> str:
 
 
 def drop_of(entry: Numbers) -> str:
-    """A representation's drop with its interval, as a sentence."""
-    low, high = (100 * end for end in entry["interval"])
-    points = f"{100 * entry['drop']:+.1f} points (95 % interval {low:+.1f} to {high:+.1f})"
+    """A representation's drop with the interval that holds for all of them together, as a sentence."""
+    low, high = (100 * end for end in entry["simultaneous_interval"])
+    points = f"{100 * entry['drop']:+.1f} points (together 95 %: {low:+.1f} to {high:+.1f})"
     return f"{entry['representation']}: {points}."
 
 
@@ -62,14 +82,14 @@ def are(count: int) -> str:
 # --- controls
 
 
-def suspicion(inference: dict[str, Any]) -> list[str]:
-    """What shuffled labels say of the experiment, if they were tried."""
+def suspicion(inference: dict[str, Any]) -> tuple[list[str], list[str]]:
+    """What shuffled labels say of the experiment, if they were tried: a suspicion, or that there is none."""
     check = inference["shuffled"]
     if check is None:
-        return []
+        return [], []
     count = len(check["cells"])
     if not check["suspect"]:
-        return [
+        return [], [
             f"With shuffled labels no cell is shown to be above chance (p = {check['p']:.3f} for all {count} "
             "together, by the MLP on the first split)."
         ]
@@ -84,7 +104,7 @@ def suspicion(inference: dict[str, Any]) -> list[str]:
         f"{check['level']:g}.",
         "Something other than the weights tells the label. Until it is found, no number here means what it "
         "seems to.",
-    ]
+    ], []
 
 
 def nuisances(inference: dict[str, Any]) -> list[str]:
@@ -105,21 +125,7 @@ def nuisances(inference: dict[str, Any]) -> list[str]:
     return [f"The metadata columns alone are not shown to tell the class: {numbers}."]
 
 
-# --- the drop
-
-
-@dataclass(frozen=True)
-class Classified:
-    """The entries of the main comparison by what is shown:
-    not above chance, a fall, a rise, equality, or nothing.
-    """
-
-    entries: list[Numbers]
-    unable: list[Numbers]
-    lost: list[Numbers]
-    gained: list[Numbers]
-    equal: list[Numbers]
-    undecided: list[Numbers]
+# --- the answer
 
 
 def entries_of(inference: dict[str, Any], comparison: Comparison) -> list[Numbers]:
@@ -130,113 +136,125 @@ def entries_of(inference: dict[str, Any], comparison: Comparison) -> list[Number
     return []
 
 
-def classify(inference: dict[str, Any], entries: list[Numbers]) -> Classified:
-    """Sort the entries of the main comparison by what is shown, after Holm's correction."""
-    accuracies = inference["accuracies"]
-    cells = [accuracies[f"{MAIN_COMPARISON.first}_{entry['representation']}"] for entry in entries]
-    above = holm([cell["p_above_chance"] for cell in cells])
-    able = [entry for entry, p in zip(entries, above, strict=True) if p < LEVEL]
-    changed = [entry for entry in able if entry["p_holm"] < LEVEL and entry["drop"] != 0]
-    equal = [entry for entry in able if entry["p_equivalence_holm"] < LEVEL and entry not in changed]
-    return Classified(
-        entries=entries,
-        unable=[entry for entry in entries if entry not in able],
-        lost=[entry for entry in changed if entry["drop"] > 0],
-        gained=[entry for entry in changed if entry["drop"] < 0],
-        equal=equal,
-        undecided=[entry for entry in able if entry not in changed + equal],
-    )
-
-
-def drop_sentences(inference: dict[str, Any]) -> list[str]:
-    """What is shown about the drop of the main comparison, and under which conditions."""
-    entries = entries_of(inference, MAIN_COMPARISON)
-    if not entries:
+def why_no_verdict(inference: dict[str, Any]) -> str:
+    """Why nothing can be said of the drop, '' if something can."""
+    if not entries_of(inference, MAIN_COMPARISON):
         first, second = map(words_of, MAIN_COMPARISON[:2])
-        return [f"No verdict: no representation was run with {first} and with {second} alone."]
+        return f"No verdict: no representation was run with {first} and with {second} alone."
     if inference["runs"] < FEWEST_RUNS:
-        return [
+        return (
             f"No verdict: {inference['runs']} runs a cell do not tell how runs differ; --num-runs "
             f"{FEWEST_RUNS} or more would."
-        ]
-    classified = classify(inference, entries)
-    return [
-        *chance_sentences(classified, inference["chance"]),
-        *change_sentences(classified, inference["margin"]),
-        *undecided_sentences(classified, inference),
-        *size_matched_sentences(inference),
-        *scope_sentences(inference, entries),
-        *group_sentences(inference),
-    ]
+        )
+    primary = inference["primary"]
+    if primary is None:
+        return (
+            f"With all layers no representation is shown to be above chance "
+            f"({in_percent(inference['chance'])}): there is nothing here that a drop could be taken from."
+        )
+    if primary["units"] < FEWEST_UNITS:
+        what = "test rows" if inference["groups"] is None else "groups of test rows"
+        return (
+            f"Nothing can be told from {primary['units']} {what}: at least {FEWEST_UNITS} are needed for any "
+            "claim."
+        )
+    return ""
 
 
-def chance_sentences(classified: Classified, chance: float) -> list[str]:
-    """Which representations are not shown to be above chance."""
-    unable = classified.unable
-    if len(unable) == len(classified.entries):
+def outcome(inference: dict[str, Any]) -> str:
+    """What the primary hypothesis came to: "falls", "rises", "same" or "open"."""
+    primary = inference["primary"]
+    if primary["p"] < LEVEL and primary["drop"] != 0:
+        return "falls" if primary["drop"] > 0 else "rises"
+    return "same" if primary["p_equivalence"] < LEVEL else "open"
+
+
+def opening(inference: dict[str, Any]) -> list[str]:
+    """The answer in sentences that need no knowledge of statistics."""
+    primary, removed = inference["primary"], MAIN_COMPARISON.removed
+    drop = 100 * primary["drop"]
+    low, high = (100 * end for end in primary["interval"])
+    result = outcome(inference)
+    if result in ("falls", "rises"):
+        sign = 1 if result == "falls" else -1
+        low, high = sorted((sign * low, sign * high))
+        change = f"{result} by {abs(drop):.1f} points on average (95 % interval {low:.1f} to {high:.1f})"
+        meaning = (
+            f"So {removed} hold part of what the classifier reads."
+            if result == "falls"
+            else f"So {removed} hide part of what the classifier could read."
+        )
+        return [f"Without {removed} accuracy {change}.", meaning]
+    if result == "same":
+        margin = 100 * primary["margin"]
         return [
-            f"With all layers no representation is shown to be above chance ({in_percent(chance)}): there is "
-            "nothing here that a drop could be taken from."
+            f"Without {removed} accuracy stays the same on average, to within {margin:g} points "
+            f"(difference {drop:+.1f}, 95 % interval {low:+.1f} to {high:+.1f})."
         ]
-    if not unable:
-        return []
-    return [
-        f"With all layers {names_of(unable)} {are(len(unable))} not shown to be above chance "
-        f"({in_percent(chance)}), so nothing can be said of a drop."
+    sentences = [
+        f"This experiment is too small to tell whether accuracy falls on average without {removed}.",
+        f"The drop came out at {drop:+.1f} points (95 % interval {low:+.1f} to {high:+.1f}).",
     ]
+    if primary["smallest"] is not None:
+        sentences.append(
+            f"A drop of {100 * primary['smallest']:.1f} points would be found four times in five."
+        )
+    if inference["folds"] is None:
+        sentences.append("--folds 5 tests every row, and would find a smaller one.")
+    return sentences
 
 
-def change_sentences(classified: Classified, margin: float) -> list[str]:
-    """Which representations fall, rise, or stay equal."""
-    sentences = []
-    count = len(classified.entries)
-    if classified.lost:
+def average_sentences(inference: dict[str, Any]) -> list[str]:
+    """The averages behind the opening, and what is kept of the accuracy above chance."""
+    primary = inference["primary"]
+    first, second = map(words_of, MAIN_COMPARISON[:2])
+    chosen = len(primary["representations"])
+    sentences = [
+        f"Average of {chosen} representation{'s' * (chosen > 1)}: {in_percent(primary['accuracy'])} with "
+        f"{first}, {in_percent(primary['accuracy_of_second'])} with {second}, "
+        f"{in_percent(inference['chance'])} by chance."
+    ]
+    kept = primary["retained"]
+    if kept is not None:
+        low, high = (100 * end for end in kept["interval"])
         sentences.append(
-            f"Without {MAIN_COMPARISON.removed} accuracy falls for {len(classified.lost)} of {count} "
-            f"representation{'s' * (count > 1)} (p < {LEVEL:g} after Holm's correction)."
-        )
-        sentences += map(drop_of, classified.lost)
-    if classified.gained:
-        sentences.append(
-            f"Without {MAIN_COMPARISON.removed} accuracy rises for {len(classified.gained)} of {count}."
-        )
-        sentences += map(drop_of, classified.gained)
-    if classified.equal:
-        sentences.append(
-            f"For {names_of(classified.equal)} the two are equal to within {100 * margin:g} points."
+            f"With {second} {100 * kept['share']:.0f} % of the accuracy above chance is kept (95 % interval "
+            f"{low:.0f} to {high:.0f})."
         )
     return sentences
 
 
-def undecided_sentences(classified: Classified, inference: dict[str, Any]) -> list[str]:
-    """For which representations the experiment cannot tell, and which drop it would have found."""
-    splits = inference["splits"]
+def single_sentences(inference: dict[str, Any]) -> list[str]:
+    """Which representations show a change by themselves, and which are not above chance."""
+    entries = entries_of(inference, MAIN_COMPARISON)
+    able = [entry for entry in entries if entry["representation"] in inference["primary"]["representations"]]
+    unable = [entry for entry in entries if entry not in able]
     sentences = []
-    if classified.undecided:
-        count, unit = inference["test_rows"], "test rows"
-        if inference["groups"] is not None:
-            count, unit = inference["groups"], "groups of test rows"
-        sample = f"{count} {unit}" + (f" in each of {splits} splits" if splits > 1 else "")
-        sentences.append(f"For {names_of(classified.undecided)} this run cannot tell.")
-        sizes = [100 * entry["smallest"] for entry in classified.undecided if entry["smallest"] is not None]
-        if sizes:
-            span = f"{min(sizes):.1f}"
-            if max(sizes) - min(sizes) >= 0.1:
-                span += f" to {max(sizes):.1f}"
+    changed = [entry for entry in able if entry["p_max_t"] < LEVEL and entry["drop"] != 0]
+    for word, sign in (("fall", 1), ("rise", -1)):
+        shown = [entry for entry in changed if sign * entry["drop"] > 0]
+        if shown and outcome(inference) == f"{word}s":
+            verb = f"{word}s" if len(shown) == 1 else word
             sentences.append(
-                f"With {sample} a drop is found with {100 * POWER:.0f} % probability only from {span} points "
-                "on (before the correction)."
+                f"{len(shown)} of {len(entries)} representation{'s' * (len(entries) > 1)} {verb} by "
+                f"{'itself' if len(shown) == 1 else 'themselves'} (p < {LEVEL:g}, corrected for all)."
             )
-        else:
-            sentences.append(
-                f"With {sample} no drop of any size could pass a test of {len(classified.entries)} at once."
-            )
-    if 1 < splits < MANY_SPLITS:
+            sentences += map(drop_of, shown[:LISTED])
+    if outcome(inference) in ("falls", "rises") and not sentences:
+        sentences.append("No single representation shows it by itself, corrected for all of them.")
+    equal = [entry for entry in able if entry["p_equivalence_holm"] < LEVEL and entry not in changed]
+    if equal:
+        margin = 100 * equal[0]["margin"]
+        sentences.append(f"For {names_of(equal)} the two are equal to within {margin:g} points.")
+    if unable:
         sentences.append(
-            f"With {splits} splits the corrected test has little power (degrees of freedom: {splits - 1})."
+            f"With all layers {names_of(unable)} {are(len(unable))} not shown to be above chance "
+            f"({in_percent(inference['chance'])})."
         )
-        sentences.append(f"--num-splits {MANY_SPLITS} or more, or one, would show more.")
     return sentences
+
+
+# --- reservations
 
 
 def size_matched_sentences(inference: dict[str, Any]) -> list[str]:
@@ -253,20 +271,47 @@ def size_matched_sentences(inference: dict[str, Any]) -> list[str]:
     return [f"{control}, accuracy with {kept} is {result}.", *map(drop_of, worse)]
 
 
-def scope_sentences(inference: dict[str, Any], entries: list[Numbers]) -> list[str]:
-    """What the sentences are about, and what a fall alone does not show."""
-    splits, kind = inference["splits"], inference["split"]
-    fewer = {entry["representation"]: entry["splits"] for entry in entries if entry["splits"] < splits}
-    on = f"one {kind} split" if splits == 1 else f"{splits} {kind} splits"
-    if fewer:
-        on += f" ({', '.join(f'{name}: {number}' for name, number in list(fewer.items())[:LISTED])})"
-    sentences = [f"These are statements about new examples and new runs of this data set's kind, on {on}."]
-    if not entries_of(inference, SIZE_MATCHED_COMPARISON):
+def scope_sentences(inference: dict[str, Any]) -> list[str]:
+    """What the answer is about, and what it does not show, each with the flag that would tell more."""
+    sentences = [about(inference), *split_sentences(inference)]
+    if entries_of(inference, SIZE_MATCHED_COMPARISON):
+        sentences += size_matched_sentences(inference)
+    else:
         sentences += [
             f"Fewer columns are left without {MAIN_COMPARISON.removed}.",
             "So a fall alone does not show that they know something which "
-            f"{words_of(MAIN_COMPARISON.second)} do not.",
-            "--layer-sets random_half would tell the two apart.",
+            f"{words_of(MAIN_COMPARISON.second)} do not; --layer-sets random_half would.",
+        ]
+    return [*sentences, *group_sentences(inference)]
+
+
+def about(inference: dict[str, Any]) -> str:
+    """Which further examples the answer is about."""
+    if inference["groups"] is None:
+        return "This is about further LoRAs of these concepts and new runs."
+    if inference["test_rows_that_share_a_group_with_training"] == 0:
+        return "This is about concepts that were not trained on, and new runs."
+    return "This is about further groups of this kind and new runs, each tested beside rows of its group."
+
+
+def split_sentences(inference: dict[str, Any]) -> list[str]:
+    """How the rows were divided, and what more would show."""
+    splits, kind, folds = inference["splits"], inference["split"], inference["folds"]
+    if folds is not None:
+        return [
+            f"Every row was tested {folds['rounds']} times, in {folds['folds']} folds, by models that were "
+            "trained on the others."
+        ]
+    entries = entries_of(inference, MAIN_COMPARISON)
+    fewer = {entry["representation"]: entry["splits"] for entry in entries if entry["splits"] < splits}
+    if splits == 1:
+        return [f"One {kind} split tests {inference['test_rows']} rows; --folds 5 tests all."]
+    some = f" ({', '.join(f'{name}: {number}' for name, number in list(fewer.items())[:LISTED])})"
+    sentences = [f"It is from {splits} {kind} splits{some if fewer else ''}."]
+    if splits < MANY_SPLITS:
+        sentences += [
+            f"With {splits} splits the corrected test has little power (degrees of freedom: {splits - 1}).",
+            "--folds 5 would show more.",
         ]
     return sentences
 
@@ -286,7 +331,10 @@ def group_sentences(inference: dict[str, Any]) -> list[str]:
         ]
     if shared:
         return [
-            f"{shared} of {inference['test_rows']} test rows share their group with a training row.",
-            "For new groups accuracies may be lower and drops others.",
+            f"{shared} of {inference['test_rows']} test rows share their group with a training row."
+            if inference["folds"] is None
+            else "Test rows share their groups with training rows.",
+            "For concepts that were not trained on accuracies may be lower and drops others; --split grouped "
+            "--folds 5 would tell.",
         ]
     return []

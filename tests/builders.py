@@ -129,6 +129,7 @@ def scored_runs(test_accuracies, n=40):
                 train_loss=[1.0],
                 val_accuracy=[0.5],
                 learning_rate=[1e-3],
+                fold=0,
             )
         )
     return types.SimpleNamespace(runs=runs, trained_dim=4), labels

@@ -276,7 +276,7 @@ def test_the_results_end_with_what_they_mean_for_new_examples(run, place):
     assert text in log and text.index("VERDICT") > text.index("All Layers minus Text-Only") > text.index(
         "Chance:"
     )
-    assert " ".join(text.split("VERDICT")[1].split()) == results["verdict"]
+    assert " ".join(text.split("VERDICT")[1].replace("\n- ", "\n").split()) == results["verdict"]
     # No cell depends on it.
     run("--representations", "stats", "frequency", "--margin", "0.5", "--num-runs", "3")
     assert json.loads((folder(place) / "results.json").read_text())["inference"]["margin"] == 0.5
@@ -312,7 +312,7 @@ def test_a_shuffled_label_is_reported_as_nothing(run, place):
     rows = lora_dataset(n=120).to_dict()
     rows["category_label"] = np.random.default_rng(3).permutation(["cat", "dog", "ape"] * 40).tolist()
     Dataset.from_dict(rows).save_to_disk("shuffled")
-    status, _ = run("--representations", "stats", "product_norms", "--num-runs", "3", dataset="./shuffled")
+    status, _ = run("--representations", "stats", "product_norms", "--num-runs", "5", dataset="./shuffled")
     verdict = json.loads((folder(place, "shuffled") / "results.json").read_text())["verdict"]
     assert (
         status == 0
@@ -331,10 +331,10 @@ TRUTHS = {
     ("attn1", "attn2"): {"lost", "same", "open"},
 }
 SAID = {
-    "accuracy falls for": "lost",
-    "accuracy rises for": "gained",
-    "the two are equal to within": "same",
-    "this run cannot tell": "open",
+    "accuracy falls by": "lost",
+    "accuracy rises by": "gained",
+    "accuracy stays the same": "same",
+    "too small to tell": "open",
     "no representation is shown to be above chance": "unable",
 }
 
@@ -348,7 +348,7 @@ def test_the_verdict_is_right_where_the_answer_is_known_or_says_that_it_cannot_t
     lora_dataset(n=400, signal=strength, knowing=knowing).save_to_disk("known")
     fast = [
         "--num-runs",
-        "3",
+        "5",
         "--max-epochs",
         "50",
         "--hidden-dim",

@@ -36,7 +36,7 @@ def make_data(seed=0, rank=2, labels=None) -> LoraCollection:
         "x",
     )
     rows = np.random.default_rng(1).permutation(N)
-    data.split = Split(rows[:40], rows[40:48], rows[48:], False)
+    data.first = data.first._replace(split=Split(rows[:40], rows[40:48], rows[48:], False))
     return data
 
 
@@ -170,7 +170,7 @@ def test_pca_finds_what_stands_out_and_needs_two_readings(monkeypatch):
 
 def test_pca_has_no_more_components_than_there_are():
     data = make_data()
-    data.split = Split(np.arange(5), np.arange(5, 9), np.arange(9, 20), False)
+    data.first = data.first._replace(split=Split(np.arange(5), np.arange(5, 9), np.arange(9, 20), False))
     found = FITTED["pca"](fit_of(data, "all_layers", components=128))
     assert found.shape == (N, 4) and found.isfinite().all()
     assert FITTED["kernel_pca"](fit_of(data, "all_layers", components=128)).shape == (N, 4)
@@ -310,7 +310,7 @@ def test_no_label_or_weight_of_another_row_than_the_training_rows_is_seen(name):
     before = FITTED[name](fit_of(data, "all_layers"))
     assert torch.equal(FITTED[name](fit_of(with_labels(data, labels), "all_layers")), before)
     foreign = make_data(seed=9)
-    foreign.split = data.split
+    foreign.first = data.first
     real = WeightReader.read_on_host
 
     def read_on_host(self, layer, start, stop, buffer=None):

@@ -23,7 +23,7 @@ from matplotlib.text import Text
 from statsmodels.stats.proportion import confint_proportions_2indep
 
 import visual_ablation_experiment as experiment
-from ablation.catalogue import NINE
+from ablation.catalogue import NINE, PARTS
 from ablation.cells import Cell
 from ablation.report import (
     accuracy_figures,
@@ -37,7 +37,6 @@ from ablation.report import (
 )
 from ablation.report import load as load_module
 from ablation.report import rows as rows_module
-from ablation.splits import PARTS
 from checkpointing import ResultStore
 
 DRAWS = {name: drawing.draw for name, drawing in figures.FIGURES.items()}
@@ -376,7 +375,9 @@ def test_the_page_is_one_file_that_escapes_what_comes_from_data(finished, result
         figures.FIGURES
     )
     words = " ".join("".join(page.text).split())
-    assert " ".join(results["verdict"].split()) in words
+    for sentence in results["verdict_parts"]["reservations"]:
+        assert sentence in words
+    assert " ".join(results["verdict_parts"]["opening"]) in words
     ids = re.findall(r'\bid="([^"]+)"', text)
     assert len(ids) == len(set(ids)) and "@import" not in text and "http-equiv" not in text
     first = results["inference"]["accuracies"]["all_layers_stats"]

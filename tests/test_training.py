@@ -9,9 +9,10 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ablation import mlp, packed, training
+from ablation.catalogue import PARTS
 from ablation.packed import Pack, PackedEpoch, Replayed, train_packed
 from ablation.settings import InputError, TrainingSettings
-from ablation.splits import PARTS, Split
+from ablation.splits import Split
 from ablation.task import Listener, Task, TrainingError
 from ablation.training import prepare, resolve_training, standardise, train_sequential
 
@@ -97,7 +98,7 @@ def test_packed_equals_sequential_in_float64(overrides):
 def test_sequential_equals_a_loop_written_from_the_definition():
     x, labels, split = problem()
     data = prepared(x, labels, split)
-    x, y, parts, _ = data
+    x, y, parts, *_ = data
     runs = train_sequential(data, SMALL, SILENT)
     for run in runs:
         order = mlp.batch_order(run.seed)

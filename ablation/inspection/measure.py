@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import xxhash
 
-from ablation.catalogue import GROUP_COLUMN, NINE, SPECS
+from ablation.catalogue import GROUP_COLUMN, NINE, PARTS, SPECS
 from ablation.collection import LoraCollection
 from ablation.inspection.columns import INSPECTED, ColumnCensus, Moments
 from ablation.inspection.likeness import Likeness, initialisation
@@ -23,7 +23,6 @@ from ablation.layers import attention_kind, module_and_side
 from ablation.making.progress import ProgressLine
 from ablation.reading import BLOCK_ROWS
 from ablation.settings import InputError
-from ablation.splits import PARTS
 from representations import describe
 
 SAMPLE_ROWS = 500  # rows between which `down` and `up` are compared, chosen by a fixed seed

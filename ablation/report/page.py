@@ -42,7 +42,9 @@ def render(runs: list[Results], title: str, **parts: Any) -> bytes:
     for results in runs:
         check = (results.get("inference") or {}).get("shuffled")
         suspect = bool(check and check["suspect"])
-        shown.append({"name": results["name"], "verdict": results["verdict"], "suspect": suspect})
+        spoken = results.get("verdict_parts") or {"opening": [results["verdict"]]}
+        said = {name: spoken.get(name, []) for name in ("opening", "numbers", "reservations")}
+        shown.append({"name": results["name"], "verdict": said, "suspect": suspect})
     parts["blocks"] = [block for block in parts["blocks"] if block]
     template = environment.get_template("report.html.j2")
     return template.render(runs=shown, title=title, **parts).encode()

@@ -12,9 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from ablation.catalogue import CHOICES, LAYER_SETS, MAIN_COMPARISON, group_of
+from ablation.catalogue import CHOICES, LAYER_SETS, MAIN_COMPARISON, PARTS, group_of
 from ablation.report.load import Results
-from ablation.splits import PARTS
 
 Rows = list[dict[str, Any]]
 

@@ -17,7 +17,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.transforms import Bbox
 
-from ablation.catalogue import group_of, title_of
+from ablation.catalogue import PARTS, group_of, title_of
 from ablation.report.rows import (
     Results,
     best_representation,
@@ -41,7 +41,6 @@ from ablation.report.style import (
     key_of_layer_sets,
     name_rows,
 )
-from ablation.splits import PARTS
 
 # Points, where a name may stand.
 SHIFTS = [

@@ -127,6 +127,7 @@ def refresh(
     """While cells are computed: write the page with its table alone. `total` cells are to be finished."""
     results = partial_results(header, records, folder, failures)
     results["name"] = folder.resolve().parent.name
+    results.pop("verdict_parts", None)
     results["verdict"] = (
         f"Running: {len(records)} of {total} cells were finished at {utc_now()}. Figures, intervals and the "
         "verdict are made when the run ends. If that time is long past, it was ended: rerun the same command "

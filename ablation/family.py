@@ -1,0 +1,178 @@
+"""Tests of several representations at once: one primary hypothesis first, then each by itself.
+
+The primary hypothesis is the mean drop over the representations. Only if it is rejected are single drops
+claimed, with p-values of the step-down max-T method (Westfall and Young 1993), which keeps the family-wise
+error and uses that representations are correlated.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import scipy.stats
+
+from ablation.estimators import LEVEL, POWER, RESAMPLING_SEED, holm
+from ablation.samples import Sample
+
+JOINT_FLIPS = 9999  # random signs of the joint test
+FEWEST_UNITS = 6  # with fewer, no choice of signs is rarer than 1 in 32: nothing can be shown
+
+
+def drops_by_row(first: Sample, second: Sample) -> np.ndarray:
+    """The drop of each test row, the mean over its runs, of all splits that both have, one after another."""
+    splits = first.shared_splits(second)
+    return np.concatenate(
+        [first.right[split].mean(0) - second.right[split].astype(float).mean(0) for split in splits]
+    )
+
+
+def unit_sums(by_row: np.ndarray, units: np.ndarray) -> np.ndarray:
+    """Sums (K, G) of values (K, n) over the rows of each unit; `units` (n,)."""
+    index = np.unique(units, return_inverse=True)[1]
+    return np.stack([np.bincount(index, row) for row in by_row])
+
+
+def joint_flips(sums: np.ndarray, seed: int = RESAMPLING_SEED) -> np.ndarray:
+    """Standardised means (1 + B, K) of K representations under random signs of the units, from sums (K, G).
+
+    The same signs for all representations keep their correlation. The first line has the observed signs.
+    """
+    signs = np.random.default_rng(seed).choice((-1.0, 1.0), (JOINT_FLIPS, sums.shape[1]))
+    flipped = np.vstack([sums.sum(1), signs @ sums.T])
+    size = np.sqrt((sums**2).sum(1))
+    return np.divide(flipped, size, out=np.zeros_like(flipped), where=size > 0)
+
+
+def step_down(p_values: list[float], flips: np.ndarray) -> list[float]:
+    """p-values adjusted by the step-down max-T method over joint flips (B, K).
+
+    A representation's own p-value is turned into a normal deviate, and set against the largest deviate under
+    the flips of it and of all less significant ones. So the runs' spread, which is in the p-values and not in
+    the flips, counts too.
+    """
+    observed = scipy.stats.norm.isf(np.clip(p_values, 1e-300, 1) / 2)
+    order = np.argsort(-observed, kind="stable")
+    remaining = np.maximum.accumulate(np.abs(flips[:, order[::-1]]), axis=1)[:, ::-1]
+    adjusted, running = np.empty(len(p_values)), 0.0
+    for rank, k in enumerate(order):
+        above = float((remaining[:, rank] >= observed[k] - 1e-9).mean())
+        running = max(running, above, p_values[k])
+        adjusted[k] = running
+    return adjusted.tolist()
+
+
+def critical_deviate(flips: np.ndarray) -> float:
+    """The deviate that the largest of all representations passes with probability LEVEL."""
+    return float(np.quantile(np.abs(flips).max(1), 1 - LEVEL))
+
+
+def adjust_family(entries: list[dict[str, Any]], pairs: list[tuple[Sample, Sample]]) -> None:
+    """Add to each entry of a comparison what holds for all of them at once; `pairs` are its samples.
+
+    `p_holm` and `p_max_t`; `simultaneous_interval`, which hold all drops together with 95 %; and `smallest`,
+    the drop that would be found after the correction with a probability of POWER. Where the representations
+    do not share their test rows, Holm's method stands in for max-T.
+    """
+    if not entries:
+        return
+    for key in ("p", "p_equivalence"):
+        for entry, p in zip(entries, holm([entry[key] for entry in entries]), strict=True):
+            entry[f"{key}_holm"] = p
+    drops = [drops_by_row(*pair) for pair in pairs]
+    units = [first.units_of(first.shared_splits(second)) for first, second in pairs]
+    if all(np.array_equal(units[0], own) for own in units):
+        flips = joint_flips(unit_sums(np.stack(drops), units[0]))
+        adjusted = step_down([entry["p"] for entry in entries], flips)
+        deviate = critical_deviate(flips)
+    else:
+        adjusted = [entry["p_holm"] for entry in entries]
+        deviate = float(scipy.stats.norm.isf(LEVEL / 2 / len(entries)))
+    for entry, p in zip(entries, adjusted, strict=True):
+        entry["p_max_t"] = p
+        widen(entry, deviate, len(np.unique(units[0])))
+
+
+def widen(entry: dict[str, Any], deviate: float, units: int) -> None:
+    """Add the simultaneous interval and the smallest drop that would be found after the correction."""
+    error, dof = entry["standard_error"], entry["dof"]
+    if error is None or units < FEWEST_UNITS:
+        entry["simultaneous_interval"], entry["smallest"] = (-1.0, 1.0), None
+        return
+    half = float(scipy.stats.t.isf(scipy.stats.norm.sf(deviate), dof)) * error
+    single = (entry["interval"][1] - entry["interval"][0]) / 2
+    half = max(half, single)
+    drop = entry["drop"]
+    entry["simultaneous_interval"] = (max(-1.0, drop - half), min(1.0, drop + half))
+    entry["smallest"] = min(1.0, half + float(scipy.stats.t.ppf(POWER, dof)) * error)
+
+
+def mean_sample(samples: list[Sample]) -> Sample | None:
+    """The mean of several samples, run by run and row by row; None where they do not share runs and rows."""
+    first = samples[0]
+    splits = [split for split in first.right if all(split in first.shared_splits(s) for s in samples)]
+    if not splits:
+        return None
+    right = {split: np.mean([s.right[split] for s in samples], axis=0) for split in splits}
+    return Sample(
+        right,
+        {split: first.rows[split] for split in splits},
+        first.ratio,
+        first.chance,
+        first.groups,
+        first.runs,
+    )
+
+
+def primary(
+    pairs: dict[str, tuple[Sample, Sample]], above_chance: list[str], margin: float
+) -> dict[str, Any] | None:
+    """The primary hypothesis: the mean drop over the representations that are above chance with all layers.
+
+    None if none is. Its `smallest` needs no correction.
+    """
+    chosen = [pairs[name] for name in above_chance if name in pairs]
+    if not chosen:
+        return None
+    first, second = (mean_sample([pair[i] for pair in chosen]) for i in (0, 1))
+    entry = first.minus(second, margin) if first and second else None
+    if first is None or entry is None:
+        return None
+    units = len(np.unique(first.units_of(first.right)))
+    if units < FEWEST_UNITS or not entry["standard_error"]:
+        entry["smallest"] = None
+    accuracies = {
+        name: float(np.mean([right.mean() for right in s.right.values()]))
+        for name, s in (("accuracy", first), ("accuracy_of_second", second))
+        if s
+    }
+    return {
+        **entry,
+        **accuracies,
+        "representations": [n for n in above_chance if n in pairs],
+        "units": units,
+    } | {"retained": retained(first, second) if second else None}
+
+
+def retained(first: Sample, second: Sample) -> dict[str, Any] | None:
+    """The share of the accuracy above chance that the second keeps, with Fieller's 95 % interval.
+
+    None where it has no bounded interval: the first is not clearly above chance.
+    """
+    (split,) = list(first.right)[:1]
+    a = first.right[split].astype(float) - first.chance
+    b = second.right[split].astype(float) - first.chance
+    error_a, error_b = first.standard_error_of({split: a}), first.standard_error_of({split: b})
+    error_sum = first.standard_error_of({split: a + b})
+    x, y = float(a.mean()), float(b.mean())
+    v_x, v_y = error_a.error**2, error_b.error**2
+    v_xy = (error_sum.error**2 - v_x - v_y) / 2
+    t = float(scipy.stats.t.isf(LEVEL / 2, error_a.dof))
+    denominator = x**2 - t**2 * v_x
+    if not denominator > 0 or x <= 0:
+        return None
+    middle = (x * y - t**2 * v_xy) / denominator
+    inside = middle**2 - (y**2 - t**2 * v_y) / denominator
+    half = math.sqrt(max(inside, 0.0))
+    return {"share": y / x, "interval": (middle - half, middle + half)}

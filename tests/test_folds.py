@@ -1,0 +1,310 @@
+"""Cross-validation: folds against scikit-learn, its estimator against simulation and statsmodels."""
+
+import dataclasses
+import json
+import math
+
+import numpy as np
+import pytest
+import scipy.stats
+import statsmodels.api as sm
+import torch
+from builders import lora_dataset
+from experiments import FAST, cell_files, folder, visible
+from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
+
+from ablation import family, fold_estimators
+from ablation.conversion import build_settings
+from ablation.fold_estimators import OVERLAP, fold_standard_error, variance_of_runs
+from ablation.fold_training import FoldPlan, runs_by_round, train_folds
+from ablation.settings import InputError
+from ablation.splits import SplitSpec, fold_splits
+from ablation.task import Listener, Task
+from ablation.training import train_runs
+from ablation.verdict import about
+from checkpointing import UnfinishedRuns
+
+LABELS = np.arange(200) % 4
+GROUPS = np.arange(200) % 40  # ten of each class
+
+
+# --- folds
+
+
+@pytest.mark.parametrize("kind", ["random", "stratified", "grouped"])
+def test_every_row_is_tested_once_in_each_partition(kind):
+    splits = fold_splits(200, SplitSpec(kind, 3, folds=5, partitions=2), LABELS, GROUPS)
+    assert len(splits) == 10
+    for partition in (splits[:5], splits[5:]):
+        assert sorted(np.concatenate([split.test for split in partition])) == list(range(200))
+    assert not np.array_equal(splits[0].test, splits[5].test)
+    for split in splits:
+        assert sorted(np.concatenate(split[:3])) == list(range(200)) and not split.overlap
+        assert (len(split.train), len(split.val), len(split.test)) == (140, 20, 40)
+
+
+def test_stratified_folds_are_scikit_learns_by_group_where_groups_have_a_row_for_each_fold():
+    (first, *_) = fold_splits(200, SplitSpec("stratified", 7, folds=5), LABELS, GROUPS)
+    expected = next(StratifiedKFold(5, shuffle=True, random_state=7).split(GROUPS, GROUPS))[1]
+    assert np.array_equal(first.test, expected)
+    small = np.arange(200) % 100  # two rows a group
+    (first, *_) = fold_splits(200, SplitSpec("stratified", 7, folds=5), LABELS, small)
+    expected = next(StratifiedKFold(5, shuffle=True, random_state=7).split(LABELS, LABELS))[1]
+    assert np.array_equal(first.test, expected)
+
+
+def test_grouped_folds_keep_groups_whole_in_validation_too():
+    splits = fold_splits(200, SplitSpec("grouped", 1, folds=5), LABELS, GROUPS)
+    expected = next(StratifiedGroupKFold(5, shuffle=True, random_state=1).split(LABELS, LABELS, GROUPS))[1]
+    assert np.array_equal(splits[0].test, expected)
+    for split in splits:
+        parts = [set(GROUPS[rows].tolist()) for rows in split[:3]]
+        assert not parts[0] & parts[1] and not parts[0] & parts[2] and not parts[1] & parts[2]
+
+
+@pytest.mark.parametrize(
+    "spec, groups, reason",
+    [
+        (SplitSpec("grouped", 0, 5), None, "needs a column of groups"),
+        (SplitSpec("grouped", 0, 5), LABELS, "need 6 groups: the data set has 4"),
+        (SplitSpec("stratified", 0, 60), GROUPS, "needs 60 rows of each class: one has 50"),
+    ],
+)
+def test_folds_that_are_not_possible_are_refused(spec, groups, reason):
+    with pytest.raises(InputError, match=reason):
+        fold_splits(200, spec, LABELS, groups)
+
+
+def test_runs_are_spread_over_folds_and_partitions():
+    training = build_settings({"num_runs": 12}).training
+    planned = runs_by_round(3, 2, training)
+    assert [one.fold for one in planned] == [0, 1, 2, 3, 4, 5, 0, 1, 2, 3, 4, 5]
+    assert [one.seed for one in planned] == list(range(42, 54))
+
+
+@pytest.mark.parametrize(
+    "chosen, reason",
+    [
+        ({"folds": 3}, "--num-runs 10 cannot be spread evenly over --folds 3: use 9 or 12"),
+        ({"folds": 5, "repeats": 3}, "over --folds 5 --repeats 3: use 15"),
+        ({"folds": 1}, "use 2 or more"),
+        ({"repeats": 2}, "go with --folds"),
+        ({"split": ["auto"]}, "go with --folds"),
+        ({"folds": 5, "split": ["auto", "random"]}, "stands alone"),
+        ({"folds": 5, "num_splits": 2}, "--repeats divides the rows again"),
+        ({"folds": 5, "audit": ["gauge"]}, "audit one split"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused(chosen, reason):
+    with pytest.raises(InputError, match=reason):
+        build_settings(chosen)
+
+
+def test_runs_of_folds_are_what_each_is_alone_however_many_train_at_a_time(tmp_path, monkeypatch):
+    rng = np.random.default_rng(4)
+    x = torch.from_numpy(rng.normal(size=(60, 8))).float()
+    labels = np.arange(60) % 3
+    splits = fold_splits(60, SplitSpec("stratified", 0, folds=5, partitions=2), labels)
+    settings = build_settings({"max_epochs": 4, "hidden_dim": 16, "batch_size": 8}).training
+    tasks = [Task(x, labels, split, 3) for split in splits]
+
+    def train(task, one, listener):
+        alone = dataclasses.replace(settings, num_runs=1, seed=one.seed, trainer="sequential")
+        return train_runs(task, alone, "cpu", listener)
+
+    planned = runs_by_round(5, 2, settings)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone = [train(tasks[one.fold], one, Listener()).runs[0] for one in planned]
+        torch.set_num_threads(6)
+        plan = FoldPlan(planned, tasks.__getitem__, train, "cpu")
+        together = train_folds(plan, UnfinishedRuns(tmp_path, "cell", {}), Listener()).runs
+    finally:
+        torch.set_num_threads(threads)
+    for ours, expected in zip(together, alone, strict=True):
+        assert ours.train_loss == expected.train_loss and ours.seed == expected.seed
+        for part in ("train", "val", "test"):
+            assert np.array_equal(ours.predictions[part], expected.predictions[part])
+
+
+# --- the estimator
+
+
+def world(rng, n=300, folds=5, rounds=2, groups=0, run_sd=0.05):
+    """D (m, n), runs (m, n) and groups of a cross-validation without a drop: two classifiers whose rows are
+    alike, whose groups differ, and each of whose runs shifts the rows that it tests.
+    """
+    runs = np.empty((rounds, n), int)
+    for j in range(rounds):
+        runs[j, rng.permutation(n)] = j * folds + np.arange(n) % folds
+    group = rng.integers(0, groups, n) if groups else None
+    easy, right = rng.normal(size=n), []
+    for _ in range(2):
+        z = easy + 0.8 * rng.normal(size=n)
+        if group is not None:
+            z = z + 0.5 * rng.normal(size=groups)[group]
+        chance = scipy.stats.norm.cdf(z - 0.5) + run_sd * rng.normal(size=rounds * folds)[runs]
+        right.append(rng.random((rounds, n)) < chance)
+    return right[0].astype(float) - right[1], runs, group
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [{}, {"rounds": 1}, {"run_sd": 0.0}, {"rounds": 3, "run_sd": 0.1}, {"groups": 30}, {"n": 2000}],
+    ids=str,
+)
+def test_without_a_drop_one_is_claimed_as_often_as_promised(setting, monkeypatch):
+    monkeypatch.setattr(fold_estimators, "OVERLAP", 1.0)  # these rows know of no training set
+    rng, experiments = np.random.default_rng(11), 500
+    claimed = 0
+    for _ in range(experiments):
+        D, runs, groups = world(rng, **setting)
+        spread = fold_standard_error(D, runs, groups)
+        claimed += 2 * scipy.stats.t.sf(abs(D.mean()) / spread.error, spread.dof) < 0.05
+    three = 3 * math.sqrt(0.05 * 0.95 / experiments)
+    assert 0.05 - three <= claimed / experiments <= 0.05 + three
+
+
+def test_the_groups_part_is_statsmodels_cluster_robust_error():
+    D, runs, groups = world(np.random.default_rng(1), groups=25, run_sd=0.0)
+    D = np.tile(D.mean(0), (2, 1))  # no run differs from another
+    groups = np.arange(300) % 25  # of equal size, where the jackknife is the robust error
+    found = fold_standard_error(D, runs, groups)
+    robust = sm.OLS(D[0], np.ones(300)).fit(
+        cov_type="cluster", cov_kwds={"groups": groups, "use_correction": False}
+    )
+    assert found.error == pytest.approx(robust.bse[0] * math.sqrt(25 / 24), rel=1e-9)
+    assert found.dof == pytest.approx(24)
+
+
+def test_the_rows_part_is_the_error_of_a_mean_stretched_for_overlap():
+    D, runs, _ = world(np.random.default_rng(2))
+    D = np.tile(D.mean(0), (2, 1))
+    found = fold_standard_error(D, runs)
+    assert found.error == pytest.approx(OVERLAP * scipy.stats.sem(D[0])) and found.dof == pytest.approx(299)
+
+
+def test_the_runs_part_is_the_sum_of_squares_adjusted_for_rows():
+    """Against ordinary least squares with and without a column for each run."""
+    D, runs, _ = world(np.random.default_rng(3), n=60, run_sd=0.2)
+    m, n = D.shape
+    rows = np.kron(np.ones((m, 1)), np.eye(n))
+    of_runs = (runs.ravel()[:, None] == np.arange(10)).astype(float)
+    without = sm.OLS(D.ravel(), rows).fit()
+    whole = sm.OLS(D.ravel(), np.hstack([rows, of_runs])).fit()
+    plus, minus, runs_dof, rest_dof = variance_of_runs(D, runs)
+    share = sum((count / (m * n)) ** 2 for count in np.bincount(runs.ravel()))
+    scale = share * 9 / (n * (m - 1))
+    assert (runs_dof, rest_dof) == (9, n * (m - 1) - 9)
+    assert plus == pytest.approx((without.ssr - whole.ssr) / 9 * scale)
+    assert minus == pytest.approx(whole.ssr / rest_dof * scale)
+
+
+# --- several representations at once
+
+
+def test_the_family_is_wrong_no_oftener_than_promised_and_finds_more_than_holm():
+    rng, wrong, found, by_holm = np.random.default_rng(5), 0, 0, 0
+    experiments = 300
+    for trial in range(experiments):
+        shared, own = rng.normal(size=(1, 40)), rng.normal(size=(9, 40))
+        sums = 2 * shared + own + (1.0 if trial % 2 else 0.0)
+        flips = family.joint_flips(sums, seed=trial)[:800]
+        p = [float(scipy.stats.ttest_1samp(row, 0).pvalue) for row in sums]
+        adjusted = np.array(family.step_down(p, flips))
+        assert (adjusted >= np.array(p) - 1e-12).all()
+        if trial % 2:
+            found += (adjusted < 0.05).sum()
+            by_holm += (np.array(family.holm(p)) < 0.05).sum()
+        else:
+            wrong += adjusted.min() < 0.05
+    half = experiments / 2
+    assert wrong / half <= 0.05 + 3 * math.sqrt(0.05 * 0.95 / half) and found > 1.1 * by_holm
+
+
+def test_one_representation_alone_needs_no_correction():
+    sums = np.random.default_rng(6).normal(0.4, 1, (1, 60))
+    p = float(scipy.stats.ttest_1samp(sums[0], 0).pvalue)
+    flips = family.joint_flips(sums)
+    assert family.step_down([p], flips)[0] == pytest.approx(p, abs=0.01)
+    assert family.critical_deviate(flips) == pytest.approx(1.96, abs=0.06)
+
+
+# --- a whole run
+
+CHOSEN = ("--folds", "5", "--representations", "stats", "pca", "kernel_ridge", "--pca-components", "3")
+TEN = ["--num-runs", "10", *FAST[2:]]
+
+
+def test_a_cross_validation_is_one_checkpoint_a_cell_and_tests_every_row(run, place):
+    status, log = run(*CHOSEN, fast=TEN)
+    assert status == 0, log
+    assert len(visible(folder(place) / "checkpoints")) == 6
+    with np.load(folder(place) / "predictions" / "visual_only_stats.npz", allow_pickle=False) as arrays:
+        parts, predictions, labels = arrays["parts"], arrays["predictions"], arrays["labels"]
+        assert predictions.shape == parts.shape == (10, 40) and ((parts == 2).sum(0) == 2).all()
+        accuracy = (predictions == labels)[parts == 2].mean()
+    results = json.loads((folder(place) / "results.json").read_text())
+    found = results["inference"]
+    assert found["folds"] == {"folds": 5, "rounds": 2} and found["runs"] == 10 and found["test_rows"] == 40
+    assert found["accuracies"]["visual_only_stats"]["accuracy"] == pytest.approx(accuracy)
+    per_run = results["visual_only_results"][0]["per_run_results"]
+    assert [one["fold"] for one in per_run] == list(range(10))
+    assert {entry["representation"] for entry in found["comparisons"][0]["entries"]} == {
+        "stats",
+        "pca",
+        "kernel_ridge",
+    }
+    assert not (folder(place) / ".unfinished").exists()
+    assert "All experiments already completed!" in run(*CHOSEN, fast=TEN)[1]
+    status, log = run(*CHOSEN[2:], fast=TEN)
+    assert status == 2 and "the split changed" in log
+    status, log = run("--status", *CHOSEN[2:], fast=TEN)
+    assert "folds was 5, is now 0" in log
+
+
+def test_a_killed_cross_validation_goes_on_with_the_runs_that_it_has(run, place, monkeypatch):
+    from ablation import runs as runs_module
+
+    real, trained = runs_module.train_runs, []
+
+    def ended(task, settings, *rest):
+        if len(trained) == 6:
+            raise KeyboardInterrupt
+        trained.append(settings.seed)
+        return real(task, settings, *rest)
+
+    whole = ("--folds", "5", "--representations", "stats", "--layer-sets", "all_layers")
+    run(*whole, "--output-dir", "whole", fast=TEN)
+    monkeypatch.setattr(runs_module, "train_runs", ended)
+    with pytest.raises(KeyboardInterrupt):
+        run(*whole, fast=TEN)
+    kept = len(visible(folder(place) / ".unfinished" / "all_layers_stats"))
+    assert 4 <= kept <= 6
+    trained.clear()
+    monkeypatch.setattr(runs_module, "train_runs", lambda *rest: (trained.append(1), real(*rest))[1])
+    assert run(*whole, fast=TEN)[0] == 0 and len(trained) == 10 - kept
+    assert cell_files(place) == cell_files(place, output="whole")
+
+
+def test_groups_are_kept_together_where_there_are_some(run, place):
+    rows = lora_dataset(n=90, signal=1.0).to_dict()
+    from datasets import Dataset
+
+    rows["category_name"] = [f"{i % 3} {i % 18}" for i in range(90)]
+    Dataset.from_dict(rows).save_to_disk("leaves")
+    chosen = ("--folds", "5", "--representations", "stats", "--classifiers", "linear")
+    status, log = run(*chosen, dataset="./leaves", fast=TEN)
+    assert status == 0, log
+    found = json.loads((folder(place, "leaves") / "results.json").read_text())
+    assert found["inference"]["test_rows_that_share_a_group_with_training"] == 0
+    assert about(found["inference"]) == "This is about concepts that were not trained on, and new runs."
+    made = json.loads((folder(place, "leaves") / "checkpoints" / "all_layers_stats.json").read_text())
+    assert made["made_with"]["is_weighted"]
+    status, log = run(
+        "--split", "stratified", "grouped", *chosen, "--output-dir", "both", dataset="./leaves", fast=TEN
+    )
+    assert status == 0, log
+    found = json.loads((folder(place, "leaves", "both") / "results.json").read_text())["inference"]
+    assert [entry["split"] for entry in found["inflation"]] == ["stratified"] * 2
