@@ -232,7 +232,7 @@ def single_sentences(inference: dict[str, Any]) -> list[str]:
     sentences = []
     changed = [entry for entry in able if entry["p_max_t"] < LEVEL and entry["drop"] != 0]
     for word, sign in (("fall", 1), ("rise", -1)):
-        shown = [entry for entry in changed if sign * entry["drop"] > 0]
+        shown = sorted((e for e in changed if sign * e["drop"] > 0), key=lambda entry: entry["p_max_t"])
         if shown and outcome(inference) == f"{word}s":
             verb = f"{word}s" if len(shown) == 1 else word
             sentences.append(

@@ -17,7 +17,7 @@ import itertools
 
 import _root  # noqa: F401
 
-from ablation.simulation import World, simulate, simulate_splits
+from ablation.simulation import FoldWorld, World, simulate, simulate_folds, simulate_splits
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -35,9 +35,15 @@ def main(argv: list[str] | None = None) -> None:
     add("--splits", type=int, nargs="+", default=[], help=text)
     text = "with --splits: share of the classes' distance that is lost (default: 0 0.2 0.5)"
     add("--lost", type=float, nargs="+", default=[0, 0.2, 0.5], help=text)
+    text = "with folds: each row is tested once in each of --rounds by small learners trained on the others"
+    add("--folds", type=int, default=0, help=text)
+    add("--rounds", type=int, default=2, help="with --folds (default: 2)")
+    add("--grouped", action="store_true", help="with --folds and --groups: folds of whole groups")
     add("--seed", type=int, default=0, help="of the simulation (default: 0)")
     arguments = parser.parse_args(argv)
-    if arguments.splits:
+    if arguments.folds:
+        print_folds(arguments)
+    elif arguments.splits:
         print_splits(arguments)
     else:
         print_rows(arguments)
@@ -55,6 +61,21 @@ def print_rows(arguments: argparse.Namespace) -> None:
         rates = simulate(world, arguments.experiments, arguments.seed)
         cells = " | ".join(f"{100 * rate:.1f} %" for rate in rates.values())
         print(f"| {n} | {100 * drop:g} | {cells} |", flush=True)
+
+
+def print_folds(arguments: argparse.Namespace) -> None:
+    """The table of a cross-validation."""
+    print("| rows | groups | true drop, points | drop claimed | 95 % interval holds it | by rows alone |")
+    print("|---|---|---|---|---|---|")
+    for rows, lost in itertools.product(arguments.rows, arguments.lost):
+        world = FoldWorld(rows, arguments.groups, arguments.folds, arguments.rounds, lost, arguments.grouped)
+        rates = simulate_folds(world, arguments.experiments, arguments.seed)
+        by_rows = f"{100 * rates['covered by rows']:.1f} %" if "covered by rows" in rates else "-"
+        print(
+            f"| {rows} | {arguments.groups or '-'} | {100 * rates['drop']:.1f} "
+            f"| {100 * rates['claimed']:.1f} % | {100 * rates['covered']:.1f} % | {by_rows} |",
+            flush=True,
+        )
 
 
 def print_splits(arguments: argparse.Namespace) -> None:

@@ -689,6 +689,7 @@ def test_the_table_of_the_readme_is_made_by_its_command(capsys):
     assert float(ten.strip("|").split("|")[2].strip(" %")) > 50
     simulate_inference.main(["--experiments", "10", "--rows", "201", "--drops", "0.1", "--groups", "30"])
     simulate_inference.main(["--experiments", "10", "--rows", "100", "--splits", "3", "--lost", "0.5"])
+    simulate_inference.main(["--experiments", "4", "--rows", "120", "--folds", "5", "--lost", "0.5"])
     assert "| 201 | 10 |" in (text := capsys.readouterr().out) and "| 100 | 3 |" in text
 
 
