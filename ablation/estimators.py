@@ -317,15 +317,18 @@ def holm(p_values: list[float]) -> list[float]:
 
 
 def chance_level(labels: np.ndarray, train_labels: np.ndarray) -> float:
-    """Accuracy on the test rows of a rule that sees the training labels alone, the better of two.
+    """Accuracy on the test rows of a rule that sees the training labels alone, the best of three.
 
-    One always answers their most frequent class, the other draws classes in their proportions: scikit-learn's
-    DummyClassifier, `most_frequent`, and the expectation of `stratified`.
+    It always answers their most frequent class, draws classes in their proportions, or draws all alike:
+    scikit-learn's DummyClassifier, `most_frequent`, and the expectations of `stratified` and `uniform`. (With
+    whole groups held out the class that is tested is the one that is rare in training.)
     """
     classes = 1 + int(max(labels.max(), train_labels.max()))
     trained = np.bincount(train_labels, minlength=classes) / len(train_labels)
     tested = np.bincount(labels, minlength=classes) / len(labels)
-    return float(max(tested[trained.argmax()], trained @ tested))
+    return float(
+        max(tested[trained.argmax()], trained @ tested, tested[trained > 0].sum() / (trained > 0).sum())
+    )
 
 
 def binomial_error(accuracy: float, n: int) -> float:

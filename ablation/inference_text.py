@@ -44,7 +44,7 @@ def inference_lines(inference: dict[str, Any]) -> list[str]:
 def general_lines(inference: dict[str, Any]) -> list[str]:
     """The chance level, groups, and how the spread over seeds compares with the test set's own error."""
     chance, rows = percent(inference["chance"]), inference["test_rows"]
-    lines = ["", f"Chance: {chance} (the better of two rules that know the training labels alone)"]
+    lines = ["", f"Chance: {chance} (the best of three rules that know the training labels alone)"]
     folds = inference["folds"]
     if folds is not None:
         lines.append(

@@ -62,7 +62,9 @@ def log_contents(data: LoraCollection, settings: Settings) -> None:
     log.info(
         f"Layers: {len(data.layers)} ({kinds}) of rank {ranks} | {summary['weights_per_row']:,} weights a row"
     )
-    log.info(f"Split: {settings.split[0]}, {sizes}{beside}")
+    spec = split_spec(settings, "").resolved(data.groups is not None)
+    folds = f" in {spec.folds} folds, of which the first has" if spec.folds else ","
+    log.info(f"Split: {spec.kind}{folds} {sizes}{beside}")
 
 
 def log_groups(data: LoraCollection, settings: Settings) -> None:

@@ -13,6 +13,7 @@ from ablation.catalogue import CHOICES, INFERENCE_VERSION, LAYER_SETS, MAIN_COMP
 from ablation.cells import Cell
 from ablation.results_text import results_text
 from ablation.scores import mean_and_std, with_derived_scores
+from ablation.splits import split_spec
 from checkpointing import hash_of, read_json, write_bytes, write_json
 
 if TYPE_CHECKING:
@@ -129,7 +130,8 @@ def inference_of(context: Context, records: dict[Cell, dict]) -> dict[str, Any]:
     those of results.json if they were made from the same predictions, else new ones.
     """
     settings, data = context.settings, context.data
-    kind, overlap = settings.split[0], data.split.overlap
+    kind = split_spec(settings, "").resolved(data.groups is not None).kind
+    overlap = data.split.overlap
     groups = None if data.groups is None else hash_of(data.groups)
     predictions = {cell.name: record["predictions_hash"] for cell, record in records.items()}
     made_from = hash_of([INFERENCE_VERSION, settings.margin, kind, overlap, groups, predictions])

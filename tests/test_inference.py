@@ -149,7 +149,7 @@ def test_chance_is_what_a_rule_fitted_on_the_training_labels_scores(shares):
                 for seed in range(draws)
             ]
         )
-        for strategy, draws in (("most_frequent", 1), ("stratified", 2000))
+        for strategy, draws in (("most_frequent", 1), ("stratified", 2000), ("uniform", 2000))
     ]
     assert chance_level(test, train) == pytest.approx(max(scores), abs=0.005)
 
