@@ -515,3 +515,17 @@ def test_a_step_that_cannot_be_recorded_still_trains():
         )
         for _ in range(3):
             failing(torch.zeros(1))
+
+
+def test_classes_weigh_alike_in_both_trainers_where_rows_are_weighted():
+    x, labels, split = problem()
+    labels = np.where((labels == 2) & (np.arange(len(labels)) % 3 > 0), 0, labels)  # class 2 becomes rare
+    task = Task(x, labels, split, 4, is_weighted=True)  # class 3 has no row
+    counts = np.bincount(labels[split.train], minlength=4)
+    weights = task.class_weights
+    assert weights[3] == 0 and weights[:3] * counts[:3] == pytest.approx(np.full(3, counts.sum() / 3))
+    data = prepare(task, "cpu")
+    sequential, packed = train_sequential(data, SMALL, SILENT), train_packed(data, SMALL, SILENT)
+    assert_same_runs(sequential, packed)
+    plain = train_sequential(prepare(task._replace(is_weighted=False), "cpu"), SMALL, SILENT)
+    assert plain[0].train_loss != sequential[0].train_loss
