@@ -8,6 +8,7 @@ error and uses that representations are correlated.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -108,21 +109,32 @@ def widen(entry: dict[str, Any], deviate: float, units: int) -> None:
     entry["smallest"] = min(1.0, half + float(scipy.stats.t.ppf(POWER, dof)) * error)
 
 
-def mean_sample(samples: list[Sample]) -> Sample | None:
-    """The mean of several samples, run by run and row by row; None where they do not share runs and rows."""
-    first = samples[0]
-    splits = [split for split in first.right if all(split in first.shared_splits(s) for s in samples)]
-    if not splits:
-        return None
-    right = {split: np.mean([s.right[split] for s in samples], axis=0) for split in splits}
-    return Sample(
-        right,
-        {split: first.rows[split] for split in splits},
-        first.ratio,
-        first.chance,
-        first.groups,
-        first.runs,
-    )
+def mean_sample(samples: list[Sample]) -> Sample:
+    """The mean of several samples of the same splits, run by run and row by row.
+
+    The one run of a classifier without seeds is set beside each run of the others.
+    """
+    most = max(samples, key=lambda sample: sample.num_runs)
+    right = {
+        split: np.mean([np.broadcast_to(s.right[split], hits.shape) for s in samples], axis=0)
+        for split, hits in most.right.items()
+    }
+    return replace(most, right=right)
+
+
+def averaged(pairs: dict[str, tuple[Sample, Sample]]) -> list[str]:
+    """The representations whose samples can be averaged: as many splits, rows and runs as the one with most
+    runs, or one run.
+    """
+    most = max((first for first, _ in pairs.values()), key=lambda sample: sample.num_runs)
+
+    def fits(sample: Sample) -> bool:
+        return sample.right.keys() == most.right.keys() and all(
+            np.array_equal(sample.rows[split], most.rows[split]) and len(hits) in (1, len(most.right[split]))
+            for split, hits in sample.right.items()
+        )
+
+    return [name for name, pair in pairs.items() if all(map(fits, pair))]
 
 
 def primary(
@@ -132,27 +144,24 @@ def primary(
 
     None if none is. Its `smallest` needs no correction.
     """
-    chosen = [pairs[name] for name in above_chance if name in pairs]
-    if not chosen:
+    able = {name: pairs[name] for name in above_chance if name in pairs}
+    if not able:
         return None
-    first, second = (mean_sample([pair[i] for pair in chosen]) for i in (0, 1))
-    entry = first.minus(second, margin) if first and second else None
-    if first is None or entry is None:
-        return None
+    names = averaged(able)
+    first, second = (mean_sample([able[name][i] for name in names]) for i in (0, 1))
+    entry = first.minus(second, margin)
+    assert entry is not None  # both have the splits, rows and runs of the same representation
     units = len(np.unique(first.units_of(first.right)))
     if units < FEWEST_UNITS or not entry["standard_error"]:
         entry["smallest"] = None
-    accuracies = {
-        name: float(np.mean([right.mean() for right in s.right.values()]))
-        for name, s in (("accuracy", first), ("accuracy_of_second", second))
-        if s
-    }
     return {
         **entry,
-        **accuracies,
-        "representations": [n for n in above_chance if n in pairs],
+        "accuracy": first.mean,
+        "accuracy_of_second": second.mean,
+        "representations": names,
         "units": units,
-    } | {"retained": retained(first, second) if second else None}
+        "retained": retained(first, second),
+    }
 
 
 def retained(first: Sample, second: Sample) -> dict[str, Any] | None:
@@ -160,12 +169,11 @@ def retained(first: Sample, second: Sample) -> dict[str, Any] | None:
 
     None where it has no bounded interval: the first is not clearly above chance.
     """
-    (split,) = list(first.right)[:1]
-    a = first.right[split].astype(float) - first.chance
-    b = second.right[split].astype(float) - first.chance
-    error_a, error_b = first.standard_error_of({split: a}), first.standard_error_of({split: b})
-    error_sum = first.standard_error_of({split: a + b})
-    x, y = float(a.mean()), float(b.mean())
+    a = {split: hits - first.chance for split, hits in first.right.items()}
+    b = {split: hits - first.chance for split, hits in second.right.items()}
+    error_a, error_b = first.standard_error_of(a), first.standard_error_of(b)
+    error_sum = first.standard_error_of({split: a[split] + b[split] for split in a})
+    x, y = first.mean - first.chance, second.mean - first.chance
     v_x, v_y = error_a.error**2, error_b.error**2
     v_xy = (error_sum.error**2 - v_x - v_y) / 2
     t = float(scipy.stats.t.isf(LEVEL / 2, error_a.dof))

@@ -22,7 +22,15 @@ from ablation.catalogue import (
 from ablation.cells import Cell
 from ablation.estimators import LEVEL, POWER, RESAMPLING_SEED, StandardError, holm, p_of_mean, sign_flip_test
 from ablation.family import adjust_family, primary
-from ablation.samples import TEST, TRAIN, Predictions, Sample, join_first_split, samples_of
+from ablation.samples import (
+    TEST,
+    TRAIN,
+    Predictions,
+    Sample,
+    join_first_split,
+    samples_of,
+    tested_predictions,
+)
 
 SHUFFLES = 1999  # permutations of the test labels in the check of shuffled labels
 SUSPECT_LEVEL = 0.01  # share of runs without a fault that the check calls suspect
@@ -236,11 +244,11 @@ def check_shuffled_labels(predictions: Predictions) -> dict[str, Any]:
     error exactly. A share of SUSPECT_LEVEL of the runs without a fault is called `suspect`. `cells` has the
     same for each cell.
     """
-    arrays = list(predictions.values())
-    labels = arrays[0]["test_labels"]
+    tested = [tested_predictions(arrays) for arrays in predictions.values()]
+    labels = tested[0][0]
     classes = np.arange(labels.max() + 1)
     # (cells, n, C)
-    shares = np.stack([(of_cell["test_predictions"][:, :, None] == classes).mean(0) for of_cell in arrays])
+    shares = np.stack([(answers[:, :, None] == classes).mean(0) for _, answers in tested])
     rng, rows = np.random.default_rng(RESAMPLING_SEED), np.arange(len(labels))
     orders = [labels, *(rng.permutation(labels) for _ in range(SHUFFLES))]
     accuracies = np.stack([shares[:, rows, order].mean(1) for order in orders])  # (1 + B, cells)

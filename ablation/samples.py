@@ -45,6 +45,11 @@ class Sample:
     runs: np.ndarray | None = None  # (R, n) of a cross-validation: the number of the run behind each answer
 
     @property
+    def mean(self) -> float:
+        """The accuracy: the mean over splits of the means over runs and rows."""
+        return float(np.mean([hits.mean() for hits in self.right.values()]))
+
+    @property
     def num_runs(self) -> int:
         """Trained runs, in all folds together or in one split."""
         if self.runs is not None:
@@ -106,7 +111,7 @@ class Sample:
         """
         right = {split: hits.astype(np.float64) for split, hits in self.right.items()}
         spread = self.standard_error_of(right)
-        mean = float(np.mean([hits.mean() for hits in right.values()]))
+        mean = self.mean
         R, n = next(iter(right.values())).shape
         low, high = mean - spread.half_width, mean + spread.half_width
         if self.groups is None:  # near 0 and 1 a t interval from few errors is too short
@@ -191,6 +196,13 @@ def tested_answers(arrays: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarra
     rounds = int(is_test[:, 0].sum())
     order = np.argsort(~is_test, axis=0, kind="stable")[:rounds]  # of each row the runs that tested it
     return np.take_along_axis(arrays["predictions"], order, axis=0), order
+
+
+def tested_predictions(arrays: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Labels (n,) and predictions (R, n) of the tested rows, of one split or of the folds of each round."""
+    if "parts" in arrays:
+        return arrays["labels"], tested_answers(arrays)[0]
+    return arrays["test_labels"], arrays["test_predictions"]
 
 
 def join_random_halves(samples: dict[Cell, Sample]) -> None:

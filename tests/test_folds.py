@@ -308,3 +308,14 @@ def test_groups_are_kept_together_where_there_are_some(run, place):
     assert status == 0, log
     found = json.loads((folder(place, "leaves", "both") / "results.json").read_text())["inference"]
     assert [entry["split"] for entry in found["inflation"]] == ["stratified"] * 2
+
+
+def test_shuffled_labels_are_checked_in_folds_too(run, place):
+    chosen = ("--folds", "5", "--representations", "stats", "--controls", "shuffled")
+    status, log = run(*chosen, fast=TEN)
+    assert status == 0, log
+    found = json.loads((folder(place) / "results.json").read_text())["inference"]["shuffled"]
+    for cell, entry in found["cells"].items():
+        with np.load(folder(place) / "predictions" / f"{cell}.npz", allow_pickle=False) as arrays:
+            right = (arrays["predictions"] == arrays["labels"])[arrays["parts"] == 2]
+        assert entry["accuracy"] == pytest.approx(right.mean())

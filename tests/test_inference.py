@@ -708,3 +708,16 @@ def test_a_bootstrap_of_runs_alone_is_as_wide_as_their_standard_error(monkeypatc
     runs = np.random.default_rng(20).normal(0, 0.03, 5)
     low, high = two_level_bootstrap(np.tile(runs[:, None], (1, 200)), resamples=40_000)
     assert (high - low) / 2 == pytest.approx(1.96 * scipy.stats.sem(runs), rel=0.06)
+
+
+def test_a_representation_with_one_run_counts_in_the_primary_hypothesis():
+    """kernel_ridge has one run beside the others' ten; nothing may be said to be at chance because of that."""
+    cells = predictions(np.random.default_rng(40), {"stats": 0.3, "spectral": 0.3})
+    for layer_set in ("all_layers", "visual_only"):
+        one = cells[Cell("stats", layer_set)]
+        one["test_predictions"] = one["test_predictions"][:1]
+    found = inference.infer(cells, None, 0.02)
+    drops = {entry["representation"]: entry["drop"] for entry in found["comparisons"][0]["entries"]}
+    assert sorted(found["primary"]["representations"]) == ["spectral", "stats"]
+    assert found["primary"]["drop"] == pytest.approx(np.mean(list(drops.values())))
+    assert verdict(found).startswith("Without the text layers accuracy falls by")
