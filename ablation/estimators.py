@@ -31,14 +31,12 @@ RESAMPLING_SEED = 0
 class StandardError:
     """The standard error of a mean over runs and examples, with its degrees of freedom.
 
-    `units` counts the examples or groups that it is from. `is_constant`: nothing varies over runs and
-    examples.
+    `units` counts the examples or groups that it is from.
     """
 
     error: float
     dof: float
     units: int
-    is_constant: bool = False
 
     @property
     def half_width(self) -> float:
@@ -85,17 +83,17 @@ def standard_error(D: np.ndarray, groups: np.ndarray | None = None) -> StandardE
         return StandardError(math.inf, 1.0, G)
     deviations = np.bincount(index, by_example - mean, minlength=G) / (1 - sizes / n)
     examples = float((deviations**2).sum()) * (G - 1) / G / n**2
-    examples_dof, is_constant = max(n**2 / float((sizes**2).sum()) - 1, 1.0), bool(np.ptp(D) == 0)
+    examples_dof = max(n**2 / float((sizes**2).sum()) - 1, 1.0)
     if R == 1:
-        return StandardError(math.sqrt(examples), examples_dof, G, is_constant)
+        return StandardError(math.sqrt(examples), examples_dof, G)
     runs, runs_dof = float(by_run.var(ddof=1)) / R, R - 1
     rest_dof = (n - 1) * (R - 1)
     rest = float(((D - by_example - by_run[:, None] + mean) ** 2).sum()) / rest_dof / (n * R)
     total = max(examples + runs - rest, examples, runs)
     if total == 0:
-        return StandardError(0.0, examples_dof, G, is_constant)
+        return StandardError(0.0, examples_dof, G)
     dof = total**2 / (examples**2 / examples_dof + runs**2 / runs_dof + rest**2 / rest_dof)
-    return StandardError(math.sqrt(total), min(dof, 1.0) if R == 2 else dof, G, is_constant)
+    return StandardError(math.sqrt(total), min(dof, 1.0) if R == 2 else dof, G)
 
 
 def standard_error_over_splits(D: Sequence[np.ndarray], splits: SplitRows) -> StandardError:
@@ -110,8 +108,7 @@ def standard_error_over_splits(D: Sequence[np.ndarray], splits: SplitRows) -> St
     means = np.array([d.mean() for d in D])
     units = splits.count(np.concatenate(splits.test_rows))
     error = math.sqrt(float(means.var(ddof=1)) * (1 / len(means) + splits.ratio))
-    is_constant = bool(all(np.ptp(d) == 0 for d in D) and np.ptp(means) == 0)
-    over_splits = StandardError(error, len(means) - 1, units, is_constant)
+    over_splits = StandardError(error, len(means) - 1, units)
     if splits.groups is None:
         return over_splits
     of_first = standard_error(D[0], splits.groups[splits.test_rows[0]])

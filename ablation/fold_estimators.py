@@ -14,9 +14,8 @@ import numpy as np
 
 from ablation.estimators import StandardError, conclusion, p_values_of_mean
 
-OVERLAP = (
-    1.15  # training sets of folds overlap, so that rows alone show too little spread; see docs/statistics.md
-)
+# Training sets of folds overlap, so that rows alone show too little spread; see docs/statistics.md.
+OVERLAP = 1.15
 
 
 def fold_standard_error(D: np.ndarray, runs: np.ndarray, groups: np.ndarray | None = None) -> StandardError:
@@ -43,13 +42,12 @@ def fold_standard_error(D: np.ndarray, runs: np.ndarray, groups: np.ndarray | No
     plus, minus, runs_dof, rest_dof = variance_of_runs(D, runs)
     of_runs = max(plus - minus, 0.0)
     total = of_units + of_runs
-    is_constant = bool(np.ptp(D) == 0)
     if total == 0:
-        return StandardError(0.0, units_dof, units, is_constant)
+        return StandardError(0.0, units_dof, units)
     spread = of_units**2 / units_dof
     if of_runs > 0:
         spread += plus**2 / runs_dof + minus**2 / rest_dof
-    return StandardError(math.sqrt(stretch * total), total**2 / spread, units, is_constant)
+    return StandardError(math.sqrt(stretch * total), total**2 / spread, units)
 
 
 def variance_of_runs(D: np.ndarray, runs: np.ndarray) -> tuple[float, float, float, float]:
