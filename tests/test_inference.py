@@ -711,7 +711,7 @@ def test_a_bootstrap_of_runs_alone_is_as_wide_as_their_standard_error(monkeypatc
 
 
 def test_a_representation_with_one_run_counts_in_the_primary_hypothesis():
-    """kernel_ridge has one run beside the others' ten; nothing may be said to be at chance because of that."""
+    """kernel_ridge has one run beside the others' ten; no other may be called at chance for it."""
     cells = predictions(np.random.default_rng(40), {"stats": 0.3, "spectral": 0.3})
     for layer_set in ("all_layers", "visual_only"):
         one = cells[Cell("stats", layer_set)]
