@@ -138,6 +138,17 @@ def append_event(path: Path, **event) -> None:
         file.write(f"{'' if whole else chr(10)}{line}\n".encode())
 
 
+def read_events(path: Path) -> list[dict]:
+    """The whole lines of a file that `append_event` wrote; a line that a kill cut off is left out."""
+    events = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            events.append(json.loads(line))
+        except ValueError:
+            continue
+    return events
+
+
 def utc_now() -> str:
     """The time as 2026-01-31T12:00:00Z."""
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())

@@ -34,9 +34,17 @@ class Audit:
         self.is_changed[rows] = True
 
     @classmethod
-    def of_test_rows(cls, num_rows: int, test_rows: np.ndarray) -> Audit:
-        """The audit of a data set of `num_rows` rows with these test rows."""
+    def of_test_rows(cls, num_rows: int, test_rows: np.ndarray, most: int = 0) -> Audit:
+        """The audit of a data set of `num_rows` rows with these test rows; of `most` of them, if `most` > 0
+        and there are more.
+        """
+        if 0 < most < len(test_rows):
+            return cls(num_rows, np.random.default_rng(AUDIT_SEED).permutation(test_rows)[:most])
         return cls(num_rows, test_rows)
+
+    def among(self, rows: np.ndarray) -> np.ndarray:
+        """Those of `rows` that are changed, in their order."""
+        return rows[self.is_changed[rows]]
 
     def rows_in(self, start: int, stop: int) -> np.ndarray:
         """For each changed row that comes from rows start:stop, in order, the number of that row."""
@@ -102,20 +110,24 @@ class GaugeAudit(Audit):
     name, variants = "gauge", ("re-gauged",)
 
     @classmethod
-    def of_test_rows(cls, num_rows: int, test_rows: np.ndarray) -> Audit:
-        """All rows are changed, because the change of training rows is reported too."""
-        return cls(num_rows, np.arange(num_rows))
+    def of_test_rows(cls, num_rows: int, test_rows: np.ndarray, most: int = 0) -> Audit:
+        """All rows are changed, because the change of training rows is reported too, unless `most` are asked
+        for.
+        """
+        return super().of_test_rows(num_rows, test_rows if most else np.arange(num_rows), most)
 
     def change(self, reader: WeightReader, position: int, rows: tuple[int, int], w: Tensor) -> Tensor:
         """The layer of another pair with the same product."""
         module = reader.layers.module_at.get(position)
-        if module is None:
-            return w
         start, stop = rows
+        if module is None:
+            return w[torch.from_numpy(self.is_changed[start:stop]).to(w.device)]
         is_down = module.down == position
         rank = w.shape[1] if is_down else w.shape[2]
         factors = gauge_factors(module.name, start, stop - start, rank)
-        left, stretch, right = (torch.from_numpy(factor).to(w.device) for factor in factors)
+        chosen = self.is_changed[start:stop]
+        left, stretch, right = (torch.from_numpy(factor[chosen]).to(w.device) for factor in factors)
+        w = w[torch.from_numpy(chosen).to(w.device)]
         if is_down:
             return ((right.mT / stretch[:, None]) @ (left.mT @ w.double())).float()
         return ((w.double() @ left * stretch[:, None]) @ right).float()

@@ -9,7 +9,7 @@ to its function and to the number of columns that the function returns.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 # --- representations
 
@@ -153,6 +153,13 @@ class Comparison(NamedTuple):
     second: str
     removed: str  # what `second` lacks of `first`, as sentences name it
 
+    def entries_in(self, inference: dict[str, Any]) -> list[dict[str, Any]]:
+        """What the inference found of each representation; [] if the two were not compared."""
+        for found in inference.get("comparisons", []):
+            if (found["first"], found["second"]) == (self.first, self.second):
+                return found["entries"]
+        return []
+
 
 # The experiment's question, and the same with layer sets of equally many modules.
 MAIN_COMPARISON = Comparison("all_layers", "visual_only", "the text layers")
@@ -195,8 +202,13 @@ ALIASES = {
     "100k": "jacekduszenko/lora-ws-100k",
     "small": "jacekduszenko/weights-dataset-small",
 }
+EMBEDDED = {"digits": "digits.parquet", "digits-named": "digits_named.parquet"}  # in data/
+# Embedded collections are cross-validated unless the user says how their rows are divided, because one test
+# set of their size cannot decide the question.
+EMBEDDED_FOLDS = 5
+DIVIDING = ("folds", "repeats", "split", "num_splits")  # settings that say how rows are divided
 DATASET_NAMES = (
-    "1k, 10k, 50k, 100k, small, digits, sanity-check, a folder written by save_to_disk, "
+    "1k, 10k, 50k, 100k, small, digits, digits-named, sanity-check, a folder written by save_to_disk, "
     "a file or folder of Parquet or Arrow, or owner/name on the Hub"
 )
 
@@ -205,4 +217,4 @@ DATASET_NAMES = (
 TRAINING_VERSION = 2
 AUDIT_VERSION = 1
 CLASSIFIER_VERSION = 1  # of CLASSIFIERS; kernel_ridge has the version of its representation
-INFERENCE_VERSION = 7  # also when the verdict says something else of the same predictions
+INFERENCE_VERSION = 8  # also when the verdict says something else of the same predictions

@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 
 import yaml
 
+from ablation.catalogue import DIVIDING, EMBEDDED, EMBEDDED_FOLDS
 from ablation.conversion import build_settings
 from ablation.settings import InputError, Settings, flag, setting_fields
 
@@ -26,9 +27,11 @@ SECTIONS = {  # of --help; every setting stands in one of them
         "num_splits",
         "split_seed",
         "audit",
+        "audit_rows",
         "controls",
         "classifiers",
         "margin",
+        "margin_share",
     ),
     "training": (
         "num_runs",
@@ -93,7 +96,18 @@ def parse_command_line(argv: list[str] | None, description: str) -> tuple[Settin
     if config is not None:
         from_file = read_yaml(config)
         build_settings(from_file, config)  # a bad value in the file is an error even if a flag replaces it
-    return build_settings(from_file | typed), actions
+    return build_settings(preset(from_file | typed) | from_file | typed), actions
+
+
+def preset(chosen: dict[str, Any]) -> dict[str, Any]:
+    """What the data set has a default of its own for: embedded collections are cross-validated, if the runs
+    can be spread over the folds and no setting says how the rows are divided.
+    """
+    dataset = chosen.get("dataset", Settings.dataset)
+    runs = build_settings({name: chosen[name] for name in ("num_runs",) if name in chosen}).training.num_runs
+    if dataset not in EMBEDDED or runs % EMBEDDED_FOLDS or any(name in chosen for name in DIVIDING):
+        return {}
+    return {"folds": EMBEDDED_FOLDS}
 
 
 def build_parser(description: str) -> Parser:

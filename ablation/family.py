@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import scipy.stats
@@ -46,16 +46,26 @@ def joint_flips(sums: np.ndarray, seed: int = RESAMPLING_SEED) -> np.ndarray:
     return np.divide(flipped, size, out=np.zeros_like(flipped), where=size > 0)
 
 
-def step_down(p_values: list[float], flips: np.ndarray) -> list[float]:
+class Margin(NamedTuple):
+    """What counts as equal: a difference of less than `points` (a fraction), or, if `share` > 0, of less
+    than that share of the accuracy above chance with the first layer set.
+    """
+
+    points: float = 0.02
+    share: float = 0.0
+
+
+def step_down(p_values: list[float], flips: np.ndarray, two_sided: bool = True) -> list[float]:
     """p-values adjusted by the step-down max-T method over joint flips (B, K).
 
     A representation's own p-value is turned into a normal deviate, and set against the largest deviate under
     the flips of it and of all less significant ones. So the runs' spread, which is in the p-values and not in
     the flips, counts too.
     """
-    observed = scipy.stats.norm.isf(np.clip(p_values, 1e-300, 1) / 2)
+    observed = scipy.stats.norm.isf(np.clip(p_values, 1e-300, 1) / (2 if two_sided else 1))
     order = np.argsort(-observed, kind="stable")
-    remaining = np.maximum.accumulate(np.abs(flips[:, order[::-1]]), axis=1)[:, ::-1]
+    deviates = np.abs(flips) if two_sided else flips
+    remaining = np.maximum.accumulate(deviates[:, order[::-1]], axis=1)[:, ::-1]
     adjusted, running = np.empty(len(p_values)), 0.0
     for rank, k in enumerate(order):
         above = float((remaining[:, rank] >= observed[k] - 1e-9).mean())
@@ -72,9 +82,9 @@ def critical_deviate(flips: np.ndarray) -> float:
 def adjust_family(entries: list[dict[str, Any]], pairs: list[tuple[Sample, Sample]]) -> None:
     """Add to each entry of a comparison what holds for all of them at once; `pairs` are its samples.
 
-    `p_holm` and `p_max_t`; `simultaneous_interval`, which hold all drops together with 95 %; and `smallest`,
-    the drop that would be found after the correction with a probability of POWER. Where the representations
-    do not share their test rows, Holm's method stands in for max-T.
+    `p_holm` and `p_max_t`, and the same for the equivalence; `simultaneous_interval`, which hold all drops
+    together with 95 %; and `smallest`, the drop that would be found after the correction with a probability
+    of POWER. Where the representations do not share their test rows, Holm's method stands in for max-T.
     """
     if not entries:
         return
@@ -86,12 +96,14 @@ def adjust_family(entries: list[dict[str, Any]], pairs: list[tuple[Sample, Sampl
     if all(np.array_equal(units[0], own) for own in units):
         flips = joint_flips(unit_sums(np.stack(drops), units[0]))
         adjusted = step_down([entry["p"] for entry in entries], flips)
+        equal = step_down([entry["p_equivalence"] for entry in entries], flips, two_sided=False)
         deviate = critical_deviate(flips)
     else:
         adjusted = [entry["p_holm"] for entry in entries]
+        equal = [entry["p_equivalence_holm"] for entry in entries]
         deviate = float(scipy.stats.norm.isf(LEVEL / 2 / len(entries)))
-    for entry, p in zip(entries, adjusted, strict=True):
-        entry["p_max_t"] = p
+    for entry, p, p_equal in zip(entries, adjusted, equal, strict=True):
+        entry["p_max_t"], entry["p_equivalence_max_t"] = p, p_equal
         widen(entry, deviate, len(np.unique(units[0])))
 
 
@@ -138,7 +150,7 @@ def averaged(pairs: dict[str, tuple[Sample, Sample]]) -> list[str]:
 
 
 def primary(
-    pairs: dict[str, tuple[Sample, Sample]], above_chance: list[str], margin: float
+    pairs: dict[str, tuple[Sample, Sample]], above_chance: list[str], margin: Margin
 ) -> dict[str, Any] | None:
     """The primary hypothesis: the mean drop over the representations that are above chance with all layers.
 
@@ -149,7 +161,7 @@ def primary(
         return None
     names = averaged(able)
     first, second = (mean_sample([able[name][i] for name in names]) for i in (0, 1))
-    entry = first.minus(second, margin)
+    entry = compared(first, second, margin)
     assert entry is not None  # both have the splits, rows and runs of the same representation
     units = len(np.unique(first.units_of(first.right)))
     if units < FEWEST_UNITS or not entry["standard_error"]:
@@ -160,8 +172,37 @@ def primary(
         "accuracy_of_second": second.mean,
         "representations": names,
         "units": units,
-        "retained": retained(first, second),
     }
+
+
+def compared(first: Sample, second: Sample, margin: Margin) -> dict[str, Any] | None:
+    """The difference of two samples, with what the second retains; None if they share no split."""
+    entry = first.minus(second, margin.points)
+    if entry is None:
+        return None
+    if margin.share > 0:
+        entry |= equivalence_by_share(first, second, margin.share)
+    return entry | {"retained": retained(first, second)}
+
+
+def equivalence_by_share(first: Sample, second: Sample, share: float) -> dict[str, Any]:
+    """The margin, and the p-value of two one-sided t tests, of a difference of less than `share` of the first
+    sample's accuracy above chance. The margin's own error is in the tests, because they are of the contrasts
+    difference ± share * (accuracy - chance).
+    """
+    margin = share * (first.mean - first.chance)
+    p_values = []
+    for sign in (1, -1):
+        contrast = {
+            split: sign * (first.right[split] - second.right[split].astype(float))
+            + share * (first.right[split] - first.chance)
+            for split in first.shared_splits(second)
+        }
+        mean = float(np.mean([values.mean() for values in contrast.values()]))
+        spread = first.standard_error_of(contrast)
+        is_known = 0 < spread.error < math.inf
+        p_values.append(float(scipy.stats.t.sf(mean / spread.error, spread.dof)) if is_known else 1.0)
+    return {"margin": max(margin, 0.0), "p_equivalence": max(p_values) if margin > 0 else 1.0}
 
 
 def retained(first: Sample, second: Sample) -> dict[str, Any] | None:
@@ -169,11 +210,12 @@ def retained(first: Sample, second: Sample) -> dict[str, Any] | None:
 
     None where it has no bounded interval: the first is not clearly above chance.
     """
-    a = {split: hits - first.chance for split, hits in first.right.items()}
-    b = {split: hits - first.chance for split, hits in second.right.items()}
+    splits = first.shared_splits(second)
+    a = {split: first.right[split] - first.chance for split in splits}
+    b = {split: second.right[split] - first.chance for split in splits}
     error_a, error_b = first.standard_error_of(a), first.standard_error_of(b)
     error_sum = first.standard_error_of({split: a[split] + b[split] for split in a})
-    x, y = first.mean - first.chance, second.mean - first.chance
+    x, y = (float(np.mean([values.mean() for values in of_set.values()])) for of_set in (a, b))
     v_x, v_y = error_a.error**2, error_b.error**2
     v_xy = (error_sum.error**2 - v_x - v_y) / 2
     t = float(scipy.stats.t.isf(LEVEL / 2, error_a.dof))

@@ -6,6 +6,7 @@ import logging
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -130,8 +131,9 @@ def load_or_extract(context: Context, cells: list[Cell]) -> tuple[Features, dict
         if cache:
             save_cached(context, cache, computed)
     for name in audits:
-        split = context.data.split
-        audit = AUDIT_CLASSES[name].of_test_rows(context.data.num_rows, split.test)
+        data, settings = context.data, context.settings
+        tested = np.arange(data.num_rows) if settings.folds else data.split.test
+        audit = AUDIT_CLASSES[name].of_test_rows(data.num_rows, tested, settings.audit_rows)
         features.audits[name] = audit
         names = extracted_names(cells, name)
         if names:

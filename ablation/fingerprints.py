@@ -76,6 +76,7 @@ def training_inputs(settings: Settings, cell: Cell) -> dict[str, Any]:
     }
     if cell.audit:
         inputs |= {"audit": cell.audit, "audit_version": AUDIT_VERSION}
+        inputs |= {"audit_rows": settings.audit_rows} if settings.audit_rows else {}
     if cell.classifier:
         inputs |= {"classifier": cell.classifier, "classifier_version": CLASSIFIER_VERSION}
     return inputs

@@ -12,11 +12,12 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from ablation.catalogue import PARTS
 from ablation.settings import TrainingSettings
 from ablation.task import Listener, Run, Task, TrainedRuns
 from ablation.training import one_thread_a_core
 from checkpointing import UnfinishedRuns
+
+PREDICTED = "predicted_"  # before the name of some rows, in the file of an unfinished run
 
 
 class FoldRun(NamedTuple):
@@ -83,7 +84,7 @@ def train_folds(plan: FoldPlan, kept: UnfinishedRuns, listener: Listener) -> Tra
 
 def arrays_of(run: Run, trained_dim: int) -> dict[str, np.ndarray]:
     """A run as arrays, for its file."""
-    predictions = {f"predicted_{part}": run.predictions[part] for part in PARTS}
+    predictions = {f"{PREDICTED}{rows}": classes for rows, classes in run.predictions.items()}
     curves = {name: np.array(getattr(run, name)) for name in ("train_loss", "val_accuracy", "learning_rate")}
     numbers = {name: np.array(getattr(run, name)) for name in ("seed", "best_epoch", "seconds", "fold")}
     return {**predictions, **curves, **numbers, "trained_dim": np.array(trained_dim)}
@@ -97,7 +98,11 @@ def run_of(arrays: dict[str, np.ndarray]) -> Run:
         train_loss=arrays["train_loss"].tolist(),
         val_accuracy=arrays["val_accuracy"].tolist(),
         learning_rate=arrays["learning_rate"].tolist(),
-        predictions={part: arrays[f"predicted_{part}"] for part in PARTS},
+        predictions={
+            name.removeprefix(PREDICTED): classes
+            for name, classes in arrays.items()
+            if name.startswith(PREDICTED)
+        },
         seconds=float(arrays["seconds"]),
         fold=int(arrays["fold"]),
     )

@@ -21,7 +21,7 @@ from ablation.catalogue import (
 )
 from ablation.cells import Cell
 from ablation.estimators import LEVEL, POWER, RESAMPLING_SEED, StandardError, holm, p_of_mean, sign_flip_test
-from ablation.family import adjust_family, primary
+from ablation.family import Margin, adjust_family, compared, primary
 from ablation.samples import (
     TEST,
     TRAIN,
@@ -37,12 +37,13 @@ SUSPECT_LEVEL = 0.01  # share of runs without a fault that the check calls suspe
 
 
 def infer(
-    predictions: Predictions, groups: np.ndarray | None, margin: float, kind: str = "random"
+    predictions: Predictions, groups: np.ndarray | None, margin: Margin, kind: str = "random"
 ) -> dict[str, Any]:
     """What the saved predictions of an experiment's cells say; {} if no cell of the tables is among them.
 
     `groups` (N,) are the groups of the data set's rows, if any; `kind` is the first split's. `accuracies` are
     over all splits of that kind; `comparisons` are of two layer sets, representation by representation;
+    `max_t` has the main comparison's corrected p-values and `classes` its differences class by class;
     `classifiers` has the main comparison by each classifier beside the MLP; `ranking` every two
     representations; `inflation` what other splits have above grouped ones.
     """
@@ -56,31 +57,26 @@ def infer(
     first_arrays = next(arrays for cell, arrays in predictions.items() if cell.is_plain)
     representations = list(dict.fromkeys(cell.representation for cell in plain))
 
-    def compared(comparison: Comparison, classifier: str = "") -> dict[str, Any]:
+    def compare(comparison: Comparison, classifier: str = "") -> dict[str, Any]:
         pairs = sample_pairs(of_kind, representations, comparison, classifier)
         entries = compare_layer_sets(pairs, margin)
         return {"first": comparison.first, "second": comparison.second, "entries": entries}
 
-    comparisons = [compared(comparison) for comparison in COMPARISONS]
+    comparisons = [compare(comparison) for comparison in COMPARISONS]
     used = [name for name in CLASSIFIERS if any(cell.classifier == name for cell in of_kind)]
     accuracies = {cell.name: s.accuracy for cell, s in of_kind.items() if cell.layer_set != "random_half"}
+    main_pairs = sample_pairs(of_kind, representations, MAIN_COMPARISON)
     first_set = {name: Cell(name, MAIN_COMPARISON.first) for name in representations}
     every = {name: plain[cell] for name, cell in first_set.items() if cell in plain}
     return {
         **test_set_facts(first_arrays, groups, next(iter(plain.values())).chance),
-        "margin": margin,
-        "level": LEVEL,
-        "power": POWER,
-        "split": kind,
-        "splits": max(len(sample.right) for sample in plain.values()),
-        "runs": max(sample.num_runs for sample in plain.values()),
-        "folds": folds_of(next(iter(plain.values()))),
+        **test_facts(list(plain.values()), margin, kind),
         "accuracies": accuracies,
-        "primary": primary(
-            sample_pairs(of_kind, representations, MAIN_COMPARISON), above_chance(accuracies, every), margin
-        ),
+        "primary": primary(main_pairs, above_chance(accuracies, every), margin),
+        "max_t": {entry["representation"]: entry["p_max_t"] for entry in comparisons[0]["entries"]},
         "comparisons": [comparison for comparison in comparisons if comparison["entries"]],
-        "classifiers": [{"classifier": name, **compared(MAIN_COMPARISON, name)} for name in used],
+        "classes": class_differences(main_pairs, labels_by_row(predictions)),
+        "classifiers": [{"classifier": name, **compare(MAIN_COMPARISON, name)} for name in used],
         "ranking": ranking(every),
         "inflation": all_inflation(samples),
         "controls": [control_entry(cell, accuracies[cell.name]) for cell in of_kind if cell.is_control],
@@ -121,6 +117,34 @@ def test_set_facts(arrays: dict[str, np.ndarray], groups: np.ndarray | None, cha
     return facts | {"chance": chance, "test_rows_that_share_a_group_with_training": shared}
 
 
+def test_facts(samples: list[Sample], margin: Margin, kind: str) -> dict[str, Any]:
+    """How the tests are made: levels, splits, runs and folds."""
+    return {
+        "margin": margin.points,
+        "margin_share": margin.share,
+        "level": LEVEL,
+        "power": POWER,
+        "split": kind,
+        "splits": max(len(sample.right) for sample in samples),
+        "runs": max(sample.num_runs for sample in samples),
+        "folds": folds_of(samples[0]),
+    }
+
+
+def test_facts(samples: list[Sample], margin: Margin, kind: str) -> dict[str, Any]:
+    """How the tests are made: levels, splits, runs and folds."""
+    return {
+        "margin": margin.points,
+        "margin_share": margin.share,
+        "level": LEVEL,
+        "power": POWER,
+        "split": kind,
+        "splits": max(len(sample.right) for sample in samples),
+        "runs": max(sample.num_runs for sample in samples),
+        "folds": folds_of(samples[0]),
+    }
+
+
 def folds_of(sample: Sample) -> dict[str, int] | None:
     """Folds and rounds of a cross-validation; None for single splits."""
     if sample.runs is None:
@@ -150,14 +174,55 @@ def sample_pairs(
     return pairs
 
 
-def compare_layer_sets(pairs: dict[str, tuple[Sample, Sample]], margin: float) -> list[dict[str, Any]]:
+def compare_layer_sets(pairs: dict[str, tuple[Sample, Sample]], margin: Margin) -> list[dict[str, Any]]:
     """The differences of two layer sets, by representation, adjusted for testing all of them."""
     entries = []
     for name, (first, second) in pairs.items():
-        entry = first.minus(second, margin)
+        entry = compared(first, second, margin)
         assert entry is not None
         entries.append({"representation": name, **entry})
     adjust_family(entries, list(pairs.values()))
+    return entries
+
+
+def labels_by_row(predictions: Predictions) -> np.ndarray:
+    """The class number of each row of the data set that some cell tested, -1 elsewhere."""
+    tested = [
+        (np.arange(len(arrays["labels"])), arrays["labels"])
+        if "labels" in arrays
+        else (arrays["test_rows"], arrays["test_labels"])
+        for arrays in predictions.values()
+    ]
+    labels = np.full(1 + max(int(rows.max()) for rows, _ in tested), -1)
+    for rows, of_rows in tested:
+        labels[rows] = of_rows
+    return labels
+
+
+def class_differences(pairs: dict[str, tuple[Sample, Sample]], labels: np.ndarray) -> list[dict[str, Any]]:
+    """Recall of each class with both layer sets, their difference and its 95 % interval, one at a time."""
+    entries = []
+    for name, (first, second) in pairs.items():
+        for number in np.unique(labels[labels >= 0]).tolist():
+            chosen = labels == number
+            a, b = first.of_rows(chosen), second.of_rows(chosen)
+            splits = a.shared_splits(b)
+            if not splits:
+                continue
+            D = {split: a.right[split] - b.right[split].astype(float) for split in splits}
+            drop = float(np.mean([values.mean() for values in D.values()]))
+            half = a.standard_error_of(D).half_width
+            entries.append(
+                {
+                    "representation": name,
+                    "class": number,
+                    "rows": len(np.unique(np.concatenate([a.rows[split] for split in splits]))),
+                    "first": a.mean,
+                    "second": b.mean,
+                    "drop": drop,
+                    "interval": (max(-1.0, drop - half), min(1.0, drop + half)),
+                }
+            )
     return entries
 
 

@@ -74,18 +74,10 @@ COMPARISON_COLUMNS = (
     Column("95 % interval", 18, lambda entry: interval_text(entry["interval"])),
     Column("p (max-T)", 11, lambda entry: probability(entry["p_max_t"])),
     Column("p (Holm)", 10, lambda entry: probability(entry["p_holm"])),
-    Column("equal (Holm)", 14, lambda entry: probability(entry["p_equivalence_holm"])),
+    Column("equal (max-T)", 15, lambda entry: probability(entry["p_equivalence_max_t"])),
     Column("smallest", 10, lambda entry: percent(entry["smallest"])),
     Column("h", 7, lambda entry: f"{entry['cohens_h']:+.2f}"),
-    Column(
-        "training noise",
-        18,
-        lambda entry: (
-            "-"
-            if entry["training_noise_interval"] is None
-            else interval_text(entry["training_noise_interval"])
-        ),
-    ),
+    Column("training noise", 18, lambda entry: interval_text(entry["training_noise_interval"])),
 )
 
 
@@ -98,10 +90,17 @@ def comparison_lines(comparison: dict, inference: dict[str, Any]) -> list[str]:
     scope = "for new examples and runs" if inference["runs"] > 2 else "for new examples, of these runs alone"
     title = f"{names[0]} minus {names[1]}: {scope}{over_splits(comparison['entries'])}"
     explained = (
-        f"(intervals one at a time; p corrected for all; equal: within {100 * inference['margin']:g} points; "
+        f"(intervals one at a time; p corrected for all; equal: within {margin_text(inference)}; "
         f"smallest: found with {100 * inference['power']:.0f} %)"
     )
     return ["", title, explained, *table(COMPARISON_COLUMNS, comparison["entries"])]
+
+
+def margin_text(inference: dict[str, Any]) -> str:
+    """What counts as equal, in words."""
+    if inference["margin_share"]:
+        return f"{100 * inference['margin_share']:g} % of the accuracy above chance"
+    return f"{100 * inference['margin']:g} points"
 
 
 def over_splits(entries: list[dict]) -> str:
@@ -233,6 +232,12 @@ def audit_lines(audits: list[dict]) -> list[str]:
     return lines
 
 
+def unchanged_accuracy(row: dict) -> float:
+    """Accuracy on the audited rows as they are; of a record without it, on all test rows."""
+    first = next(iter(row["variants"].values()))
+    return first.get("unchanged_acc_mean", row["test_acc_mean"])
+
+
 def audit_columns(audit: str, variants: list[str]) -> list[Column]:
     """The columns of an audit's table: test accuracy, then accuracy and agreement on each variant."""
 
@@ -246,7 +251,7 @@ def audit_columns(audit: str, variants: list[str]) -> list[Column]:
     columns = [
         Column("representation", -20, lambda row: row["representation"]),
         Column("layer set", -14, lambda row: row["layer_set"]),
-        Column("test", 8, lambda row: percent(row["test_acc_mean"])),
+        Column("as it is", 10, lambda row: percent(unchanged_accuracy(row))),
         *(Column(variant, 16, variant_text(variant)) for variant in variants),
     ]
     if audit == "gauge":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import os
 import platform
@@ -11,8 +10,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ablation.analysis_plan import analysis_plan
 from ablation.command_line import typed_command
-from checkpointing import append_event, read_json, utc_now, write_json
+from checkpointing import append_event, hash_of, read_json, utc_now, write_json
 
 if TYPE_CHECKING:
     from ablation.cells import Cell
@@ -70,6 +70,7 @@ def manifest(context: Context, ledger: Ledger, status: int) -> dict[str, Any]:
             "identity": data.files.identity,
             "files": data.files.paths,
         },
+        "analysis_plan": hash_of(analysis_plan(context.settings, data)),
         "cells_run": [cell.name for cell in ledger.missing if cell not in ledger.failures],
         "cells_failed": {cell.name: error for cell, error in ledger.failures.items()},
         "exit_status": status,
@@ -106,15 +107,3 @@ def announce_finished(folder: Path, cell: Cell, record: dict) -> None:
         feature_dim=record["feature_dim"],
         trained_dim=record["trained_dim"],
     )
-
-
-def read_events(folder: Path) -> list[dict]:
-    """The whole lines of events.jsonl; a line that a kill cut off is left out."""
-    path = folder / "events.jsonl"
-    events = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            events.append(json.loads(line))
-        except ValueError:
-            continue
-    return events

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ablation.analysis_plan import analysis_plan, stated_plan
 from ablation.catalogue import CHOICES, INFERENCE_VERSION, LAYER_SETS, MAIN_COMPARISON
 from ablation.cells import Cell
 from ablation.results_text import results_text
@@ -21,18 +22,22 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("visual_ablation")
 
-AUDIT_KEYS = ("test_acc_mean", "test_acc_std", "test_acc_all_runs", "variants")
+AUDIT_KEYS = ("test_acc_mean", "test_acc_std", "test_acc_all_runs", "audited_rows", "variants")
 INFERENCE_KEYS = ("inference", "verdict", "verdict_parts", "inference_made_from")
 
 
-def compare(records: dict[Cell, dict]) -> list[dict[str, Any]]:
+def compare(records: dict[Cell, dict], inference: dict[str, Any]) -> list[dict[str, Any]]:
     """One entry for each representation that has both layer sets of the main comparison, matched by name.
 
-    It has the test accuracies, the drop and the share that is retained. `drop` is the first set's accuracy
-    minus the second's, a fraction; `drop_std` is its std over runs of the same seed: training noise, not the
-    uncertainty of the test set. An accuracy is None where a layer set was not run.
+    It has the test accuracies, the drop and what is retained. `drop` is the first set's accuracy minus the
+    second's, a fraction; `drop_std` is its std over runs of the same seed: training noise, not the
+    uncertainty of the test set. `retention` is the inference's: of the accuracy above chance, None where
+    that is not shown. An accuracy is None where a layer set was not run.
     """
     table = []
+    known = {
+        entry["representation"]: entry.get("retained") for entry in MAIN_COMPARISON.entries_in(inference)
+    }
     for representation in CHOICES:
         by_set = {layer_set: records.get(Cell(representation, layer_set)) for layer_set in LAYER_SETS}
         first, second = by_set[MAIN_COMPARISON.first], by_set[MAIN_COMPARISON.second]
@@ -44,8 +49,9 @@ def compare(records: dict[Cell, dict]) -> list[dict[str, Any]]:
         for layer_set, record in by_set.items():
             entry[layer_set] = record["test_acc_mean"] if record else None
             entry[f"{layer_set}_std"] = record["test_acc_std"] if record else None
-        retention = float(b.mean() / a.mean()) if a.mean() > 0 else None
-        table.append(entry | {"drop": drop, "drop_std": drop_std, "retention": retention})
+        kept = known.get(representation) or {"share": None, "interval": None}
+        entry |= {"retention": kept["share"], "retention_interval": kept["interval"]}
+        table.append(entry | {"drop": drop, "drop_std": drop_std})
     return table
 
 
@@ -67,10 +73,11 @@ def collect(
             results[f"{layer_set}_results"] = rows
     further = [cell for cell in records if not cell.is_plain and not cell.audit]
     audits = [cell for cell in records if cell.audit]
-    results["comparison"] = compare(records)
+    results["comparison"] = compare(records, results.get("inference") or {})
     results["further_cells"] = [{**records[cell], **cell.identified()} for cell in further]
     results["audits"] = [
-        {**cell.identified(), **{key: records[cell][key] for key in AUDIT_KEYS}} for cell in audits
+        {**cell.identified(), **{key: records[cell][key] for key in AUDIT_KEYS if key in records[cell]}}
+        for cell in audits
     ]
     results["failed_cells"] = [{**cell.identified(), "error": error} for cell, error in failures.items()]
     results["skipped_cells"] = [{**cell.identified(), "reason": reason} for cell, reason in skipped.items()]
@@ -122,6 +129,7 @@ def header_of(context: Context) -> dict[str, Any]:
         "splits_overlap": data.split.overlap,
         "data": {"identity": data.files.identity, **summary},
         "settings": dataclasses.asdict(settings),
+        "analysis_plan": stated_plan(context.store.folder, analysis_plan(settings, data)),
     }
 
 
@@ -131,19 +139,20 @@ def inference_of(context: Context, records: dict[Cell, dict]) -> dict[str, Any]:
     """
     settings, data = context.settings, context.data
     kind = split_spec(settings, "").resolved(data.groups is not None).kind
-    overlap = data.split.overlap
+    overlap, margin = data.split.overlap, (settings.margin, settings.margin_share)
     groups = None if data.groups is None else hash_of(data.groups)
     predictions = {cell.name: record["predictions_hash"] for cell, record in records.items()}
-    made_from = hash_of([INFERENCE_VERSION, settings.margin, kind, overlap, groups, predictions])
+    made_from = hash_of([INFERENCE_VERSION, *margin, kind, overlap, groups, predictions])
     old = read_json(context.store.folder / "results.json")
     kept = {key: old.get(key) for key in INFERENCE_KEYS}
     if kept["inference_made_from"] == made_from and old.get("inference_check") == hash_of(kept):
         return kept | {"inference_check": old["inference_check"]}
-    from ablation.inference import infer  # scipy.stats takes a second to import
+    from ablation.family import Margin  # scipy.stats takes a second to import
+    from ablation.inference import infer
     from ablation.verdict import verdict
 
     arrays = {cell: context.store.load_predictions(cell.name) for cell in records}
-    inference = {} if overlap else infer(arrays, data.groups, settings.margin, kind)
+    inference = {} if overlap else infer(arrays, data.groups, Margin(*margin), kind)
     said = verdict(inference, overlap)
     made = dict(zip(INFERENCE_KEYS, (inference, said.text, said._asdict(), made_from), strict=True))
     return made | {"inference_check": hash_of(made)}

@@ -13,13 +13,15 @@ from ablation.cells import Cell
 from ablation.inference_text import audit_lines, inference_lines
 from ablation.text_table import TEXT_WIDTH, Column, percent, table
 
+SELECTED_ON = "* the epoch was selected on these rows, so accuracy on them is too high; balanced: mean recall"
+
 
 def results_text(results: dict[str, Any]) -> str:
     """results.txt: what was run, accuracies of each layer set, the drop, what it means, and the verdict."""
     lines = [
         *head_lines(results),
         *layer_set_lines(results),
-        *drop_lines(results["comparison"]),
+        *drop_lines(results),
         *block_lines(results),
         *inference_lines(results["inference"]),
         *audit_lines(results["audits"]),
@@ -88,8 +90,9 @@ def layer_set_columns(layer_set: str) -> tuple[Column, ...]:
         Column("columns", 8, lambda row: str(row["feature_dim"])),
         Column("trained", 8, lambda row: str(row["trained_dim"])),
         Column("train", 12, mean_and_std_of("train_acc")),
-        Column("val", 12, mean_and_std_of("val_acc")),
+        Column("val*", 12, mean_and_std_of("val_acc")),
         Column("test", 12, mean_and_std_of("test_acc")),
+        Column("balanced", 12, mean_and_std_of("test_balanced_acc")),
         Column("test F1", 12, mean_and_std_of("test_f1")),
         Column("epoch", 7, lambda row: f"{row['best_epoch_mean']:.0f}"),
         Column("s/run", 8, lambda row: f"{row['training_time_mean']:.1f}"),
@@ -108,7 +111,7 @@ def layer_set_lines(results: dict[str, Any]) -> list[str]:
             title = title_of(layer_set) + (f": {layer_set}" if group_of(layer_set) else "")
             lines += ["", title, *table(layer_set_columns(layer_set), rows)]
             lines += [f"{failure['representation']:<20}FAILED: {failure['error']}" for failure in failed]
-    return lines
+    return [*lines, SELECTED_ON] if lines else []
 
 
 def is_plain_failure(failure: dict) -> bool:
@@ -122,8 +125,9 @@ def failed_plain(results: dict[str, Any]) -> list[dict]:
     return [failure for failure in results["failed_cells"] if is_plain_failure(failure)]
 
 
-def drop_lines(comparison: list[dict]) -> list[str]:
-    """Test accuracies of the main comparison side by side."""
+def drop_lines(results: dict[str, Any]) -> list[str]:
+    """Test accuracies of the main comparison side by side, and what is kept of the accuracy above chance."""
+    comparison = results["comparison"]
     if not comparison:
         return []
     first, second = MAIN_COMPARISON.first, MAIN_COMPARISON.second
@@ -136,9 +140,13 @@ def drop_lines(comparison: list[dict]) -> list[str]:
         columns.append(Column("text only", 12, lambda row: percent(row["text_only"], row["text_only_std"])))
     columns += [
         Column("drop", 12, lambda row: percent(row["drop"], row["drop_std"])),
-        Column("retained", 10, retained_text),
+        Column("kept", 10, lambda row: kept_text(row["retention"])),
+        Column("95 % interval", 18, lambda row: kept_interval(row["retention_interval"])),
     ]
-    title = f"Test accuracy, {spoken(first)} against {spoken(second)} (drop in points)"
+    title = (
+        f"Test accuracy, {spoken(first)} against {spoken(second)} (drop in points; kept: of the "
+        "accuracy above chance)"
+    )
     return ["", title, *table(columns, comparison)]
 
 
@@ -147,9 +155,14 @@ def spoken(layer_set: str) -> str:
     return layer_set.replace("_", " ")
 
 
-def retained_text(row: dict) -> str:
-    """The share of the accuracy that is retained."""
-    return "-" if row["retention"] is None else f"{percent(row['retention'])}%"
+def kept_text(share: float | None) -> str:
+    """The share of the accuracy above chance that is kept."""
+    return "-" if share is None else f"{percent(share)}%"
+
+
+def kept_interval(interval: tuple[float, float] | None) -> str:
+    """The interval of what is kept, in percent."""
+    return "-" if interval is None else " .. ".join(percent(end) for end in interval)
 
 
 def block_lines(results: dict[str, Any]) -> list[str]:

@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import numpy as np
 from torch import Tensor
 
 from ablation.catalogue import PARTS, SPECS
@@ -20,6 +21,7 @@ from ablation.log import Progress, end_if_stopped
 from ablation.provenance import made_on
 from ablation.scores import audit_record, cell_record, prediction_arrays, run_scores, variant_arrays
 from ablation.settings import TrainingSettings
+from ablation.splits import Split
 from ablation.task import Listener, Run, Task, TrainedRuns
 from ablation.training import train_runs
 from checkpointing import UnfinishedRuns
@@ -37,6 +39,7 @@ class PreparedCells(NamedTuple):
     task: Task  # in cross-validation that of the first fold
     task_of: Callable[[int], Task]  # of a fold
     changes: dict[str, dict[str, dict[str, float]]]  # audit -> variant -> largest and rms
+    audited: dict[str, np.ndarray]  # audit -> whether each row is changed, (N,)
 
 
 def prepare_cells(context: Context, cells: list[Cell], features: Features) -> PreparedCells:
@@ -55,20 +58,27 @@ def prepare_cells(context: Context, cells: list[Cell], features: Features) -> Pr
     changes = {audit.name: audit.changes(x, changed[audit.name], view.split.train) for audit in audits}
     if SPECS[cell.representation].fitted:  # such a representation reads the weights only now
         context.data.files.refuse_changes()
-    extra = {
-        f"{audit.name} {variant}": changed[audit.name][audit.positions(variant, view.split.test)]
-        for audit in audits
-        for variant in audit.variants
-    }
-    task = Task(x, view.labels, view.split, len(context.data.classes), extra, view.is_weighted)
+
+    def extra_of(split: Split, changed: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The changed rows that come from a split's test rows, by audit and variant."""
+        return {
+            f"{audit.name} {variant}": changed[audit.name][audit.positions(variant, audit.among(split.test))]
+            for audit in audits
+            for variant in audit.variants
+        }
+
+    task = Task(
+        x, view.labels, view.split, len(context.data.classes), extra_of(view.split, changed), view.is_weighted
+    )
 
     def task_of(fold: int) -> Task:
         of_fold = view.fold(fold)
         is_fitted = fold > 0 and SPECS[cell.representation].fitted
-        own = columns_of(of_fold)[0] if is_fitted else x
-        return task._replace(features=own, split=of_fold.split)
+        own, own_changed = columns_of(of_fold) if is_fitted else (x, changed)
+        return task._replace(features=own, split=of_fold.split, extra=extra_of(of_fold.split, own_changed))
 
-    return PreparedCells(cell, view, task, task_of, changes)
+    audited = {audit.name: audit.is_changed for audit in audits}
+    return PreparedCells(cell, view, task, task_of, changes, audited)
 
 
 def train_cell(context: Context, prepared: PreparedCells, kept: UnfinishedRuns) -> TrainedRuns:
@@ -131,9 +141,9 @@ def save_cell(
     record = cell_record(cell, trained, view, task.num_classes, sizes)
     arrays = prediction_arrays(trained, view)
     if cell.audit:
-        changes = prepared.changes[cell.audit]
-        record |= audit_record(cell, trained, view.labels[view.split.test], changes)
-        arrays |= variant_arrays(cell, trained, changes)
+        changes, audited = prepared.changes[cell.audit], prepared.audited[cell.audit]
+        record |= audit_record(cell, trained, view, audited, changes)
+        arrays |= variant_arrays(cell, trained, view, audited, list(changes))
         log.info(f"Audit {cell.audit}: {audit_line(record)}")
     else:
         log.info(f"Results: {result_line(record)}")

@@ -71,6 +71,19 @@ class Sample:
             and np.array_equal(self.rows[split], other.rows[split])
         ]
 
+    def of_rows(self, chosen: np.ndarray) -> Sample:
+        """The sample of some rows alone; `chosen` (N,) says which rows of the data set. Splits without any of
+        them are left out.
+        """
+        places = {split: np.flatnonzero(chosen[rows]) for split, rows in self.rows.items()}
+        kept = {split: of_split for split, of_split in places.items() if len(of_split)}
+        return replace(
+            self,
+            right={split: self.right[split][:, of_split] for split, of_split in kept.items()},
+            rows={split: self.rows[split][of_split] for split, of_split in kept.items()},
+            runs=None if self.runs is None else self.runs[:, places[""]],
+        )
+
     def groups_on(self, split: str) -> np.ndarray | None:
         """The groups of a split's test rows."""
         return None if self.groups is None else self.groups[self.rows[split]]
@@ -87,7 +100,7 @@ class Sample:
         first = [self.right[split] for split in splits]
         second = [other.right[split] for split in splits]
         if self.runs is not None:
-            return difference_of_folds((first[0], second[0]), margin, self.runs, self.groups)
+            return difference_of_folds((first[0], second[0]), margin, self.runs, self.groups_on(splits[0]))
         if len(splits) == 1:
             return difference(first[0], second[0], margin, self.groups_on(splits[0]))
         return difference_over_splits(first, second, margin, self.split_rows(splits))
@@ -95,7 +108,8 @@ class Sample:
     def standard_error_of(self, D: dict[str, np.ndarray]) -> StandardError:
         """The standard error of the mean of D[split] (R, n) over splits, runs and examples."""
         if self.runs is not None:
-            return fold_standard_error(next(iter(D.values())), self.runs, self.groups)
+            ((split, only),) = D.items()
+            return fold_standard_error(only, self.runs, self.groups_on(split))
         if len(D) == 1:
             ((split, only),) = D.items()
             return standard_error(only, self.groups_on(split))

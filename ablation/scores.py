@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from ablation.task import Run, TrainedRuns
 
 SCORED_PARTS = ("val", "test")
-SCORES = ("acc", "f1", "precision", "recall")  # of each scored part, in the records and in results.json
+# Of each scored part, in the records and in results.json.
+SCORES = ("acc", "balanced_acc", "f1", "precision", "recall")
 
 
 def confusion_matrix(labels: np.ndarray, predictions: np.ndarray, num_classes: int) -> np.ndarray:
@@ -33,7 +34,8 @@ def scores(confusion: np.ndarray) -> dict[str, float]:
     """Accuracy, and the macro averages of F1, precision and recall, as fractions, from counts (C, C).
 
     Averages run over the classes that occur among the labels or the predictions; a ratio 0/0 counts as 0
-    (scikit-learn's macro average with zero_division=0).
+    (scikit-learn's macro average with zero_division=0). Balanced accuracy is the mean recall of the classes
+    that occur among the labels (scikit-learn's balanced_accuracy_score).
     """
     true, predicted, hits = confusion.sum(1), confusion.sum(0), np.diag(confusion)
     occurs = (true + predicted) > 0
@@ -44,6 +46,7 @@ def scores(confusion: np.ndarray) -> dict[str, float]:
 
     return {
         "acc": float(hits.sum() / confusion.sum()),
+        "balanced_acc": float((hits[true > 0] / true[true > 0]).mean()),
         "f1": macro(2 * hits, true + predicted),
         "precision": macro(hits, predicted),
         "recall": macro(hits, true),
@@ -180,36 +183,60 @@ def prediction_arrays(trained: TrainedRuns, view: View) -> dict[str, np.ndarray]
 
 
 def audit_record(
-    cell: Cell, trained: TrainedRuns, test_labels: np.ndarray, changes: dict[str, dict[str, float]]
+    cell: Cell, trained: TrainedRuns, view: View, audited: np.ndarray, changes: dict[str, dict[str, float]]
 ) -> dict[str, Any]:
-    """What an audit adds to the record of the runs that it scores:
-    test accuracies on each variant of the test rows.
+    """What an audit adds to the record of the runs that it scores: of each variant of the test rows that are
+    `audited` (N,), accuracies as they are and as changed.
 
     `changes` has by variant how far the features moved. `agreement` is the share of test predictions that
-    stay the same.
+    stay the same. A run that tested none of these rows does not count.
     """
-    predictions = [run.predictions for run in trained.runs]
+    rows_of = {run.fold: view.split_of(run.fold).test for run in trained.runs}
+    runs = [run for run in trained.runs if audited[rows_of[run.fold]].any()]
+    before = [run.predictions["test"][audited[rows_of[run.fold]]] for run in runs]
+    truth = [view.labels[rows_of[run.fold]][audited[rows_of[run.fold]]] for run in runs]
 
     def of_variant(variant: str, change: dict[str, float]) -> dict[str, Any]:
-        changed = [of_run[f"{cell.audit} {variant}"] for of_run in predictions]
-        accuracies = [float(np.mean(classes == test_labels)) for classes in changed]
+        after = [run.predictions[f"{cell.audit} {variant}"] for run in runs]
+        accuracies = shares_alike(after, truth)
         mean, std = mean_and_std(accuracies)
-        same = [np.mean(a == of_run["test"]) for a, of_run in zip(changed, predictions, strict=True)]
         return {
             "test_acc_mean": mean,
             "test_acc_std": std,
             "test_acc_all_runs": accuracies,
+            "unchanged_acc_mean": float(np.mean(shares_alike(before, truth))),
             "change": change,
-            "agreement": float(np.mean(same)),
+            "agreement": float(np.mean(shares_alike(after, before))),
         }
 
     variants = {variant: of_variant(variant, change) for variant, change in changes.items()}
-    return {"audit": cell.audit, "layer_set": cell.layer_set, "variants": variants}
+    count = len(np.unique(np.concatenate([rows[audited[rows]] for rows in rows_of.values()])))
+    return {"audit": cell.audit, "layer_set": cell.layer_set, "audited_rows": count, "variants": variants}
 
 
-def variant_arrays(cell: Cell, trained: TrainedRuns, variants) -> dict[str, np.ndarray]:
-    """What an audit adds to predictions/<cell>.npz: predictions (R, n) of each variant of the test rows."""
-    return {
-        f"{variant}_predictions": stacked_predictions(trained, f"{cell.audit} {variant}")
-        for variant in variants
-    }
+def shares_alike(first: list[np.ndarray], second: list[np.ndarray]) -> list[float]:
+    """Of each run the share of rows that two arrays of classes give alike."""
+    return [float(np.mean(a == b)) for a, b in zip(first, second, strict=True)]
+
+
+def variant_arrays(
+    cell: Cell, trained: TrainedRuns, view: View, audited: np.ndarray, variants: list[str]
+) -> dict[str, np.ndarray]:
+    """What an audit adds to predictions/<cell>.npz: predictions of each variant of the test rows, (R, n).
+
+    In cross-validation, and where not all test rows are audited, (R, N) over all rows, -1 where a run has
+    none.
+    """
+    arrays = {}
+    whole = not view.folds and audited[view.split.test].all()
+    for variant in variants:
+        name = f"{cell.audit} {variant}"
+        if whole:
+            arrays[f"{variant}_predictions"] = stacked_predictions(trained, name)
+            continue
+        stacked = np.full((len(trained.runs), len(view.labels)), -1, np.int32)
+        for r, run in enumerate(trained.runs):
+            rows = view.split_of(run.fold).test
+            stacked[r, rows[audited[rows]]] = run.predictions[name]
+        arrays[f"{variant}_predictions"] = stacked
+    return arrays

@@ -144,7 +144,8 @@ class Settings:
     )
     folds: int = setting(
         0,
-        "cross-validation: every row is tested once in each of so many folds; 0: one split of 70/10/20",
+        "cross-validation: every row is tested once in each of so many folds; 0: one split of 70/10/20; "
+        "without this flag 5 for the embedded digits",
         Range(0),
     )
     repeats: int = setting(
@@ -165,9 +166,15 @@ class Settings:
         "accuracies that differ by less count as equal in the test of equivalence",
         Range(0, 1, open_low=True),
     )
+    margin_share: float = setting(
+        0.0,
+        "the margin as a share of the accuracy above chance with all layers, in place of --margin",
+        Range(0, 1, open_high=True),
+    )
     audit: tuple[str, ...] = setting(
         (), "score the trained runs on test rows whose weights are changed", tuple(AUDITS)
     )
+    audit_rows: int = setting(0, "test rows that an audit changes, at most; 0: all", Range(0))
     controls: tuple[str, ...] = setting(
         (),
         "cells that should not read the class as the weights do, or that show what else reads it; also all: "
@@ -331,8 +338,6 @@ def check_folds(settings: Settings) -> None:
         raise InputError("--split auto stands alone: name the kinds, such as --split grouped random")
     if settings.num_splits > 1:
         raise InputError("--num-splits does not go with --folds: --repeats divides the rows again")
-    if settings.audit:
-        raise InputError("--audit does not go with --folds yet: audit one split")
     step = folds * max(1, repeats)
     if runs % step:
         below, above = runs // step * step, (runs // step + 1) * step

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ablation.catalogue import ALIASES, DATASET_NAMES
+from ablation.catalogue import ALIASES, DATASET_NAMES, EMBEDDED
 from ablation.settings import InputError
 from checkpointing import file_stamps, hash_of
 
@@ -23,8 +23,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("visual_ablation")
 
 FILE_FORMATS = {".parquet": "parquet", ".arrow": "arrow"}
-DATA_FOLDER = Path(__file__).resolve().parent.parent / "data"
-EMBEDDED = {"digits": DATA_FOLDER / "digits.parquet"}  # made by scripts/build_digits_dataset.py
+DATA_FOLDER = Path(__file__).resolve().parent.parent / "data"  # made by scripts/build_digits_dataset.py
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 # How the Hub and its users name the files of a split: train-00000-of-00002.parquet, or a folder or file with
 # the split's word.
@@ -39,13 +38,13 @@ SPLIT_WORDS = {
 def resolve_name(name: str) -> tuple[str, str]:
     """What kind of data set a name means: ("generated", name), ("disk" | "files", path) or ("hub", id).
 
-    An alias is the Hub's and `digits` is embedded; a folder of such a name is written as a path, ./1k. Raises
-    InputError for any other name.
+    An alias is the Hub's, `digits` and `digits-named` are embedded; a folder of such a name is written as a
+    path, ./1k. Raises InputError for any other name.
     """
     if name == "sanity-check":
         return "generated", name
     if name in EMBEDDED:
-        return "files", str(EMBEDDED[name])
+        return "files", str(DATA_FOLDER / EMBEDDED[name])
     if name in ALIASES:
         return "hub", ALIASES[name]
     try:

@@ -16,12 +16,11 @@ from ablation.cells import Cell
 from ablation.fingerprints import requested_inputs
 from ablation.layers import expand_layer_sets
 from ablation.log import duration
-from ablation.provenance import read_events
 from ablation.results import earlier_entries
 from ablation.selection import list_cells
 from ablation.settings import Settings
 from ablation.survey import Survey, survey
-from checkpointing import ResultStore, State, is_held, read_json
+from checkpointing import ResultStore, State, is_held, read_events, read_json
 
 log = logging.getLogger("visual_ablation")
 
@@ -153,7 +152,7 @@ def watch_status(settings: Settings) -> int:
 
 def events_of_last_run(folder: Path) -> list[dict]:
     """The events since the last run began its cells."""
-    events = read_events(folder)
+    events = read_events(folder / "events.jsonl")
     started = [i for i, event in enumerate(events) if event["event"] == "started"]
     return events[started[-1] :] if started else []
 

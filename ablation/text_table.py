@@ -46,7 +46,9 @@ def points(value: float) -> str:
 
 
 def interval_text(interval) -> str:
-    """The two ends of an interval of a difference, in points."""
+    """The two ends of an interval of a difference, in points; - for None."""
+    if interval is None:
+        return "-"
     return f"{points(interval[0])} .. {points(interval[1])}"
 
 

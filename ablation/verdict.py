@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ablation.catalogue import MAIN_COMPARISON, SHUFFLED, SIZE_MATCHED_COMPARISON, Comparison, words_of
+from ablation.catalogue import MAIN_COMPARISON, SHUFFLED, SIZE_MATCHED_COMPARISON, words_of
 from ablation.cells import spoken_cell
 from ablation.estimators import LEVEL
 from ablation.family import FEWEST_UNITS
@@ -128,17 +128,9 @@ def nuisances(inference: dict[str, Any]) -> list[str]:
 # --- the answer
 
 
-def entries_of(inference: dict[str, Any], comparison: Comparison) -> list[Numbers]:
-    """The entries of a comparison, [] if it was not run."""
-    for compared in inference["comparisons"]:
-        if (compared["first"], compared["second"]) == (comparison.first, comparison.second):
-            return compared["entries"]
-    return []
-
-
 def why_no_verdict(inference: dict[str, Any]) -> str:
     """Why nothing can be said of the drop, '' if something can."""
-    if not entries_of(inference, MAIN_COMPARISON):
+    if not MAIN_COMPARISON.entries_in(inference):
         first, second = map(words_of, MAIN_COMPARISON[:2])
         return f"No verdict: no representation was run with {first} and with {second} alone."
     if inference["runs"] < FEWEST_RUNS:
@@ -226,7 +218,7 @@ def average_sentences(inference: dict[str, Any]) -> list[str]:
 
 def single_sentences(inference: dict[str, Any]) -> list[str]:
     """Which representations show a change by themselves, and which are not above chance."""
-    entries = entries_of(inference, MAIN_COMPARISON)
+    entries = MAIN_COMPARISON.entries_in(inference)
     able = [entry for entry in entries if entry["representation"] in inference["primary"]["representations"]]
     unable = [entry for entry in entries if entry not in able]
     sentences = []
@@ -242,7 +234,7 @@ def single_sentences(inference: dict[str, Any]) -> list[str]:
             sentences += map(drop_of, shown[:LISTED])
     if outcome(inference) in ("falls", "rises") and not sentences:
         sentences.append("No single representation shows it by itself, corrected for all of them.")
-    equal = [entry for entry in able if entry["p_equivalence_holm"] < LEVEL and entry not in changed]
+    equal = [entry for entry in able if entry["p_equivalence_max_t"] < LEVEL and entry not in changed]
     if equal:
         margin = 100 * equal[0]["margin"]
         sentences.append(f"For {names_of(equal)} the two are equal to within {margin:g} points.")
@@ -259,7 +251,7 @@ def single_sentences(inference: dict[str, Any]) -> list[str]:
 
 def size_matched_sentences(inference: dict[str, Any]) -> list[str]:
     """Whether the visual layers are worse than random halves of the modules, which lose as many columns."""
-    halves = entries_of(inference, SIZE_MATCHED_COMPARISON)
+    halves = SIZE_MATCHED_COMPARISON.entries_in(inference)
     if not halves:
         return []
     worse = [entry for entry in halves if entry["p_holm"] < LEVEL and entry["drop"] > 0]
@@ -274,7 +266,7 @@ def size_matched_sentences(inference: dict[str, Any]) -> list[str]:
 def scope_sentences(inference: dict[str, Any]) -> list[str]:
     """What the answer is about, and what it does not show, each with the flag that would tell more."""
     sentences = [about(inference), *split_sentences(inference)]
-    if entries_of(inference, SIZE_MATCHED_COMPARISON):
+    if SIZE_MATCHED_COMPARISON.entries_in(inference):
         sentences += size_matched_sentences(inference)
     else:
         sentences += [
@@ -302,7 +294,7 @@ def split_sentences(inference: dict[str, Any]) -> list[str]:
             f"Every row was tested {folds['rounds']} times, in {folds['folds']} folds, by models that were "
             "trained on the others."
         ]
-    entries = entries_of(inference, MAIN_COMPARISON)
+    entries = MAIN_COMPARISON.entries_in(inference)
     fewer = {entry["representation"]: entry["splits"] for entry in entries if entry["splits"] < splits}
     if splits == 1:
         return [f"One {kind} split tests {inference['test_rows']} rows; --folds 5 tests all."]

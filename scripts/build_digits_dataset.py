@@ -61,8 +61,10 @@ def parse_command_line(argv: list[str] | None) -> argparse.Namespace:
         help="training steps: one of these for each LoRA",
     )
     add("--images", type=int, nargs="+", default=default.images, help="images: one of these for each LoRA")
-    text = "clusters of each digit's images; a LoRA's images are of one"
+    text = "parts of each digit's images; a LoRA's images are of one"
     add("--groups", type=int, default=default.groups, help=text)
+    text = "how images are divided: by chance, or into k-means clusters of their pixels"
+    add("--grouping", choices=("random", "clusters"), default=default.grouping, help=text)
     add("--learning-rate", type=float, default=default.learning_rate, help="Adam's, for the LoRAs")
     add("--batch-size", type=int, default=default.batch_size, help="images a step")
     add("--pretrain-steps", type=int, default=default.pretrain_steps, help="of the UNet")

@@ -4,6 +4,7 @@ and the training of a block against ordinary training with peft.
 
 import dataclasses
 import json
+from collections import Counter
 
 import build_digits_dataset
 import numpy as np
@@ -19,6 +20,7 @@ from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 
 import visual_ablation_experiment as experiment
+from ablation.catalogue import EMBEDDED
 from ablation.layers import attention_kind, is_layer
 from ablation.making import digits as builder
 from ablation.making import digits_training as training
@@ -180,7 +182,7 @@ def test_a_lora_does_not_depend_on_how_many_there_are(tiny, tmp_path):
     few, many = read(tmp_path / "few.parquet"), read(tiny / "neutral.parquet")
     place = [many["seed"].index(seed) for seed in few["seed"]]
     for column, values in matrices(few).items():
-        np.testing.assert_allclose(values, matrices(many)[column][place], atol=2e-4)
+        np.testing.assert_allclose(values, matrices(many)[column][place], atol=5e-4, rtol=2e-3)  # float16
     assert few["images"] == [many["images"][i] for i in place]
 
 
@@ -327,29 +329,51 @@ def test_more_images_than_a_group_has_are_refused(tmp_path):
 # --- the collection in the repository
 
 
-def test_the_embedded_collection():
-    kind, path = resolve_name("digits")
-    assert kind == "files" and path == str(ROOT / "data" / "digits.parquet")
-    assert (ROOT / "data" / "digits.parquet").stat().st_size <= 10_000_000
-    data = load("digits")
-    counts = np.bincount(data.labels)
-    assert (
-        data.num_rows >= 500
-        and counts.max() - counts.min() <= 1
-        and data.classes == [f"digit_{i}" for i in range(10)]
-    )
-    assert (
-        survey("digits").rows == data.num_rows
-        and len(survey("digits").shapes) == len(data.layers.names) == 56
-    )
-    groups = dict(
-        zip(data.weights.dataset.with_format(None)["category_name"], data.labels.tolist(), strict=True)
-    )
-    assert len(groups) == 20
+@pytest.mark.parametrize("name", ["digits", "digits-named"])
+def test_an_embedded_collection(name):
+    kind, path = resolve_name(name)
+    assert kind == "files" and path == str(ROOT / "data" / f"{name.replace('-', '_')}.parquet")
+    data = load(name)
+    assert data.num_rows == 520 and data.classes == [f"digit_{i}" for i in range(10)]
+    assert np.bincount(data.labels).tolist() == [52] * 10
+    assert survey(name).rows == data.num_rows and len(survey(name).shapes) == len(data.layers.names) == 56
+    rows = pq.read_table(path, columns=["category_label", "category_name", "images"]).to_pydict()
+    assert sorted(Counter(rows["category_name"]).values()) == [2] * 260  # 26 groups a digit, two LoRAs each
     owner = {}
-    rows = pq.read_table(path, columns=["category_name", "images"]).to_pydict()
-    for name, images in zip(rows["category_name"], rows["images"], strict=True):
-        assert all(owner.setdefault(image, name) == name for image in images)
+    for label, group, images in zip(*rows.values(), strict=True):
+        assert group.split("/")[0] == label
+        assert all(owner.setdefault(image, group) == group for image in images)
+
+
+def test_the_embedded_collections_are_small_and_share_all_but_the_prompt():
+    files = [ROOT / "data" / name for name in EMBEDDED.values()]
+    assert sum(file.stat().st_size for file in files) <= 12_000_000
+    neutral, named = (pq.read_table(file, columns=["images", "seed", "max_train_steps"]) for file in files)
+    assert neutral.equals(named)
+
+
+@pytest.mark.parametrize("grouping", ["random", "clusters"])
+def test_images_are_divided_into_groups_of_one_digit(grouping):
+    images, digits = builder.read_images()
+    recipe = training.DigitsRecipe(groups=5, grouping=grouping)
+    groups = builder.divide_images(images, digits, recipe)
+    sizes = np.stack([np.bincount(groups[digits == digit], minlength=5) for digit in range(10)])
+    assert sizes.min() > 0 and sizes.sum() == len(images)
+    spread = (sizes.max(1) - sizes.min(1)).max()
+    assert spread <= 1 if grouping == "random" else spread > 1
+    pixels = images.flatten(1).numpy()
+    within = sum(
+        pixels[(digits == digit) & (groups == group)].var(0).sum() * sizes[digit, group]
+        for digit in range(10)
+        for group in range(5)
+    )
+    whole = sum(pixels[digits == digit].var(0).sum() * sizes[digit].sum() for digit in range(10))
+    assert within / whole > 0.9 if grouping == "random" else within / whole < 0.8
+
+
+def test_weights_are_rounded_as_files_of_adapters_are(tiny):
+    for w in matrices(read(tiny / "neutral.parquet")).values():
+        assert np.array_equal(w, w.astype(np.float16).astype(np.float32))
 
 
 def test_a_built_collection_runs(tiny, tmp_path, monkeypatch, capsys):

@@ -92,7 +92,6 @@ def test_runs_are_spread_over_folds_and_partitions():
         ({"split": ["auto"]}, "go with --folds"),
         ({"folds": 5, "split": ["auto", "random"]}, "stands alone"),
         ({"folds": 5, "num_splits": 2}, "--repeats divides the rows again"),
-        ({"folds": 5, "audit": ["gauge"]}, "audit one split"),
     ],
 )
 def test_settings_that_do_not_go_together_are_refused(chosen, reason):
@@ -231,6 +230,20 @@ def test_one_representation_alone_needs_no_correction():
     assert family.critical_deviate(flips) == pytest.approx(1.96, abs=0.06)
 
 
+def test_equivalence_in_a_family_is_claimed_no_oftener_than_promised_and_oftener_than_by_holm():
+    """The true difference of all nine is the margin itself, so every claim is wrong."""
+    rng, experiments, wrong, wrong_by_holm = np.random.default_rng(8), 400, 0, 0
+    for trial in range(experiments):
+        shared, own = rng.normal(size=(1, 60)), rng.normal(size=(9, 60))
+        sums = 2 * shared + own
+        p = [float(scipy.stats.ttest_1samp(row, 0, alternative="less").pvalue) for row in sums]
+        flips = family.joint_flips(sums, seed=trial)[:800]
+        wrong += min(family.step_down(p, flips, two_sided=False)) < 0.05
+        wrong_by_holm += min(family.holm(p)) < 0.05
+    limit = 0.05 + 3 * math.sqrt(0.05 * 0.95 / experiments)
+    assert wrong_by_holm < wrong and wrong / experiments <= limit
+
+
 # --- a whole run
 
 CHOSEN = ("--folds", "5", "--representations", "stats", "pca", "kernel_ridge", "--pca-components", "3")
@@ -308,6 +321,44 @@ def test_groups_are_kept_together_where_there_are_some(run, place):
     assert status == 0, log
     found = json.loads((folder(place, "leaves", "both") / "results.json").read_text())["inference"]
     assert [entry["split"] for entry in found["inflation"]] == ["stratified"] * 2
+
+
+@pytest.mark.parametrize("most", [0, 12])
+def test_audits_score_every_run_on_changed_rows_that_it_did_not_see(run, place, most):
+    """The gauge changes no product, and as many rows are audited as were asked for."""
+    chosen = (
+        "--folds",
+        "5",
+        "--representations",
+        "stats",
+        "product_norms",
+        "kernel_ridge",
+        "--audit",
+        "gauge",
+    )
+    status, log = run(*chosen, "--audit-rows", str(most), fast=TEN)
+    assert status == 0, log
+    results = json.loads((folder(place) / "results.json").read_text())
+    for entry in results["audits"]:
+        name, found = entry["cell"].removesuffix(".gauge"), entry["variants"]["re-gauged"]
+        assert entry["audited_rows"] == (most or 40)
+        with np.load(folder(place) / "predictions" / f"{entry['cell']}.npz", allow_pickle=False) as arrays:
+            changed, as_it_is, labels = (
+                arrays["re-gauged_predictions"],
+                arrays["predictions"],
+                arrays["labels"],
+            )
+            is_test = arrays["parts"] == 2
+        rounds = 1 if "kernel_ridge" in name else 2
+        audited = changed >= 0
+        assert (audited.sum(0) == rounds * (audited.any(0))).all() and (is_test | ~audited).all()
+        assert audited.any(0).sum() == (most or 40)
+        by_run = [(changed == labels)[r, audited[r]].mean() for r in range(len(changed)) if audited[r].any()]
+        assert found["test_acc_mean"] == pytest.approx(np.mean(by_run))
+        same = [(changed == as_it_is)[r, audited[r]].mean() for r in range(len(changed)) if audited[r].any()]
+        assert found["agreement"] == pytest.approx(np.mean(same))
+        if "stats" not in name:
+            assert found["agreement"] == 1 and found["unchanged_acc_mean"] == found["test_acc_mean"]
 
 
 def test_shuffled_labels_are_checked_in_folds_too(run, place):

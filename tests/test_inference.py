@@ -26,6 +26,7 @@ from ablation.estimators import (
     training_noise,
     two_level_bootstrap,
 )
+from ablation.family import Margin
 from ablation.samples import Sample
 from ablation.simulation import World
 
@@ -235,7 +236,7 @@ def test_an_accuracy_near_one_keeps_its_interval(quick):
 def test_groups_too_few_for_any_claim_are_said():
     cells = predictions(np.random.default_rng(16), {"stats": 0.5}, n=50, base=0.9)
     groups = np.concatenate([np.arange(50) // 10, np.arange(100) + 10])
-    found = inference.infer(cells, groups, 0.02)
+    found = inference.infer(cells, groups, Margin(0.02))
     assert (
         found["comparisons"][0]["entries"][0]["smallest"] is None
         and found["comparisons"][0]["entries"][0]["p"] >= 2 / 2**5
@@ -244,9 +245,50 @@ def test_groups_too_few_for_any_claim_are_said():
     assert text.startswith("Nothing can be told from 5 groups of test rows: at least 6 are needed")
 
 
+def test_differences_by_class_are_paired_and_of_whole_groups():
+    cells = predictions(np.random.default_rng(31), {"stats": 0.2}, n=200, runs=1)
+    groups = np.arange(1000) // 4
+    arrays = cells[Cell("stats", "all_layers")]
+    other = cells[Cell("stats", "visual_only")]
+    for of, given in ((None, None), (groups, groups)):
+        found = inference.infer(cells, given, Margin())["classes"]
+        assert [entry["class"] for entry in found] == sorted(set(arrays["test_labels"].tolist()))
+        for entry in found:
+            rows = arrays["test_labels"] == entry["class"]
+            a, b = (
+                (x["test_predictions"] == x["test_labels"])[0, rows].astype(float) for x in (arrays, other)
+            )
+            error = standard_error((a - b)[None], None if of is None else of[arrays["test_rows"][rows]])
+            half = scipy.stats.t.ppf(0.975, error.dof) * error.error
+            assert (entry["first"], entry["second"]) == (a.mean(), b.mean())
+            assert entry["drop"] == pytest.approx((a - b).mean())
+            assert entry["interval"][1] == pytest.approx(min(1.0, entry["drop"] + half))
+
+
+def test_a_margin_may_be_a_share_of_the_accuracy_above_chance():
+    """Two one-sided t tests of contrasts, and what is kept: Fieller's interval decides alike."""
+    cells = predictions(np.random.default_rng(32), {"stats": 0.05}, n=1500, runs=1, base=0.8)
+    for share in (0.02, 0.05, 0.1, 0.2):
+        entry = inference.infer(cells, None, Margin(share=share))["comparisons"][0]["entries"][0]
+        a, b = (
+            (x["test_predictions"] == x["test_labels"])[0].astype(float)
+            for x in (cells[Cell("stats", name)] for name in ("all_layers", "visual_only"))
+        )
+        chance = inference.infer(cells, None, Margin())["chance"]
+        above = scipy.stats.ttest_1samp(b - (1 - share) * a - share * chance, 0, alternative="greater").pvalue
+        below = scipy.stats.ttest_1samp(b - (1 + share) * a + share * chance, 0, alternative="less").pvalue
+        assert entry["p_equivalence"] == pytest.approx(max(above, below))
+        assert entry["margin"] == pytest.approx(share * (a.mean() - chance))
+    low, high = entry["retained"]["interval"]
+    kept = (b.mean() - chance) / (a.mean() - chance)
+    assert low < kept < high and kept == pytest.approx(entry["retained"]["share"])
+
+
 def test_too_few_runs_give_no_verdict():
     for runs in (1, 2, 4):
-        found = inference.infer(predictions(np.random.default_rng(17), {"stats": 0.4}, runs=runs), None, 0.02)
+        found = inference.infer(
+            predictions(np.random.default_rng(17), {"stats": 0.4}, runs=runs), None, Margin(0.02)
+        )
         assert verdict(found).startswith("No verdict: ") and "--num-runs 5 or more" in verdict(found)
 
 
@@ -254,7 +296,7 @@ def test_what_is_not_above_chance_is_neither_equal_nor_lost():
     cells = predictions(np.random.default_rng(18), {"stats": 0.3}) | predictions(
         np.random.default_rng(18), {"spectral": 0.0}, base=0.25
     )
-    text = verdict(inference.infer(cells, None, 0.3))
+    text = verdict(inference.infer(cells, None, Margin(0.3)))
     assert (
         "With all layers spectral is not shown to be above chance" in text
         and "equal" not in text
@@ -364,7 +406,7 @@ def with_splits(rng, splits, **kwargs):
 
 def test_a_run_of_several_splits_speaks_of_all_of_them():
     cells = with_splits(np.random.default_rng(22), 5, drops={"stats": 0.3, "spectral": 0.0}, n=300)
-    found = inference.infer(cells, None, 0.02)
+    found = inference.infer(cells, None, Margin(0.02))
     (main,) = found["comparisons"]
     of = {
         layer_set: [
@@ -393,12 +435,12 @@ def test_a_run_of_several_splits_speaks_of_all_of_them():
         and "Without the text layers accuracy falls by" in text
     )
     assert "degrees of freedom: 1" in verdict(
-        inference.infer(with_splits(np.random.default_rng(23), 2, drops={"stats": 0.3}), None, 0.02)
+        inference.infer(with_splits(np.random.default_rng(23), 2, drops={"stats": 0.3}), None, Margin(0.02))
     )
     del cells[Cell("stats", "visual_only", split="random3")]  # a cell that failed
-    entry = inference.infer(cells, None, 0.02)["comparisons"][0]["entries"][0]
+    entry = inference.infer(cells, None, Margin(0.02))["comparisons"][0]["entries"][0]
     assert len(entry["drops"]) == 4
-    assert "It is from 5 random splits (stats: 4)." in verdict(inference.infer(cells, None, 0.02))
+    assert "It is from 5 random splits (stats: 4)." in verdict(inference.infer(cells, None, Margin(0.02)))
 
 
 def test_random_splits_of_groups_are_no_narrower_than_groups_allow():
@@ -415,7 +457,7 @@ def test_random_splits_of_groups_are_no_narrower_than_groups_allow():
             wrong, arrays["test_labels"] + 1, arrays["test_labels"]
         ) * np.ones((5, 1), int)
     with_groups, without = (
-        inference.infer(cells, of, 0.02)["comparisons"][0]["entries"][0] for of in (groups, None)
+        inference.infer(cells, of, Margin(0.02))["comparisons"][0]["entries"][0] for of in (groups, None)
     )
     assert np.ptp(without["interval"]) < 0.15 < 0.24 < np.ptp(with_groups["interval"]) and without["p"] < 1e-3
 
@@ -428,7 +470,7 @@ def test_what_a_random_split_has_above_a_grouped_one_is_the_inflation():
         for cell, arrays in predictions(rng, {"stats": 0.1}, base=0.4, n=300).items()
     }
     groups = np.arange(1200) % 60
-    found = inference.infer(cells, groups, 0.02)
+    found = inference.infer(cells, groups, Margin(0.02))
     assert [entry["cell"] for entry in found["inflation"]] == ["all_layers_stats", "visual_only_stats"]
     assert len(found["comparisons"][0]["entries"]) == 1
     for entry in found["inflation"]:
@@ -443,21 +485,21 @@ def test_what_a_random_split_has_above_a_grouped_one_is_the_inflation():
     other_way = {
         cell._replace(split="" if cell.split else "random0"): arrays for cell, arrays in cells.items()
     }
-    as_main = inference.infer(other_way, groups, 0.02, "grouped")
+    as_main = inference.infer(other_way, groups, Margin(0.02), "grouped")
     assert as_main["inflation"] == found["inflation"] and as_main["split"] == "grouped"
     none = predictions(rng, {"stats": 0.1}, n=400)
     none |= {
         cell._replace(split="grouped0"): arrays
         for cell, arrays in predictions(rng, {"stats": 0.1}, n=400).items()
     }
-    assert "it is shown to be lower for none of them" in verdict(inference.infer(none, groups, 0.02))
+    assert "it is shown to be lower for none of them" in verdict(inference.infer(none, groups, Margin(0.02)))
 
 
 def test_the_first_split_under_another_name_is_not_a_second_one():
     """Left in the folder by a command whose kinds of split stood in another order."""
     cells = predictions(np.random.default_rng(31), {"stats": 0.0}, n=300)
     again = {cell._replace(split="random0"): arrays for cell, arrays in cells.items()}
-    assert inference.infer(cells | again, None, 0.02) == inference.infer(cells, None, 0.02)
+    assert inference.infer(cells | again, None, Margin(0.02)) == inference.infer(cells, None, Margin(0.02))
 
 
 # --- controls and other classifiers
@@ -524,12 +566,14 @@ def test_labels_that_leak_into_one_cell_make_the_run_suspect():
     cells = predictions(np.random.default_rng(28), {"stats": 0.0}) | shuffled_predictions(
         np.random.default_rng(28), SHUFFLED, know=0.2
     )
-    found = inference.infer(cells, None, 0.02)
+    found = inference.infer(cells, None, Margin(0.02))
     assert found["shuffled"]["suspect"] and verdict(found).startswith(
         "SUSPECT: trained on shuffled labels, stats of all layers ("
     )
     assert not any("shuffled" in name for name in found["accuracies"])
-    fine = inference.infer(cells | shuffled_predictions(np.random.default_rng(29), SHUFFLED), None, 0.02)
+    fine = inference.infer(
+        cells | shuffled_predictions(np.random.default_rng(29), SHUFFLED), None, Margin(0.02)
+    )
     assert not fine["shuffled"][
         "suspect"
     ] and "With shuffled labels no cell is shown to be above chance (p = 0." in verdict(fine)
@@ -543,7 +587,7 @@ def test_controls_and_classifiers_stand_beside_the_table_and_not_in_it():
     cells[Cell("metadata", "no_layers")] = cells[Cell("stats", "all_layers")]
     cells[Cell("norms", "all_layers")] = cells[Cell("stats", "visual_only")]
     cells[Cell("stats", "up_only")] = cells[Cell("stats", "visual_only")]
-    found = inference.infer(cells, None, 0.02)
+    found = inference.infer(cells, None, Margin(0.02))
     assert [entry["representation"] for entry in found["comparisons"][0]["entries"]] == ["stats"] and found[
         "ranking"
     ] == []
@@ -563,7 +607,7 @@ def test_controls_and_classifiers_stand_beside_the_table_and_not_in_it():
     cells[Cell("metadata", "no_layers")] = predictions(rng, {"stats": 0.0}, n=300, base=0.25)[
         Cell("stats", "all_layers")
     ]
-    assert "are not shown to tell the class" in verdict(inference.infer(cells, None, 0.02))
+    assert "are not shown to tell the class" in verdict(inference.infer(cells, None, Margin(0.02)))
 
 
 # --- a whole run
@@ -591,7 +635,7 @@ def predictions(rng, drops: dict[str, float], n=400, runs=5, base=0.6, classes=4
 
 def test_the_whole_run_says_of_each_representation_what_its_own_data_say():
     cells = predictions(np.random.default_rng(0), {"stats": 0.3, "spectral": 0.0, "frequency": -0.08})
-    found = inference.infer(cells, None, 0.02)
+    found = inference.infer(cells, None, Margin(0.02))
     (main,) = found["comparisons"]
     assert (
         (main["first"], main["second"]) == ("all_layers", "visual_only")
@@ -628,7 +672,7 @@ def test_groups_that_training_rows_share_are_counted_and_taken_whole():
     cells = predictions(np.random.default_rng(1), {"stats": 0.1}, n=60)
     # Test rows have groups 0 to 9, training rows 5 to 24.
     groups = np.concatenate([np.arange(60) // 6, np.arange(120) // 6 + 5])
-    found = inference.infer(cells, groups, 0.02)
+    found = inference.infer(cells, groups, Margin(0.02))
     assert found["groups"] == 10 and found["test_rows_that_share_a_group_with_training"] == 30
     (entry,) = found["comparisons"][0]["entries"]
     a, b = (cells[Cell("stats", layer_set)] for layer_set in ("all_layers", "visual_only"))
@@ -640,20 +684,24 @@ def test_groups_that_training_rows_share_are_counted_and_taken_whole():
 
 
 def test_the_verdict_is_never_stronger_than_the_numbers():
-    nothing = inference.infer(predictions(np.random.default_rng(2), {"stats": 0.0}, base=0.25), None, 0.02)
+    nothing = inference.infer(
+        predictions(np.random.default_rng(2), {"stats": 0.0}, base=0.25), None, Margin(0.02)
+    )
     assert "no representation is shown to be above chance" in verdict(nothing)
-    equal = inference.infer(predictions(np.random.default_rng(3), {"stats": 0.0}, n=20_000), None, 0.05)
+    equal = inference.infer(
+        predictions(np.random.default_rng(3), {"stats": 0.0}, n=20_000), None, Margin(0.05)
+    )
     assert verdict(equal).startswith(
         "Without the text layers accuracy stays the same on average, to within 5"
     )
     assert "For stats the two are equal to within 5 points" in verdict(equal)
-    assert verdict({}).startswith("No verdict") and inference.infer({}, None, 0.02) == {}
+    assert verdict({}).startswith("No verdict") and inference.infer({}, None, Margin(0.02)) == {}
     one_set = {
         cell: arrays
         for cell, arrays in predictions(np.random.default_rng(4), {"stats": 0.1}).items()
         if cell.layer_set == "all_layers"
     }
-    assert verdict(inference.infer(one_set, None, 0.02)).startswith(
+    assert verdict(inference.infer(one_set, None, Margin(0.02))).startswith(
         "No verdict: no representation was run with all layers and"
     )
 
@@ -665,7 +713,7 @@ def test_over_many_experiments_no_verdict_claims_a_drop_that_is_not_there(quick)
         found = inference.infer(
             predictions(rng, dict.fromkeys(("stats", "spectral", "frequency"), 0.0), n=150, runs=5),
             None,
-            0.02,
+            Margin(0.02),
         )
         claims += "accuracy falls by" in verdict(found)
     assert claims / 200 <= allowed(200)
@@ -675,7 +723,7 @@ def test_a_run_with_one_run_beside_others_is_ranked_too():
     cells = predictions(np.random.default_rng(6), {"stats": 0.0, "spectral": 0.1})
     one = cells[Cell("stats", "all_layers")]
     one["test_predictions"] = one["test_predictions"][:1]
-    found = inference.infer(cells, None, 0.02)
+    found = inference.infer(cells, None, Margin(0.02))
     assert [entry["representation"] for entry in found["comparisons"][0]["entries"]] == ["spectral"] and len(
         found["ranking"]
     ) == 1
@@ -716,7 +764,7 @@ def test_a_representation_with_one_run_counts_in_the_primary_hypothesis():
     for layer_set in ("all_layers", "visual_only"):
         one = cells[Cell("stats", layer_set)]
         one["test_predictions"] = one["test_predictions"][:1]
-    found = inference.infer(cells, None, 0.02)
+    found = inference.infer(cells, None, Margin(0.02))
     drops = {entry["representation"]: entry["drop"] for entry in found["comparisons"][0]["entries"]}
     assert sorted(found["primary"]["representations"]) == ["spectral", "stats"]
     assert found["primary"]["drop"] == pytest.approx(np.mean(list(drops.values())))

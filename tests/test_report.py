@@ -20,7 +20,6 @@ from datasets import Dataset
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex
 from matplotlib.text import Text
-from statsmodels.stats.proportion import confint_proportions_2indep
 
 import visual_ablation_experiment as experiment
 from ablation.catalogue import NINE, PARTS
@@ -50,7 +49,7 @@ def finished(tmp_path_factory):
     not fit for HTML.
     """
     place = tmp_path_factory.mktemp("report")
-    rows = lora_dataset(n=90, signal=1.0).to_dict()
+    rows = lora_dataset(n=90, signal=4.0).to_dict()
     rows["category_label"] = [
         "<b>a & 'b'</b>" if label == "cat" else label for label in rows["category_label"]
     ]
@@ -153,12 +152,6 @@ def test_drops_are_sorted_and_filled_where_they_are_shown(results):
     ]
 
 
-@pytest.mark.parametrize("a, b, n", [(0.9, 0.4, 20), (0.0, 0.0, 7), (1.0, 0.25, 8), (0.35, 0.6, 100)])
-def test_the_interval_of_a_class_is_newcombes(a, b, n):
-    expected = confint_proportions_2indep(a * n, n, b * n, n, method="newcomb", compare="diff")
-    assert rows_module.newcombe(a, b, n) == pytest.approx(expected, abs=1e-6)
-
-
 def test_the_drop_by_class_is_counted_from_the_confusion_matrices(results):
     rows = rows_module.class_drop_rows(results)
     assert len(rows) == 3 * 3
@@ -227,11 +220,15 @@ def test_the_other_figures_draw_their_rows(results):
         (row["layer_set"], row["representation"]): row["retention"]
         for row in rows_module.retention_rows(results)
     }
+    name = next(representation for layer_set, representation in table if layer_set == "text_only")
     every, text = (
-        results["inference"]["accuracies"][f"{layer_set}_stats"]["accuracy"]
+        results["inference"]["accuracies"][f"{layer_set}_{name}"]["accuracy"] - results["inference"]["chance"]
         for layer_set in ("all_layers", "text_only")
     )
-    assert table["text_only", "stats"] == pytest.approx(text / every)
+    assert table["text_only", name] == pytest.approx(text / every)
+    for cell, entry in results["inference"]["accuracies"].items():  # no share of what is not above chance
+        if cell.startswith("all_layers_") and entry["p_above_chance"] >= 0.05:
+            assert ("text_only", cell.removeprefix("all_layers_")) not in table
     assert f"{100 * text / every:.0f}" in [
         shown.get_text() for shown in accuracy_figures.retention(results).axes[0].texts
     ]
@@ -284,7 +281,9 @@ def large(results, names, classes):
             }
             for name in names
         ]
-    first = results["inference"]["accuracies"]["all_layers_stats"]
+    first = results["inference"]["accuracies"]["all_layers_stats"] | {"p_above_chance": 0.0, "accuracy": 0.9}
+    one = results["inference"]["classes"][0]
+    by_class = [one | {"representation": name, "class": i} for name in names for i in range(classes)]
     accuracies = {f"{layer_set}_{name}": first for layer_set in LAYER_SETS for name in names}
     entries = [
         results["inference"]["comparisons"][0]["entries"][0] | {"representation": name} for name in names
@@ -293,6 +292,7 @@ def large(results, names, classes):
         "inference": results["inference"]
         | {
             "accuracies": accuracies,
+            "classes": by_class,
             "comparisons": [{"first": "all_layers", "second": "visual_only", "entries": entries}],
         }
     }
@@ -658,7 +658,7 @@ def test_names_from_data_are_text_and_stay_apart(results):
         canvas.draw()
     only_halves = {key: value for key, value in results.items() if not key.endswith("_results")} | {
         "random_half.0_results": results["random_half.0_results"],
-        "inference": results["inference"] | {"comparisons": []},
+        "inference": results["inference"] | {"comparisons": [], "classes": []},
     }
     assert [name for name, draw in DRAWS.items() if draw(only_halves) is not None] == [
         "accuracy",

@@ -3,7 +3,12 @@
 import numpy as np
 import pytest
 from builders import record_of
-from sklearn.metrics import accuracy_score, confusion_matrix, precision_recall_fscore_support
+from sklearn.metrics import (
+    accuracy_score,
+    balanced_accuracy_score,
+    confusion_matrix,
+    precision_recall_fscore_support,
+)
 
 from ablation import scores as scoring
 from ablation.cells import Cell
@@ -43,6 +48,7 @@ def test_scores_are_scikit_learns(case):
     )
     expected = {
         "acc": accuracy_score(labels, predictions),
+        "balanced_acc": balanced_accuracy_score(labels, predictions),
         "precision": precision,
         "recall": recall,
         "f1": f1,

@@ -167,9 +167,29 @@ def test_bad_command_lines_are_refused(argv, reason):
         parse(*argv)
 
 
+def test_the_embedded_collections_are_cross_validated_unless_something_says_otherwise():
+    for dataset in ("digits", "digits-named"):
+        chosen = parse("--dataset", dataset)
+        assert (
+            chosen.folds == 5
+            and chosen.split == ("auto",)
+            and chosen == parse("--dataset", dataset, "--folds", "5")
+        )
+        assert parse("--dataset", dataset, "--num-runs", "20").folds == 5
+    for other in (
+        ["--folds", "0"],
+        ["--split", "random"],
+        ["--num-splits", "2"],
+        ["--num-runs", "3"],
+        ["--quick"],
+    ):
+        assert parse(*other).folds == 0 and parse(*other).split == ("random",)
+    assert parse("--dataset", "1k").folds == 0 and parse("--dataset", "./digits").folds == 0
+
+
 def test_an_empty_file_changes_nothing(tmp_path):
     (tmp_path / "a.yaml").write_text("# nothing yet\n")
-    assert parse("--config", str(tmp_path / "a.yaml")) == Settings()
+    assert parse("--config", str(tmp_path / "a.yaml")) == parse()
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)

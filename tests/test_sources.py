@@ -26,7 +26,7 @@ def test_names_that_mean_nothing_are_refused_with_what_would_do(tmp_path, monkey
     monkeypatch.chdir(tmp_path)
     with pytest.raises(
         InputError,
-        match="unknown dataset '2k': use 1k, 10k, 50k, 100k, small, digits, sanity-check, a folder written",
+        match="unknown dataset '2k': use 1k, 10k, 50k, 100k, small, digits, digits-named, sanity-check, a folder",
     ):
         load("2k")
     with pytest.raises(InputError, match=r"no such file or folder: '\./1k'"):

@@ -3,9 +3,9 @@ each fine-tuned on a few images of one handwritten digit.
 
 A small diffusers UNet with cross-attention learns to denoise scikit-learn's 8x8 digits. Then LoRAs on to_q
 and to_v of attn1 and attn2 are fine-tuned on it, a block of them at a time, each on images of one group: a
-cluster of one digit's images. A LoRA depends on the recipe and its number; on the number of LoRAs and the
-block size only in float32's rounding, and on the number of LoRAs not at all where it is a multiple of the
-block size.
+part of one digit's images. A LoRA depends on the recipe and its number; on the number of LoRAs and the block
+size only in float32's rounding, and on the number of LoRAs not at all where it is a multiple of the block
+size.
 """
 
 from __future__ import annotations
@@ -47,14 +47,19 @@ def read_images() -> tuple[Tensor, np.ndarray]:
     return torch.from_numpy(digits.images / 8 - 1).float()[:, None], digits.target
 
 
-def cluster_images(images: Tensor, digits: np.ndarray, groups: int, seed: int) -> np.ndarray:
-    """(1797,) group of each image within its digit, by k-means on the pixels; no image is in two groups."""
-    group_of = np.empty(len(digits), dtype=np.int64)
+def divide_images(images: Tensor, digits: np.ndarray, recipe: DigitsRecipe) -> np.ndarray:
+    """(1797,) group of each image within its digit; no image is in two groups.
+
+    `random` groups are of equal size, to within one image; `clusters` are k-means clusters of the pixels.
+    """
+    group_of, rng = np.empty(len(digits), dtype=np.int64), np.random.default_rng([recipe.seed, 3])
     for digit in range(NUM_DIGITS):
-        members = digits == digit
-        group_of[members] = KMeans(groups, n_init=10, random_state=seed).fit_predict(
-            images[members].flatten(1).numpy()
-        )
+        members = np.flatnonzero(digits == digit)
+        if recipe.grouping == "random":
+            group_of[rng.permutation(members)] = np.arange(len(members)) % recipe.groups
+        else:
+            clusters = KMeans(recipe.groups, n_init=10, random_state=recipe.seed)
+            group_of[members] = clusters.fit_predict(images[members].flatten(1).numpy())
     return group_of
 
 
@@ -84,11 +89,14 @@ def plan_loras(count: int, recipe: DigitsRecipe, digits: np.ndarray, groups: np.
 def to_table(
     plans: list[AdapterPlan], weights: dict[str, Tensor], losses: Tensor, rank: int, order: np.ndarray
 ) -> pa.Table:
-    """Rows in `order`: a column of nested float32 lists for each layer, and what is known of each LoRA."""
+    """Rows in `order`: a column of nested float32 lists for each layer, and what is known of each LoRA.
+
+    Weights are rounded to float16, the precision that most LoRA files are saved in.
+    """
     columns = {}
     for column, stacked in sorted(weights.items()):
         n, rows, cols = stacked.shape
-        flat = pa.array(stacked[order].numpy().reshape(-1))
+        flat = pa.array(stacked[order].half().float().numpy().reshape(-1))
         inner = pa.ListArray.from_arrays(np.arange(n * rows + 1, dtype=np.int32) * cols, flat)
         columns[column] = pa.ListArray.from_arrays(np.arange(n + 1, dtype=np.int32) * rows, inner)
     ordered = [plans[i] for i in order]
@@ -136,7 +144,7 @@ def build_digits(output: Path, count: int, recipe: DigitsRecipe, block_size: int
     finished parts lie in a hidden folder beside it until then.
     """
     images, digits = read_images()
-    plans = plan_loras(count, recipe, digits, cluster_images(images, digits, recipe.groups, recipe.seed))
+    plans = plan_loras(count, recipe, digits, divide_images(images, digits, recipe))
     packages = map(version, ("torch", "diffusers", "scikit-learn"))
     sources = [Path(file).read_text() for file in (__file__, digits_training.__file__)]
     made_with = [dataclasses.asdict(recipe), count, block_size, *sources, *packages]

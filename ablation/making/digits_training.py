@@ -30,8 +30,9 @@ class DigitsRecipe:
     prompt: str = "neutral"  # neutral: one context for all LoRAs; named: the digit's own
     rank: int = 2
     steps: tuple[int, ...] = (27, 30, 33)  # a LoRA is trained for one of these numbers of steps
-    images: tuple[int, ...] = (6, 8, 10)  # on one of these numbers of images
-    groups: int = 2  # k-means clusters of each digit's images
+    images: tuple[int, ...] = (4, 5, 6)  # on one of these numbers of images
+    groups: int = 26  # parts of each digit's images; a LoRA's images are of one
+    grouping: str = "random"  # or "clusters", by k-means on the pixels
     learning_rate: float = 1e-2
     batch_size: int = 8
     pretrain_steps: int = 150

@@ -59,17 +59,16 @@ FIGURES = {
     ),
     "class_drop": Drawing(
         "The drop by class",
-        "From the confusion matrices. Intervals (Newcombe) take rows and the two sets of predictions as "
-        "independent: "
-        "too wide where both are right about the same rows, too narrow where test rows come in groups.",
+        "Recall of the class with all layers less that with the visual ones. Intervals are for new examples "
+        "and runs, paired by row, of whole groups where there are groups, and one at a time.",
         rows.class_drop_rows,
         accuracy_figures.class_drop,
         is_narrow=True,
     ),
     "retention": Drawing(
         "What is retained",
-        "Test accuracy of a layer set over that with all layers. A ratio of two accuracies: near chance it "
-        "says little.",
+        "What a layer set keeps of the accuracy above chance with all layers, where that is shown to be "
+        "above chance.",
         rows.retention_rows,
         accuracy_figures.retention,
         is_narrow=True,

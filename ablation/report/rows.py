@@ -7,7 +7,6 @@ fractions.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
@@ -92,10 +91,8 @@ def accuracy_rows(results: Results) -> Rows:
 
 def main_comparison(results: Results) -> Rows:
     """Entries of the main comparison (all layers against visual only), the largest drop first."""
-    for comparison in (results.get("inference") or {}).get("comparisons", []):
-        if (comparison["first"], comparison["second"]) == MAIN_COMPARISON[:2]:
-            return sorted(comparison["entries"], key=lambda entry: -entry["drop"])
-    return []
+    entries = MAIN_COMPARISON.entries_in(results.get("inference") or {})
+    return sorted(entries, key=lambda entry: -entry["drop"])
 
 
 def drop_rows(results: Results) -> Rows:
@@ -114,59 +111,24 @@ def drop_rows(results: Results) -> Rows:
     ]
 
 
-def recalls(record: dict) -> tuple[np.ndarray, np.ndarray]:
-    """Mean recall over runs of each class of the test rows, (C,),
-    NaN for a class without a row; and its number of rows.
-    """
-    counts = np.array(record["test_confusion_matrices"], dtype=float).mean(0)  # (C, C)
-    support = counts.sum(1)
-    return np.divide(
-        counts.diagonal(), support, out=np.full(len(support), np.nan), where=support > 0
-    ), support
-
-
 def class_drop_rows(results: Results) -> Rows:
-    """Recall of each class with all layers and with the visual ones,
-    by representation, from the confusion matrices.
-
-    The interval is Newcombe's for two proportions of the class's test rows: of independent rows and
-    independent predictions, so too wide where both are right about the same rows, and too narrow where rows
-    come in groups.
+    """Recall of each class with all layers and with the visual ones, by representation, the difference and
+    its 95 % interval, one at a time: paired by row, and of whole groups where there are groups.
     """
-    first, second = (rows_of(results, layer_set) for layer_set in MAIN_COMPARISON[:2])
-    classes, found = list(results.get("label_mapping", {})), []
-    for name in (name for name in representations(results) if name in first and name in second):
-        (a, support), (b, _) = recalls(first[name]), recalls(second[name])
-        for number, label in enumerate(classes):
-            if support[number] > 0:
-                low, high = newcombe(a[number], b[number], support[number])
-                found.append(
-                    {
-                        "representation": name,
-                        "class": label,
-                        "test_rows": round(support[number]),
-                        MAIN_COMPARISON.first: a[number],
-                        MAIN_COMPARISON.second: b[number],
-                        "drop": a[number] - b[number],
-                        "low": low,
-                        "high": high,
-                    }
-                )
-    return found
-
-
-def newcombe(a: float, b: float, n: float) -> tuple[float, float]:
-    """The 95 % interval of a difference of proportions,
-    each of n (Newcombe 1998, method 10: from Wilson's intervals).
-    """
-    (a_low, a_high), (b_low, b_high) = wilson(a, n), wilson(b, n)
-    return a - b - math.hypot(a - a_low, b_high - b), a - b + math.hypot(a_high - a, b - b_low)
-
-
-def wilson(p: float, n: float, z: float = 1.959964) -> tuple[float, float]:
-    """Wilson's interval of a proportion p of n, at the normal quantile z."""
-    centre, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return (centre - half) / (1 + z * z / n), (centre + half) / (1 + z * z / n)
+    classes = list(results.get("label_mapping", {}))
+    return [
+        {
+            "representation": entry["representation"],
+            "class": classes[entry["class"]],
+            "test_rows": entry["rows"],
+            MAIN_COMPARISON.first: entry["first"],
+            MAIN_COMPARISON.second: entry["second"],
+            "drop": entry["drop"],
+            "low": entry["interval"][0],
+            "high": entry["interval"][1],
+        }
+        for entry in (results.get("inference") or {}).get("classes", [])
+    ]
 
 
 def shortened(names: list[str], length: int = 20) -> list[str]:
@@ -211,15 +173,21 @@ def shares(record: dict) -> np.ndarray:
 
 
 def retention_rows(results: Results) -> Rows:
-    """Test accuracy of each layer set over that with all layers."""
-    whole = MAIN_COMPARISON.first
-    every = accuracies_of(results, whole)
+    """What each layer set keeps of the accuracy above chance, where all layers are shown to be above it."""
+    found = results.get("inference") or {}
+    whole, chance = MAIN_COMPARISON.first, found.get("chance", 0.0)
+    above = {
+        name: entry["accuracy"] - chance
+        for name in representations(results)
+        if (entry := found.get("accuracies", {}).get(f"{whole}_{name}"))
+        and entry["p_above_chance"] < found["level"]
+    }
     return [
-        {"representation": name, "layer_set": layer_set, "retention": accuracy / every[name]}
+        {"representation": name, "layer_set": layer_set, "retention": (accuracy - chance) / above[name]}
         for layer_set in layer_sets(results)
         if layer_set != whole
         for name, accuracy in accuracies_of(results, layer_set).items()
-        if every.get(name, 0) > 0
+        if name in above
     ]
 
 
@@ -316,7 +284,7 @@ def audits_rows(results: Results) -> Rows:
             "variant": variant,
             "accuracy": found["test_acc_mean"],
             "agreement": found["agreement"],
-            "unchanged": entry["test_acc_mean"],
+            "unchanged": found.get("unchanged_acc_mean", entry["test_acc_mean"]),
         }
         for entry in results.get("audits", [])
         for variant, found in entry["variants"].items()

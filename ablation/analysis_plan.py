@@ -1,0 +1,84 @@
+"""What will be tested, stated before any cell is trained: a record, its hash, and what such an experiment
+can find.
+
+A reader who finds the same hash in the log, the manifest and the results knows that the tests were not
+chosen after the numbers had been seen.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ablation.catalogue import INFERENCE_VERSION
+from ablation.settings import Settings
+from checkpointing import hash_of, read_events
+
+if TYPE_CHECKING:
+    from ablation.collection import LoraCollection
+
+log = logging.getLogger("visual_ablation")
+
+PRIMARY = "the mean drop from all_layers to visual_only over the representations above chance, one test"
+FAMILY = "then each representation's drop, by step-down max-T over joint sign flips"
+NO_PART = ("output_dir", "cache_features", "cache_dir", "device", "dataset")  # settings that change no test
+# Std of a tested row's drop, mean over its runs: of one representation, and of the mean over the nine.
+# Measured on `digits` (docs/statistics.md).
+SPREAD_OF_ONE, SPREAD_OF_MEAN = 0.45, 0.2
+SHORT = 12  # characters of the hash in the log
+
+
+def analysis_plan(settings: Settings, data: LoraCollection) -> dict[str, Any]:
+    """The settings that decide what is tested, the order of the tests, and the data."""
+    chosen = dataclasses.asdict(settings)
+    return {
+        "primary": PRIMARY,
+        "family": FAMILY,
+        "inference_version": INFERENCE_VERSION,
+        "data": data.files.identity,
+        "settings": {name: value for name, value in chosen.items() if name not in NO_PART},
+    }
+
+
+def state_plan(settings: Settings, data: LoraCollection) -> str:
+    """Log the plan and what it can find. Returns its hash."""
+    own = hash_of(analysis_plan(settings, data))
+    log.info(f"Plan of analysis {own[:SHORT]}: {PRIMARY}; {FAMILY}.")
+    if not data.split.overlap:
+        for line in expectation(settings, tested_rows(settings, data)):
+            log.info(line)
+    return own
+
+
+def stated_plan(folder: Path, plan: dict[str, Any]) -> dict[str, Any]:
+    """The plan for results.json: its hash, when it was first stated in this folder, and how many other plans
+    were stated there.
+    """
+    own = hash_of(plan)
+    events = reversed(read_events(folder / "events.jsonl"))
+    stated = {event["plan"]: event["time"] for event in events if event.get("plan")}
+    return {"hash": own, "first_stated": stated.get(own), "other_plans": len(stated.keys() - {own}), **plan}
+
+
+def tested_rows(settings: Settings, data: LoraCollection) -> int:
+    """Rows that are tested at least once, of the first kind of split."""
+    return data.num_rows if settings.folds else len(data.split.test)
+
+
+def expectation(settings: Settings, rows: int) -> list[str]:
+    """What an experiment that tests so many rows can find, and what it cannot, for the log."""
+    smallest = (1.96 + 0.84) * SPREAD_OF_MEAN / math.sqrt(rows)
+    lines = [
+        f"{rows:,} rows are tested. If they vary as those of digits do, a mean drop of about "
+        f"{100 * smallest:.1f} points would be found four times in five."
+    ]
+    needed = math.ceil((1.645 * SPREAD_OF_ONE / settings.margin) ** 2 / 100) * 100
+    if not settings.margin_share and rows < needed:
+        lines.append(
+            f"That one representation is equal to within {100 * settings.margin:g} points cannot be shown "
+            f"below about {needed:,} tested rows; a larger --margin, or --margin-share, can be met."
+        )
+    return lines

@@ -1,0 +1,45 @@
+"""The plan of analysis: stated before any cell is trained, and the same wherever it is found."""
+
+import json
+
+from experiments import FAST, folder
+
+import visual_ablation_experiment as experiment
+from ablation.analysis_plan import expectation
+from ablation.conversion import build_settings
+
+
+def plan_in(place):
+    return json.loads((folder(place) / "results.json").read_text())["analysis_plan"]
+
+
+def test_the_plan_is_stated_before_training_and_its_hash_is_everywhere(run, place, monkeypatch):
+    shown = []
+    real = experiment.run_group
+    monkeypatch.setattr(
+        experiment,
+        "run_group",
+        lambda *rest: (shown.append((folder(place) / "events.jsonl").read_text()), real(*rest)),
+    )
+    status, log = run("--representations", "stats", fast=FAST)
+    first = plan_in(place)
+    assert status == 0 and log.index("Plan of analysis") < log.index("PROGRESS SUMMARY")
+    assert first["hash"] in shown[0] and first["hash"][:12] in log
+    assert json.loads((folder(place) / "manifest.json").read_text())["analysis_plan"] == first["hash"]
+    assert first["first_stated"] and first["other_plans"] == 0 and first["settings"]["margin"] == 0.02
+
+    run("--representations", "stats", fast=FAST)
+    assert plan_in(place) == first
+    run("--representations", "stats", "--margin", "0.1", fast=FAST)  # chosen after the numbers were seen
+    changed = plan_in(place)
+    assert changed["hash"] != first["hash"] and changed["other_plans"] == 1
+    run("--representations", "stats", "--cache-dir", "elsewhere", fast=FAST)
+    assert plan_in(place)["hash"] == first["hash"] and plan_in(place)["other_plans"] == 1
+
+
+def test_what_a_margin_needs_is_said_before_the_run():
+    few, many = (expectation(build_settings({}), rows) for rows in (520, 5000))
+    assert len(few) == 2 and "within 2 points cannot be shown below about 1,400 tested rows" in few[1]
+    assert len(many) == 1 and "about 0.8 points" in many[0]
+    assert len(expectation(build_settings({"margin": 0.1}), 520)) == 1
+    assert len(expectation(build_settings({"margin_share": 0.1}), 520)) == 1
