@@ -70,7 +70,7 @@ def infer(
     every = {name: plain[cell] for name, cell in first_set.items() if cell in plain}
     return {
         **test_set_facts(first_arrays, groups, next(iter(plain.values())).chance),
-        **test_facts(list(plain.values()), margin, kind),
+        **design_facts(list(plain.values()), margin, kind),
         "accuracies": accuracies,
         "primary": primary(main_pairs, above_chance(accuracies, every), margin),
         "max_t": {entry["representation"]: entry["p_max_t"] for entry in comparisons[0]["entries"]},
@@ -117,21 +117,7 @@ def test_set_facts(arrays: dict[str, np.ndarray], groups: np.ndarray | None, cha
     return facts | {"chance": chance, "test_rows_that_share_a_group_with_training": shared}
 
 
-def test_facts(samples: list[Sample], margin: Margin, kind: str) -> dict[str, Any]:
-    """How the tests are made: levels, splits, runs and folds."""
-    return {
-        "margin": margin.points,
-        "margin_share": margin.share,
-        "level": LEVEL,
-        "power": POWER,
-        "split": kind,
-        "splits": max(len(sample.right) for sample in samples),
-        "runs": max(sample.num_runs for sample in samples),
-        "folds": folds_of(samples[0]),
-    }
-
-
-def test_facts(samples: list[Sample], margin: Margin, kind: str) -> dict[str, Any]:
+def design_facts(samples: list[Sample], margin: Margin, kind: str) -> dict[str, Any]:
     """How the tests are made: levels, splits, runs and folds."""
     return {
         "margin": margin.points,

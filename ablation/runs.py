@@ -64,6 +64,7 @@ def prepare_cells(context: Context, cells: list[Cell], features: Features) -> Pr
         return {
             f"{audit.name} {variant}": changed[audit.name][audit.positions(variant, audit.among(split.test))]
             for audit in audits
+            if audit.is_changed[split.test].any()
             for variant in audit.variants
         }
 

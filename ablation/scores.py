@@ -237,6 +237,7 @@ def variant_arrays(
         stacked = np.full((len(trained.runs), len(view.labels)), -1, np.int32)
         for r, run in enumerate(trained.runs):
             rows = view.split_of(run.fold).test
-            stacked[r, rows[audited[rows]]] = run.predictions[name]
+            if audited[rows].any():
+                stacked[r, rows[audited[rows]]] = run.predictions[name]
         arrays[f"{variant}_predictions"] = stacked
     return arrays
