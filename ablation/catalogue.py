@@ -175,6 +175,7 @@ COMPARISONS = (
 # --- splits, audits, controls, classifiers
 
 PARTS = ("train", "val", "test")  # of a split
+NEIGHBOURS = "neighbours"  # among a run's predictions: the nearest training row of each test row
 SPLITS = ("random", "stratified", "grouped")
 AUTO = "auto"  # with --folds: grouped where there are groups, else stratified
 GROUP_COLUMN = "category_name"  # used where a data set has it
@@ -188,10 +189,26 @@ class AuditKind(NamedTuple):
 
 
 AUDITS = {"gauge": AuditKind("Gauge Audit", 1.0), "noise": AuditKind("Noise Audit", 0.8)}
-CLASSIFIERS = {"linear": "Linear Probe", "boosting": "Gradient Boosting"}  # beside the MLP
+CLASSIFIERS = {  # beside the MLP
+    "linear": "Linear Probe",
+    "boosting": "Gradient Boosting",
+    "nearest": "Nearest Neighbour",
+}
 SHUFFLED = "shuffled"
 CONTROLS = (SHUFFLED, "metadata", "norms", "down", "up")
 METADATA_COLUMNS = ("num_images", "max_train_steps", "step_loss")  # used where a data set has them
+
+# What --thorough asks for, where no flag and no file says otherwise.
+THOROUGH = {
+    "layer_sets": ["all_layers", "visual_only", "text_only", "random_half"],
+    "random_halves": 19,
+    "halves_by": "linear",
+    "classifiers": ["linear", "nearest"],
+    "controls": ["metadata", "norms"],
+    "audit": ["gauge"],
+    "audit_rows": 100,
+    "train_fractions": ["0.25", "0.5", "1"],
+}
 
 # --- data sets
 
@@ -217,4 +234,4 @@ DATASET_NAMES = (
 TRAINING_VERSION = 2
 AUDIT_VERSION = 1
 CLASSIFIER_VERSION = 1  # of CLASSIFIERS; kernel_ridge has the version of its representation
-INFERENCE_VERSION = 8  # also when the verdict says something else of the same predictions
+INFERENCE_VERSION = 9  # also when the verdict says something else of the same predictions

@@ -13,6 +13,7 @@ from ablation.catalogue import AUDITS, CLASSIFIERS, CONTROL_SETS, SHUFFLED, SPEC
 # all_layers_stats.random1.linear.json
 SUFFIXES = {
     "split": rf"(?:{'|'.join(SPLITS)})\d+",
+    "fraction": r"train\d+",
     "classifier": "|".join(CLASSIFIERS),
     "labels": SHUFFLED,
     "audit": "|".join(AUDITS),
@@ -23,7 +24,7 @@ class Cell(NamedTuple):
     """A representation of a layer set: one number of the paper's table.
 
     The further fields are empty for the cells of the table itself. They mark the same cell with another
-    split, another classifier, shuffled labels, or scored on changed rows.
+    split, fewer training rows, another classifier, shuffled labels, or scored on changed rows.
     """
 
     representation: str
@@ -32,6 +33,7 @@ class Cell(NamedTuple):
     split: str = ""  # a further split: random1, grouped0
     classifier: str = ""  # in place of the MLP
     labels: str = ""  # shuffled
+    fraction: str = ""  # a smaller training set: train25 for a quarter of the training rows
 
     @property
     def name(self) -> str:
@@ -66,7 +68,12 @@ class Cell(NamedTuple):
     @property
     def is_plain(self) -> bool:
         """True for the cells of the table itself: by the MLP, of the first split."""
-        return not (self.is_control or self.audit or self.split or self.classifier)
+        return not (self.is_control or self.audit or self.split or self.classifier or self.fraction)
+
+    @property
+    def train_percent(self) -> int:
+        """The share of the training rows that it is trained on, in percent."""
+        return int(self.fraction.removeprefix("train")) if self.fraction else 100
 
     @property
     def own_classifier(self) -> str:
@@ -80,6 +87,8 @@ class Cell(NamedTuple):
             return AUDITS[self.audit].title
         if self.is_control:
             return "Controls"
+        if self.fraction:
+            return "Fewer Training Rows"
         if self.classifier:
             return CLASSIFIERS[self.classifier]
         return "Further Splits" if self.split else f"{title_of(self.layer_set)} Config"
@@ -92,6 +101,7 @@ class Cell(NamedTuple):
             layers = self.layer_set.removeprefix("by_block.")
         words = [f"{self.representation} of {layers}"]
         words += [f"split {self.split}"] if self.split else []
+        words += [f"{self.train_percent} % of the training rows"] if self.fraction else []
         words += [CLASSIFIERS[self.classifier].lower()] if self.classifier else []
         words += ["shuffled labels"] if self.labels else []
         words += [AUDITS[self.audit].title.lower()] if self.audit else []

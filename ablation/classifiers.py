@@ -14,9 +14,10 @@ from sklearn.ensemble import HistGradientBoostingClassifier
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.kernel_ridge import KernelRidge
 from sklearn.linear_model import LogisticRegression
+from sklearn.neighbors import NearestNeighbors
 from sklearn.preprocessing import KernelCenterer
 
-from ablation.catalogue import PARTS
+from ablation.catalogue import NEIGHBOURS, PARTS
 from ablation.task import Listener, Run, Task, TrainedRuns, TrainingError
 from ablation.training import standardise
 
@@ -96,6 +97,20 @@ def train_boosting(task: Task, listener: Listener) -> TrainedRuns:
     return one_run(predictions, began, columns.shape[1], listener)
 
 
+def train_nearest(task: Task, listener: Listener) -> TrainedRuns:
+    """The class of the nearest training row, by Euclidean distance of the standardised columns.
+
+    The rows' numbers stand in `predictions["neighbours"]`, (n,) for the test rows. A training row is its own
+    nearest.
+    """
+    began = time.perf_counter()
+    columns, rows = standardised(task)
+    search = NearestNeighbors(n_neighbors=1).fit(columns[rows["train"]])
+    found = {part: rows["train"][search.kneighbors(columns[rows[part]])[1][:, 0]] for part in PARTS}
+    predictions = {part: task.labels[neighbours] for part, neighbours in found.items()}
+    return one_run(predictions | {NEIGHBOURS: found["test"]}, began, columns.shape[1], listener)
+
+
 def train_kernel_ridge(task: Task, listener: Listener) -> TrainedRuns:
     """scikit-learn's KernelRidge. `task.features` are a kernel (N, T):
     inner products of all rows with T training rows.
@@ -147,5 +162,6 @@ def one_run(
 TRAINERS: dict[str, Callable[[Task, Listener], TrainedRuns]] = {
     "linear": train_linear,
     "boosting": train_boosting,
+    "nearest": train_nearest,
     "kernel_ridge": train_kernel_ridge,
 }

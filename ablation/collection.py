@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("visual_ablation")
 
+FEWER_SEED = 0  # of the choice of fewer training rows
+
 
 class Columns(NamedTuple):
     """Names of the columns that are no weights. `metadata` are those asked for besides METADATA_COLUMNS."""
@@ -57,6 +59,19 @@ class View(NamedTuple):
     def fold(self, number: int) -> View:
         """The rows with one fold's split alone."""
         return self._replace(split=self.split_of(number), folds=())
+
+    def with_train_share(self, percent: int) -> View:
+        """The same with `percent` of each class's training rows, at least one. Larger shares hold the rows of
+        smaller ones.
+        """
+
+        def fewer(split: Split) -> Split:
+            shuffled = np.random.default_rng(FEWER_SEED).permutation(split.train)
+            by_class = [shuffled[self.labels[shuffled] == c] for c in np.unique(self.labels[split.train])]
+            kept = np.concatenate([rows[: max(1, round(percent / 100 * len(rows)))] for rows in by_class])
+            return split._replace(train=split.train[np.isin(split.train, kept)])
+
+        return self._replace(split=fewer(self.split), folds=tuple(map(fewer, self.folds)))
 
     def labels_by_part(self, fold: int = 0) -> dict[str, np.ndarray]:
         """Class numbers of the rows of train, val and test."""
@@ -103,7 +118,7 @@ class LoraCollection:
     groups: np.ndarray | None = None  # (N,) numbers of what rows have in common; None without such a column
     # (N,) float64 each, NaN where a row has no value.
     metadata: dict[str, np.ndarray] = field(default_factory=dict)
-    views: dict[tuple[SplitSpec | None, str], View] = field(default_factory=dict)  # kept by `view`
+    views: dict[tuple[SplitSpec | None, str, int], View] = field(default_factory=dict)  # kept by `view`
 
     @property
     def split(self) -> Split:
@@ -120,16 +135,18 @@ class LoraCollection:
         """True if a metadata column varies over the training rows, or is missing in some of them."""
         return any(len(np.unique(values[self.split.train])) > 1 for values in self.metadata.values())
 
-    def view(self, spec: SplitSpec | None = None, labels: str = "") -> View:
-        """The rows with the split `spec` (None: the first split) and,
-        if `labels` is "shuffled", with other rows' labels.
+    def view(self, spec: SplitSpec | None = None, labels: str = "", train_percent: int = 100) -> View:
+        """The rows with the split `spec` (None: the first split), with `train_percent` of its training rows,
+        and, if `labels` is "shuffled", with other rows' labels.
 
         Raises InputError if that split is not possible.
         """
-        if (spec, labels) not in self.views:
+        key = (spec, labels, train_percent)
+        if key not in self.views:
             view = self.first if spec is None else make_view(self.labels, spec, self.groups)
-            self.views[spec, labels] = view._replace(labels=labels_for(labels, self.labels))
-        return self.views[spec, labels]
+            view = view._replace(labels=labels_for(labels, self.labels))
+            self.views[key] = view if train_percent == 100 else view.with_train_share(train_percent)
+        return self.views[key]
 
     def shared_groups(self, split: Split) -> int:
         """How many test rows share their group with a training row."""

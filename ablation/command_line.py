@@ -13,13 +13,20 @@ from typing import Any, NoReturn
 
 import yaml
 
-from ablation.catalogue import DIVIDING, EMBEDDED, EMBEDDED_FOLDS
+from ablation.catalogue import DIVIDING, EMBEDDED, EMBEDDED_FOLDS, THOROUGH
 from ablation.conversion import build_settings
 from ablation.settings import InputError, Settings, flag, setting_fields
 
 SECTIONS = {  # of --help; every setting stands in one of them
     "data": ("dataset", "data_split", "revision", "label_column", "group_column", "metadata_columns"),
-    "what is computed": ("representations", "layer_sets", "random_halves", "sketch_size", "pca_components"),
+    "what is computed": (
+        "representations",
+        "layer_sets",
+        "random_halves",
+        "halves_by",
+        "sketch_size",
+        "pca_components",
+    ),
     "splits, controls and tests": (
         "split",
         "folds",
@@ -30,6 +37,7 @@ SECTIONS = {  # of --help; every setting stands in one of them
         "audit_rows",
         "controls",
         "classifiers",
+        "train_fractions",
         "margin",
         "margin_share",
     ),
@@ -77,7 +85,7 @@ def parse_command_line(argv: list[str] | None, description: str) -> tuple[Settin
     `description` is the program's docstring: its first paragraph heads --help, its exit statuses close it.
     """
     parsed = vars(build_parser(description).parse_args(argv))
-    config, quick = parsed.pop("config"), parsed.pop("quick")
+    config, quick, thorough = (parsed.pop(name) for name in ("config", "quick", "thorough"))
     actions = Actions(**{f.name: parsed.pop(f.name) for f in dataclasses.fields(Actions)})
     fields = setting_fields()
     # A flag such as --controls without a value means all of its choices.
@@ -96,7 +104,8 @@ def parse_command_line(argv: list[str] | None, description: str) -> tuple[Settin
     if config is not None:
         from_file = read_yaml(config)
         build_settings(from_file, config)  # a bad value in the file is an error even if a flag replaces it
-    return build_settings(preset(from_file | typed) | from_file | typed), actions
+    chosen = (THOROUGH if thorough else {}) | from_file | typed
+    return build_settings(preset(chosen) | chosen), actions
 
 
 def preset(chosen: dict[str, Any]) -> dict[str, Any]:
@@ -127,6 +136,14 @@ def build_parser(description: str) -> Parser:
                 "--config",
                 metavar="FILE.yaml",
                 help="settings from a file, named as the flags with _ for -; flags that are typed win",
+            )
+        if title == "splits, controls and tests":
+            section.add_argument(
+                "--thorough",
+                action="store_true",
+                help="what a paper needs beside the table: text_only, the table and 19 random halves by a "
+                "linear classifier, nearest neighbours, metadata and norms, a gauge audit of 100 rows, "
+                "smaller training sets; a flag or file that names one of these wins",
             )
         if title == "training":
             section.add_argument(

@@ -28,10 +28,11 @@ class Context:
     clock: Clock
 
     def view_of(self, cell: Cell) -> View:
-        """The rows as the cell sees them: its split and its labels.
+        """The rows as the cell sees them: its split, its labels and its training rows.
         Raises InputError if that split is not possible.
         """
-        return self.data.view(split_spec(self.settings, cell.split) if cell.split else None, cell.labels)
+        spec = split_spec(self.settings, cell.split) if cell.split else None
+        return self.data.view(spec, cell.labels, cell.train_percent)
 
 
 @dataclass

@@ -199,8 +199,8 @@ def difference(
     both (R, n) say whether each run was right on each test example.
 
     `p` is the larger of two: the sign-flip test's, which takes the runs as they are, and that of a t test
-    with the standard error of runs and examples together. The 95 % interval is, at each end, the wider of
-    that error's and the two-level bootstrap's. So a conclusion must hold for new examples and for new runs.
+    with the standard error of runs and examples together. The 95 % interval is that error's. So a conclusion
+    must hold for new examples and for new runs. `bootstrap_interval` is wider: it stands beside, as a check.
     `p_equivalence` is the larger of two one-sided t tests against +-`margin`; where fewer than FEW_UNITS
     examples or groups differ, it is at least the chance of so few if a share `margin` of them did. `smallest`
     is the difference that would be found significant with a probability of POWER.
@@ -212,9 +212,7 @@ def difference(
     differ = int(is_different.sum()) if groups is None else len(np.unique(groups[is_different]))
     bootstrap = two_level_bootstrap(D, groups)
     entry = conclusion([first], [second], spread, differ, margin)
-    low, high = entry["interval"]
     return entry | {
-        "interval": (max(-1.0, min(bootstrap[0], low)), min(1.0, max(bootstrap[1], high))),
         "p": max(flip, t_test),
         "p_sign_flip": flip,
         "p_examples_and_runs": t_test,

@@ -40,9 +40,9 @@ def actual_inputs(context: Context, cells: list[Cell]) -> dict[Cell, dict[str, A
         return {"layers": hash_of([data.layers.names[i] for i in data.layers.positions(layer_set)])}
 
     @functools.cache
-    def rows(split: str, labels: str) -> dict[str, Any]:
+    def rows(split: str, labels: str, fraction: str) -> dict[str, Any]:
         try:
-            view = context.view_of(Cell("", "", split=split, labels=labels))
+            view = context.view_of(Cell("", "", split=split, labels=labels, fraction=fraction))
         except InputError as error:  # of a cell that another command left in the folder
             return {"split": f"not possible any more: {error}"}
         splits = view.folds or (view.split,)
@@ -52,9 +52,10 @@ def actual_inputs(context: Context, cells: list[Cell]) -> dict[Cell, dict[str, A
 
     def inputs(cell: Cell) -> dict[str, Any]:
         own = training_inputs(context.settings, cell)
+        seen = rows(cell.split, cell.labels, cell.fraction)
         if cell.representation == "metadata":
             own["metadata"] = hash_of([[name, hash_of(values)] for name, values in data.metadata.items()])
-        return own | {"data": data.files.identity} | layers(cell.layer_set) | rows(cell.split, cell.labels)
+        return own | {"data": data.files.identity} | layers(cell.layer_set) | seen
 
     return {cell: inputs(cell) for cell in cells}
 

@@ -14,25 +14,28 @@ import numpy as np
 
 from ablation.estimators import StandardError, conclusion, p_values_of_mean
 
-# Training sets of folds overlap, so that rows alone show too little spread; see docs/statistics.md.
-OVERLAP = 1.15
+# Training sets of folds overlap, so that rows and runs show too little spread. With one or two rounds, each
+# with a division of its own, runs differ by most of what a training set does; with more rounds, or where they
+# share a division, what training sets have in common is not seen. See docs/statistics.md.
+OVERLAP, OVERLAP_UNSEEN = 1.05, 1.15
+ROUNDS_THAT_SEE = 2
 
 
 def fold_standard_error(D: np.ndarray, runs: np.ndarray, groups: np.ndarray | None = None) -> StandardError:
-    """The standard error of the mean of D (m, n).
+    """The standard error of the mean of D (m, n), with Satterthwaite's degrees of freedom.
 
     Without groups it is for further rows of the same kind: the variance of the rows' means, and that of the
-    runs, stretched by OVERLAP. With groups (n,) it is for further groups: a jackknife over groups in place of
-    the rows, which needs no stretching. Satterthwaite's degrees of freedom.
+    runs. With groups (n,) it is for further groups: a jackknife over groups in place of the rows. Both are
+    stretched, because training sets overlap.
     """
     n = D.shape[1]
     mean, by_row = D.mean(), D.mean(0)
     if groups is None:
-        units, stretch = n, OVERLAP**2
+        units = n
         of_units, units_dof = float(by_row.var(ddof=1)) / n, float(n - 1)
     else:
         index = np.unique(groups, return_inverse=True)[1]
-        sizes, stretch = np.bincount(index), 1.0
+        sizes = np.bincount(index)
         units = len(sizes)
         if units < 2:
             return StandardError(math.inf, 1.0, units)
@@ -47,7 +50,18 @@ def fold_standard_error(D: np.ndarray, runs: np.ndarray, groups: np.ndarray | No
     spread = of_units**2 / units_dof
     if of_runs > 0:
         spread += plus**2 / runs_dof + minus**2 / rest_dof
-    return StandardError(math.sqrt(stretch * total), total**2 / spread, units)
+    return StandardError(overlap_of(runs) * math.sqrt(total), total**2 / spread, units)
+
+
+def overlap_of(runs: np.ndarray) -> float:
+    """How much wider the standard error is than rows and runs (m, n) show."""
+    divisions = set()
+    for of_round in runs:
+        _, first, fold = np.unique(of_round, return_index=True, return_inverse=True)
+        order = np.argsort(np.argsort(first))  # folds in the order of their first rows
+        divisions.add(order[fold].tobytes())
+    sees = len(runs) <= ROUNDS_THAT_SEE and len(divisions) == len(runs)
+    return OVERLAP if sees else OVERLAP_UNSEEN
 
 
 def variance_of_runs(D: np.ndarray, runs: np.ndarray) -> tuple[float, float, float, float]:

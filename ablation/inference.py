@@ -22,6 +22,7 @@ from ablation.catalogue import (
 from ablation.cells import Cell
 from ablation.estimators import LEVEL, POWER, RESAMPLING_SEED, StandardError, holm, p_of_mean, sign_flip_test
 from ablation.family import Margin, adjust_family, compared, primary
+from ablation.robustness import further_evidence
 from ablation.samples import (
     TEST,
     TRAIN,
@@ -54,29 +55,33 @@ def infer(
     plain = {cell: sample for cell, sample in of_kind.items() if cell.is_plain}
     if not plain:
         return {}
+    first_predictions = {cell: arrays for cell, arrays in predictions.items() if not cell.split}
     first_arrays = next(arrays for cell, arrays in predictions.items() if cell.is_plain)
     representations = list(dict.fromkeys(cell.representation for cell in plain))
-
-    def compare(comparison: Comparison, classifier: str = "") -> dict[str, Any]:
-        pairs = sample_pairs(of_kind, representations, comparison, classifier)
-        entries = compare_layer_sets(pairs, margin)
-        return {"first": comparison.first, "second": comparison.second, "entries": entries}
-
-    comparisons = [compare(comparison) for comparison in COMPARISONS]
-    used = [name for name in CLASSIFIERS if any(cell.classifier == name for cell in of_kind)]
     accuracies = {cell.name: s.accuracy for cell, s in of_kind.items() if cell.layer_set != "random_half"}
     main_pairs = sample_pairs(of_kind, representations, MAIN_COMPARISON)
     first_set = {name: Cell(name, MAIN_COMPARISON.first) for name in representations}
     every = {name: plain[cell] for name, cell in first_set.items() if cell in plain}
+    above = above_chance(accuracies, every)
+
+    def compare(comparison: Comparison, classifier: str = "") -> dict[str, Any]:
+        pairs = sample_pairs(of_kind, representations, comparison, classifier)
+        mean = primary(pairs, above, margin)
+        entries = compare_layer_sets(pairs, margin)
+        return {"first": comparison.first, "second": comparison.second, "mean": mean, "entries": entries}
+
+    comparisons = [compare(comparison) for comparison in COMPARISONS]
+    by_classifier = [{"classifier": name, **compare(MAIN_COMPARISON, name)} for name in CLASSIFIERS]
     return {
         **test_set_facts(first_arrays, groups, next(iter(plain.values())).chance),
         **design_facts(list(plain.values()), margin, kind),
         "accuracies": accuracies,
-        "primary": primary(main_pairs, above_chance(accuracies, every), margin),
+        "primary": comparisons[0]["mean"],
         "max_t": {entry["representation"]: entry["p_max_t"] for entry in comparisons[0]["entries"]},
         "comparisons": [comparison for comparison in comparisons if comparison["entries"]],
         "classes": class_differences(main_pairs, labels_by_row(predictions)),
-        "classifiers": [{"classifier": name, **compare(MAIN_COMPARISON, name)} for name in used],
+        "classifiers": [found for found in by_classifier if found["entries"]],
+        **further_evidence(of_kind, first_predictions, groups, above, margin),
         "ranking": ranking(every),
         "inflation": all_inflation(samples),
         "controls": [control_entry(cell, accuracies[cell.name]) for cell in of_kind if cell.is_control],

@@ -35,6 +35,9 @@ def inference_lines(inference: dict[str, Any]) -> list[str]:
         ],
         *ranking_lines(inference),
         *classifier_lines(inference),
+        *half_lines(inference["random_halves"]),
+        *curve_lines(inference),
+        *neighbour_lines(inference["neighbours"]),
         *inflation_lines(inference["inflation"]),
         *shuffled_lines(inference["shuffled"]),
         *control_lines(inference),
@@ -159,6 +162,64 @@ def classifier_lines(inference: dict[str, Any]) -> list[str]:
             scope = f"{title}, one run a cell: for new examples{over_splits(entries)}"
             lines += ["", scope, *table(COMPARISON_COLUMNS, entries)]
     return lines
+
+
+HALF_COLUMNS = (
+    Column("representation", -20, lambda entry: entry["representation"]),
+    Column("visual", 8, lambda entry: percent(entry["visual"])),
+    Column("lowest", 8, lambda entry: percent(min(entry["halves"]))),
+    Column("mean", 8, lambda entry: percent(sum(entry["halves"]) / len(entry["halves"]))),
+    Column("highest", 9, lambda entry: percent(max(entry["halves"]))),
+    Column("place", 10, lambda entry: f"{entry['rank']} of {1 + len(entry['halves'])}"),
+    Column("p (lower)", 11, lambda entry: probability(entry["p_lower"])),
+    Column("p (higher)", 12, lambda entry: probability(entry["p_higher"])),
+)
+
+
+def half_lines(halves: dict | None) -> list[str]:
+    """Where the visual layers stand among random halves of the modules."""
+    if halves is None:
+        return []
+    by = CLASSIFIERS.get(halves["classifier"], "MLP")
+    title = f"Visual-Only among {halves['draws']} random halves of the modules (place 1: lowest; by {by})"
+    return [
+        "",
+        title,
+        *table(HALF_COLUMNS, [*halves["entries"], {"representation": "mean", **halves["mean"]}]),
+    ]
+
+
+CURVE_COLUMNS = (
+    Column("training rows", -16, lambda entry: f"{100 * entry['share']:.0f} %"),
+    Column("all layers", 12, lambda entry: percent(entry["accuracy"])),
+    Column("visual only", 13, lambda entry: percent(entry["accuracy_of_second"])),
+    Column("drop", 8, lambda entry: points(entry["drop"])),
+    Column("95 % interval", 18, lambda entry: interval_text(entry["interval"])),
+    Column("p", 9, lambda entry: probability(entry["p"])),
+)
+
+
+def curve_lines(inference: dict[str, Any]) -> list[str]:
+    """The mean over the representations on smaller training sets, and on the whole one."""
+    if not inference["learning_curve"] or inference["primary"] is None:
+        return []
+    whole = {"share": 1.0, **inference["primary"]}
+    title = "Mean over the representations above chance, by the share of the training rows"
+    return ["", title, *table(CURVE_COLUMNS, [*inference["learning_curve"], whole])]
+
+
+NEIGHBOUR_COLUMNS = (
+    Column("cell", -48, lambda entry: entry["cell"]),
+    Column("same class", 12, lambda entry: percent(entry["same_class"])),
+    Column("same group", 12, lambda entry: percent(entry["same_group"])),
+)
+
+
+def neighbour_lines(entries: list[dict]) -> list[str]:
+    """How often a test row's nearest training row is of its class, and of its group."""
+    if not entries:
+        return []
+    return ["", "Nearest training row of each test row, percent", *table(NEIGHBOUR_COLUMNS, entries)]
 
 
 INFLATION_COLUMNS = (

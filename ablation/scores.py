@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ablation.catalogue import PARTS
+from ablation.catalogue import NEIGHBOURS, PARTS
 from ablation.cells import Cell
 
 if TYPE_CHECKING:
     from ablation.collection import View
     from ablation.task import Run, TrainedRuns
 
+UNUSED = -1  # the part of a row that a run neither learns nor is tested on
 SCORED_PARTS = ("val", "test")
 # Of each scored part, in the records and in results.json.
 SCORES = ("acc", "balanced_acc", "f1", "precision", "recall")
@@ -147,15 +148,21 @@ def stacked_predictions(trained: TrainedRuns, part: str) -> np.ndarray:
 
 def fold_arrays(trained: TrainedRuns, view: View) -> dict[str, np.ndarray]:
     """For predictions/<cell>.npz of a cross-validation: class numbers (N,) of all rows; of each run the
-    predictions (R, N), the part that each row was in (R, N), as a position in PARTS, seed and fold (R,).
+    predictions (R, N), the part that each row was in (R, N), as a position in PARTS, seed and fold (R,). A
+    row that a smaller training set leaves out has prediction -1 and part UNUSED.
     """
     N, R = len(view.labels), len(trained.runs)
-    predictions, parts = np.zeros((R, N), np.int32), np.zeros((R, N), np.int8)
+    predictions, parts = np.full((R, N), -1, np.int32), np.full((R, N), UNUSED, np.int8)
+    neighbours = np.full((R, N), -1, np.int32)
     for r, run in enumerate(trained.runs):
         for position, part in enumerate(PARTS):
             rows = view.split_of(run.fold).rows(part)
             predictions[r, rows], parts[r, rows] = run.predictions[part], position
+        if NEIGHBOURS in run.predictions:
+            neighbours[r, view.split_of(run.fold).test] = run.predictions[NEIGHBOURS]
+    has_neighbours = any(NEIGHBOURS in run.predictions for run in trained.runs)
     return {
+        **({NEIGHBOURS: neighbours} if has_neighbours else {}),
         "labels": view.labels.astype(np.int32),
         "predictions": predictions,
         "parts": parts,
@@ -176,6 +183,8 @@ def prediction_arrays(trained: TrainedRuns, view: View) -> dict[str, np.ndarray]
         arrays[f"{part}_labels"] = labels.astype(np.int32)
         arrays[f"{part}_predictions"] = stacked_predictions(trained, part)
     arrays["seeds"] = np.array([run.seed for run in trained.runs])
+    if all(NEIGHBOURS in run.predictions for run in trained.runs):
+        arrays[NEIGHBOURS] = stacked_predictions(trained, NEIGHBOURS)
     return arrays
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
-from ablation.catalogue import CONTROL_SETS, METADATA_COLUMNS, SPECS
+from ablation.catalogue import CONTROL_SETS, METADATA_COLUMNS, SPECS, group_of
 from ablation.cells import Cell, cells_of
 from ablation.controls import control_cells
 from ablation.layers import expand_layer_sets
@@ -23,6 +23,9 @@ def list_cells(settings: Settings, layer_sets: list[str]) -> list[Cell]:
 
     `layer_sets` are those of the settings with groups expanded (`layers.expand_layer_sets`).
     """
+    by_another = settings.halves_by if settings.halves_by != "mlp" else ""
+    halves = [name for name in layer_sets if by_another and group_of(name) == "random_half"]
+    layer_sets = [name for name in layer_sets if name not in halves]
     table = cells_of(layer_sets, settings.representations)
     further = [cell._replace(split=split) for split in split_names(settings) if split for cell in table]
     classified = [
@@ -31,8 +34,19 @@ def list_cells(settings: Settings, layer_sets: list[str]) -> list[Cell]:
         for cell in table + further
         if not cell.own_classifier
     ]
+    halved = [
+        cell._replace(classifier="" if cell.own_classifier else by_another)
+        for cell in cells_of(halves, settings.representations)
+    ]
+    fewer = [
+        cell._replace(fraction=fraction)
+        for fraction in settings.fractions
+        for cell in table
+        if not group_of(cell.layer_set)
+    ]
     audited = cells_of(layer_sets, settings.representations, settings.audit)
-    return list(dict.fromkeys(audited + further + classified + control_cells(settings, layer_sets)))
+    controls = control_cells(settings, layer_sets)
+    return list(dict.fromkeys(audited + further + classified + halved + fewer + controls))
 
 
 def possible_cells(settings: Settings, data: LoraCollection) -> tuple[list[Cell], dict[Cell, str]]:
@@ -73,6 +87,8 @@ def why_impossible(cell: Cell, data: LoraCollection) -> str:
         return f"the data set has no numeric column {names}; --metadata-columns names others"
     if spec.source == "row" and not data.metadata_varies:
         return f"{', '.join(data.metadata)} are the same for all training rows"
+    if cell.fraction and data.split.overlap:
+        return "train, validation and test are the same rows"
     is_empty = cell.layer_set in CONTROL_SETS and not data.layers.positions(cell.layer_set)
     if is_empty and spec.source != "row":
         return f"the data set has no layer of {cell.layer_set}"

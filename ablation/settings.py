@@ -135,6 +135,11 @@ class Settings:
         "draws of random_half: as many modules of each block as visual_only has, of both kinds",
         Range(1, 100),
     )
+    halves_by: str = setting(
+        "mlp",
+        "what reads random_half: the MLP, or one of --classifiers, which is much faster",
+        ("mlp", *CLASSIFIERS),
+    )
     split: tuple[str, ...] = setting(
         ("random",),
         "70/10/20 rows: random (the origin's), stratified by class, or grouped (no group of --group-column "
@@ -188,6 +193,9 @@ class Settings:
     classifiers: tuple[str, ...] = setting(
         (), "beside the MLP: multinomial logistic regression, gradient boosting", tuple(CLASSIFIERS)
     )
+    train_fractions: tuple[str, ...] = setting(
+        (), "shares of the training rows to train on too, such as 0.25 0.5 1: does the drop depend on them?"
+    )
     sketch_size: int = setting(16, "rows and columns of product_sketch", Range(1, 64))
     pca_components: int = setting(128, "components of pca and kernel_pca, at most", Range(1))
     split_seed: int = setting(42, "seed of the 70/10/20 split", Range(0, 2**32, open_high=True))
@@ -203,6 +211,7 @@ class Settings:
         check_named_layer_sets(self.named_layer_sets)
         check_layer_sets(self)
         check_folds(self)
+        check_fractions(self.train_fractions)
         if {"down", "up"} & set(self.controls) and not self.representations_of("layer"):
             raise InputError(
                 "--controls down and up need one of --representations that describes single layers"
@@ -234,6 +243,12 @@ class Settings:
     def partitions(self) -> int:
         """Partitions of the rows into folds."""
         return self.repeats or max(1, self.training.num_runs // self.folds) if self.folds else 1
+
+    @property
+    def fractions(self) -> list[str]:
+        """Smaller training sets as cells bear them: train25 for 0.25; the whole one is the table's own."""
+        percents = sorted(round(100 * float(share)) for share in self.train_fractions)
+        return [f"train{percent}" for percent in percents if percent < 100]
 
     @property
     def short_name(self) -> str:
@@ -344,6 +359,20 @@ def check_folds(settings: Settings) -> None:
         nearest = f"{below} or {above}" if below else f"{above}"
         what = f"--folds {folds}" + (f" --repeats {repeats}" if repeats else "")
         raise InputError(f"--num-runs {runs} cannot be spread evenly over {what}: use {nearest}")
+
+
+def check_fractions(shares: tuple[str, ...]) -> None:
+    """Raise InputError unless the shares are whole percents above 0 and at most 1."""
+    for share in shares:
+        try:
+            percent = 100 * float(share)
+        except ValueError:
+            percent = math.nan
+        if not (1 <= percent <= 100 and math.isclose(percent, round(percent), abs_tol=1e-6)):
+            raise InputError(
+                f"--train-fractions {share} is no share of the training rows: use numbers such as 0.25, at "
+                "most 1, in whole percents"
+            )
 
 
 def check_layer_sets(settings: Settings) -> None:

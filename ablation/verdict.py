@@ -1,21 +1,18 @@
-"""What the inference found about the drop, in sentences of at most 25 words, and no more than it shows."""
+"""What the inference found about the drop, in sentences of at most 25 words, and no more than it shows: the
+answer, and the numbers behind it.
+"""
 
 from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import numpy as np
-
-from ablation.catalogue import MAIN_COMPARISON, SHUFFLED, SIZE_MATCHED_COMPARISON, words_of
+from ablation.catalogue import MAIN_COMPARISON, SHUFFLED, words_of
 from ablation.cells import spoken_cell
 from ablation.estimators import LEVEL
 from ablation.family import FEWEST_UNITS
+from ablation.reservations import LISTED, are, drop_of, in_percent, names_of, nuisances, reservations
 
-MANY_SPLITS = 5  # from as many on, the corrected test over splits has enough power
 FEWEST_RUNS = 5  # from as many on, the spread over runs is known well enough for a claim about new runs
-LISTED = 3  # names in one sentence
-
-Numbers = dict[str, Any]
 
 
 class Verdict(NamedTuple):
@@ -47,36 +44,8 @@ def verdict(inference: dict[str, Any], is_overlapping: bool = False) -> Verdict:
     return Verdict(
         [*suspect, *opening(inference)],
         [*average_sentences(inference), *single_sentences(inference)],
-        [*scope_sentences(inference), *fine, *nuisances(inference)],
+        [*reservations(inference), *fine, *nuisances(inference)],
     )
-
-
-# --- numbers and lists in sentences
-
-
-def in_percent(value: float) -> str:
-    """A fraction in percent."""
-    return f"{100 * value:.1f} %"
-
-
-def names_of(entries: list[Numbers]) -> str:
-    """The representations of some entries; beyond LISTED the first ones and how many more there are."""
-    names = [entry["representation"] for entry in entries]
-    if len(names) > LISTED + 1:
-        return f"{', '.join(names[:LISTED])} and {len(names) - LISTED} more"
-    return ", ".join(names)
-
-
-def drop_of(entry: Numbers) -> str:
-    """A representation's drop with the interval that holds for all of them together, as a sentence."""
-    low, high = (100 * end for end in entry["simultaneous_interval"])
-    points = f"{100 * entry['drop']:+.1f} points (together 95 %: {low:+.1f} to {high:+.1f})"
-    return f"{entry['representation']}: {points}."
-
-
-def are(count: int) -> str:
-    """The verb of a sentence about `count` things."""
-    return "is" if count == 1 else "are"
 
 
 # --- controls
@@ -105,24 +74,6 @@ def suspicion(inference: dict[str, Any]) -> tuple[list[str], list[str]]:
         "Something other than the weights tells the label. Until it is found, no number here means what it "
         "seems to.",
     ], []
-
-
-def nuisances(inference: dict[str, Any]) -> list[str]:
-    """What the metadata columns alone tell, if they were tried."""
-    entry = next((e for e in inference["controls"] if e["representation"] == "metadata"), None)
-    if entry is None:
-        return []
-    low, high = entry["interval"]
-    numbers = (
-        f"{in_percent(entry['accuracy'])} (95 % interval {100 * low:.1f} to {100 * high:.1f}, chance "
-        f"{in_percent(inference['chance'])})"
-    )
-    if entry["p_above_chance"] < LEVEL:
-        return [
-            f"The metadata columns alone, without any weight, give {numbers}.",
-            "So what the weights tell may in part be how the LoRAs were made.",
-        ]
-    return [f"The metadata columns alone are not shown to tell the class: {numbers}."]
 
 
 # --- the answer
@@ -244,89 +195,3 @@ def single_sentences(inference: dict[str, Any]) -> list[str]:
             f"({in_percent(inference['chance'])})."
         )
     return sentences
-
-
-# --- reservations
-
-
-def size_matched_sentences(inference: dict[str, Any]) -> list[str]:
-    """Whether the visual layers are worse than random halves of the modules, which lose as many columns."""
-    halves = SIZE_MATCHED_COMPARISON.entries_in(inference)
-    if not halves:
-        return []
-    worse = [entry for entry in halves if entry["p_holm"] < LEVEL and entry["drop"] > 0]
-    better = [entry for entry in halves if entry["p_holm"] < LEVEL and entry["drop"] < 0]
-    result = f"lower for {names_of(worse)}" if worse else "not shown to be lower for any representation"
-    result += f", and higher for {names_of(better)}" if better else ""
-    control = "Against random halves of the modules, which lose as many"
-    kept = words_of(SIZE_MATCHED_COMPARISON.second)
-    return [f"{control}, accuracy with {kept} is {result}.", *map(drop_of, worse)]
-
-
-def scope_sentences(inference: dict[str, Any]) -> list[str]:
-    """What the answer is about, and what it does not show, each with the flag that would tell more."""
-    sentences = [about(inference), *split_sentences(inference)]
-    if SIZE_MATCHED_COMPARISON.entries_in(inference):
-        sentences += size_matched_sentences(inference)
-    else:
-        sentences += [
-            f"Fewer columns are left without {MAIN_COMPARISON.removed}.",
-            "So a fall alone does not show that they know something which "
-            f"{words_of(MAIN_COMPARISON.second)} do not; --layer-sets random_half would.",
-        ]
-    return [*sentences, *group_sentences(inference)]
-
-
-def about(inference: dict[str, Any]) -> str:
-    """Which further examples the answer is about."""
-    if inference["groups"] is None:
-        return "This is about further LoRAs of these concepts and new runs."
-    if inference["test_rows_that_share_a_group_with_training"] == 0:
-        return "This is about concepts that were not trained on, and new runs."
-    return "This is about further groups of this kind and new runs, each tested beside rows of its group."
-
-
-def split_sentences(inference: dict[str, Any]) -> list[str]:
-    """How the rows were divided, and what more would show."""
-    splits, kind, folds = inference["splits"], inference["split"], inference["folds"]
-    if folds is not None:
-        return [
-            f"Every row was tested {folds['rounds']} times, in {folds['folds']} folds, by models that were "
-            "trained on the others."
-        ]
-    entries = MAIN_COMPARISON.entries_in(inference)
-    fewer = {entry["representation"]: entry["splits"] for entry in entries if entry["splits"] < splits}
-    if splits == 1:
-        return [f"One {kind} split tests {inference['test_rows']} rows; --folds 5 tests all."]
-    some = f" ({', '.join(f'{name}: {number}' for name, number in list(fewer.items())[:LISTED])})"
-    sentences = [f"It is from {splits} {kind} splits{some if fewer else ''}."]
-    if splits < MANY_SPLITS:
-        sentences += [
-            f"With {splits} splits the corrected test has little power (degrees of freedom: {splits - 1}).",
-            "--folds 5 would show more.",
-        ]
-    return sentences
-
-
-def group_sentences(inference: dict[str, Any]) -> list[str]:
-    """What is known of new groups."""
-    kind = inference["split"]
-    inflated = [entry for entry in inference["inflation"] if entry["split"] == kind or kind == "grouped"]
-    shared = inference["test_rows_that_share_a_group_with_training"]
-    if inflated:
-        clear = [entry for entry in inflated if entry["p_holm"] < LEVEL and entry["inflation"] > 0]
-        mean = float(np.mean([entry["inflation"] for entry in inflated]))
-        return [
-            "On grouped splits no test row shares its group with a training row.",
-            f"There accuracy came out {100 * abs(mean):.1f} points {'lower' if mean >= 0 else 'higher'} in "
-            f"the mean of {len(inflated)} cells; it is shown to be lower for {len(clear) or 'none'} of them.",
-        ]
-    if shared:
-        return [
-            f"{shared} of {inference['test_rows']} test rows share their group with a training row."
-            if inference["folds"] is None
-            else "Test rows share their groups with training rows.",
-            "For concepts that were not trained on accuracies may be lower and drops others; --split grouped "
-            "--folds 5 would tell.",
-        ]
-    return []

@@ -13,15 +13,15 @@ from builders import lora_dataset
 from experiments import FAST, cell_files, folder, visible
 from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 
-from ablation import family, fold_estimators
+from ablation import family, fold_estimators, simulation
 from ablation.conversion import build_settings
 from ablation.fold_estimators import OVERLAP, fold_standard_error, variance_of_runs
 from ablation.fold_training import FoldPlan, runs_by_round, train_folds
+from ablation.reservations import about
 from ablation.settings import InputError
 from ablation.splits import SplitSpec, fold_splits
 from ablation.task import Listener, Task
 from ablation.training import train_runs
-from ablation.verdict import about
 from checkpointing import UnfinishedRuns
 
 LABELS = np.arange(200) % 4
@@ -154,7 +154,8 @@ def world(rng, n=300, folds=5, rounds=2, groups=0, run_sd=0.05):
     ids=str,
 )
 def test_without_a_drop_one_is_claimed_as_often_as_promised(setting, monkeypatch):
-    monkeypatch.setattr(fold_estimators, "OVERLAP", 1.0)  # these rows know of no training set
+    for name in ("OVERLAP", "OVERLAP_UNSEEN"):
+        monkeypatch.setattr(fold_estimators, name, 1.0)  # these rows know of no training set
     rng, experiments = np.random.default_rng(11), 500
     claimed = 0
     for _ in range(experiments):
@@ -173,7 +174,7 @@ def test_the_groups_part_is_statsmodels_cluster_robust_error():
     robust = sm.OLS(D[0], np.ones(300)).fit(
         cov_type="cluster", cov_kwds={"groups": groups, "use_correction": False}
     )
-    assert found.error == pytest.approx(robust.bse[0] * math.sqrt(25 / 24), rel=1e-9)
+    assert found.error == pytest.approx(OVERLAP * robust.bse[0] * math.sqrt(25 / 24), rel=1e-9)
     assert found.dof == pytest.approx(24)
 
 
@@ -182,6 +183,38 @@ def test_the_rows_part_is_the_error_of_a_mean_stretched_for_overlap():
     D = np.tile(D.mean(0), (2, 1))
     found = fold_standard_error(D, runs)
     assert found.error == pytest.approx(OVERLAP * scipy.stats.sem(D[0])) and found.dof == pytest.approx(299)
+
+
+def test_the_overlap_of_training_sets_counts_more_where_rounds_cannot_show_it():
+    runs = world(np.random.default_rng(9), rounds=1)[1]
+    same = np.concatenate([runs, runs + 5])
+    other = np.concatenate([runs, world(np.random.default_rng(10), rounds=1)[1] + 5])
+    renumbered = np.concatenate([runs, 9 - runs])  # the same folds under other numbers
+    many = world(np.random.default_rng(11), rounds=3)[1]
+    stretches = [fold_estimators.overlap_of(of) for of in (runs, other, same, renumbered, many)]
+    assert stretches == [OVERLAP, OVERLAP, *[fold_estimators.OVERLAP_UNSEEN] * 3]
+
+
+@pytest.mark.slow
+def test_learners_that_share_training_rows_are_judged_as_promised():
+    """Ridge regression on simulated data sets: the short form of a table of the documentation."""
+    hard = dataclasses.replace(simulation.HARD, rows=200, columns=30)
+    for change in ({}, {"groups": 100, "grouped": True}, {"rounds": 4}):
+        rates = simulation.simulate_folds(dataclasses.replace(hard, **change), 300, seed=5)
+        error = math.sqrt(0.05 * 0.95 / 300)
+        assert abs(rates["covered"] - 0.95) <= 3 * error + 0.01, (change, rates)
+        assert rates["claimed"] <= 0.05 + 3 * error + 0.01, (change, rates)
+
+
+@pytest.mark.slow
+def test_nine_representations_are_judged_together_as_promised():
+    world_of = simulation.FoldWorld(rows=200, lost=0.4)
+    none = simulation.simulate_family(world_of, 0, 150, seed=6)
+    some = simulation.simulate_family(world_of, 3, 150, seed=6)
+    limit = 0.05 + 3 * math.sqrt(0.05 * 0.95 / 150)
+    for found in (none, some):
+        assert found["wrong by max-T"] <= limit and found["together"] >= 1 - limit
+    assert some["found by max-T"] >= some["found by Holm"] > 0.3
 
 
 def test_the_runs_part_is_the_sum_of_squares_adjusted_for_rows():

@@ -729,16 +729,26 @@ def test_a_run_with_one_run_beside_others_is_ranked_too():
     ) == 1
 
 
-def test_the_table_of_the_readme_is_made_by_its_command(capsys):
-    simulate_inference.main(["--experiments", "40", "--rows", "201", "--drops", "0", "0.1"])
-    *_, none, ten = capsys.readouterr().out.splitlines()
-    cells = [cell.strip(" %") for cell in none.strip("|").split("|")]
-    assert cells[:2] == ["201", "0"] and float(cells[2]) <= 15 and float(cells[3]) >= 85
-    assert float(ten.strip("|").split("|")[2].strip(" %")) > 50
-    simulate_inference.main(["--experiments", "10", "--rows", "201", "--drops", "0.1", "--groups", "30"])
-    simulate_inference.main(["--experiments", "10", "--rows", "100", "--splits", "3", "--lost", "0.5"])
-    simulate_inference.main(["--experiments", "4", "--rows", "120", "--folds", "5", "--lost", "0.5"])
-    assert "| 201 | 10 |" in (text := capsys.readouterr().out) and "| 100 | 3 |" in text
+TABLES = {
+    "one-split": "520 rows, 3",
+    "splits": "200 rows, 3",
+    "folds": "105 rows, ridge",
+    "family": "520 rows, 3",
+}
+
+
+@pytest.mark.parametrize("table, only", TABLES.items())
+def test_the_tables_of_the_documentation_are_made_by_their_command(table, only, capsys):
+    simulate_inference.main(["--table", table, "--experiments", "20", "--only", only])
+    head, rule, *lines = capsys.readouterr().out.splitlines()
+    assert lines and all(line.startswith(f"| {only}") for line in lines)
+    assert head.count("|") == rule.count("|") == lines[0].count("|")
+    for line in lines:
+        _, drop, claimed, *rest = line.strip("| ").split(" | ")
+        held = rest[-1] if table == "family" else rest[0]
+        assert float(held.split(" ")[0]) >= 65, line
+        if drop == "0.0" or table == "family":
+            assert float(claimed.split(" ")[0]) <= 30, line
 
 
 def test_two_runs_leave_one_degree_of_freedom():
