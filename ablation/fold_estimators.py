@@ -15,8 +15,8 @@ import numpy as np
 from ablation.estimators import StandardError, conclusion, p_values_of_mean
 
 # Training sets of folds overlap, so that rows and runs show too little spread. With one or two rounds, each
-# with a division of its own, runs differ by most of what a training set does; with more rounds, or where they
-# share a division, what training sets have in common is not seen. See docs/statistics.md.
+# with a division of its own, runs differ by most of what a training set does. With more rounds, where rounds
+# share a division, or where folds are whole groups, more of it is not seen. See docs/statistics.md.
 OVERLAP, OVERLAP_UNSEEN = 1.05, 1.15
 ROUNDS_THAT_SEE = 2
 
@@ -50,17 +50,21 @@ def fold_standard_error(D: np.ndarray, runs: np.ndarray, groups: np.ndarray | No
     spread = of_units**2 / units_dof
     if of_runs > 0:
         spread += plus**2 / runs_dof + minus**2 / rest_dof
-    return StandardError(overlap_of(runs) * math.sqrt(total), total**2 / spread, units)
+    return StandardError(overlap_of(runs, groups) * math.sqrt(total), total**2 / spread, units)
 
 
-def overlap_of(runs: np.ndarray) -> float:
+def overlap_of(runs: np.ndarray, groups: np.ndarray | None) -> float:
     """How much wider the standard error is than rows and runs (m, n) show."""
     divisions = set()
     for of_round in runs:
         _, first, fold = np.unique(of_round, return_index=True, return_inverse=True)
         order = np.argsort(np.argsort(first))  # folds in the order of their first rows
         divisions.add(order[fold].tobytes())
-    sees = len(runs) <= ROUNDS_THAT_SEE and len(divisions) == len(runs)
+    is_whole = False
+    if groups is not None:
+        pairs = np.unique(np.stack([groups, runs[0]]), axis=1)
+        is_whole = pairs.shape[1] == len(np.unique(groups))
+    sees = len(runs) <= ROUNDS_THAT_SEE and len(divisions) == len(runs) and not is_whole
     return OVERLAP if sees else OVERLAP_UNSEEN
 
 

@@ -68,15 +68,16 @@ def size_matched_sentences(inference: dict[str, Any]) -> list[str]:
 
 def reservations(inference: dict[str, Any]) -> list[str]:
     """What the answer is about, and what it does not show, each with the flag that would tell more."""
-    return [
-        about(inference),
-        *split_sentences(inference),
-        *size_sentences(inference),
-        *classifier_sentences(inference),
-        *text_sentences(inference),
-        *curve_sentences(inference),
-        *group_sentences(inference),
-    ]
+    points = (
+        [about(inference)],
+        split_sentences(inference),
+        size_sentences(inference),
+        classifier_sentences(inference),
+        text_sentences(inference),
+        curve_sentences(inference),
+        group_sentences(inference),
+    )
+    return [" ".join(sentences) for sentences in points if sentences]
 
 
 def size_sentences(inference: dict[str, Any]) -> list[str]:
@@ -214,7 +215,7 @@ def group_sentences(inference: dict[str, Any]) -> list[str]:
     return []
 
 
-def nuisances(inference: dict[str, Any]) -> list[str]:
+def nuisance_points(inference: dict[str, Any]) -> list[str]:
     """What the metadata columns alone tell, if they were tried."""
     entry = next((e for e in inference["controls"] if e["representation"] == "metadata"), None)
     if entry is None:
@@ -226,7 +227,7 @@ def nuisances(inference: dict[str, Any]) -> list[str]:
     )
     if entry["p_above_chance"] < LEVEL:
         return [
-            f"The metadata columns alone, without any weight, give {numbers}.",
-            "So what the weights tell may in part be how the LoRAs were made.",
+            f"The metadata columns alone, without any weight, give {numbers}. "
+            "So what the weights tell may in part be how the LoRAs were made."
         ]
     return [f"The metadata columns alone are not shown to tell the class: {numbers}."]

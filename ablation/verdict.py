@@ -10,7 +10,7 @@ from ablation.catalogue import MAIN_COMPARISON, SHUFFLED, words_of
 from ablation.cells import spoken_cell
 from ablation.estimators import LEVEL
 from ablation.family import FEWEST_UNITS
-from ablation.reservations import LISTED, are, drop_of, in_percent, names_of, nuisances, reservations
+from ablation.reservations import LISTED, are, drop_of, in_percent, names_of, nuisance_points, reservations
 
 FEWEST_RUNS = 5  # from as many on, the spread over runs is known well enough for a claim about new runs
 
@@ -40,11 +40,11 @@ def verdict(inference: dict[str, Any], is_overlapping: bool = False) -> Verdict:
     suspect, fine = suspicion(inference)
     reason = why_no_verdict(inference)
     if reason:
-        return Verdict([*suspect, reason], [], [*fine, *nuisances(inference)])
+        return Verdict([*suspect, reason], [], [*fine, *nuisance_points(inference)])
     return Verdict(
         [*suspect, *opening(inference)],
         [*average_sentences(inference), *single_sentences(inference)],
-        [*reservations(inference), *fine, *nuisances(inference)],
+        [*reservations(inference), *fine, *nuisance_points(inference)],
     )
 
 

@@ -30,6 +30,7 @@ from ablation.benchmark.batch_and_precision import (
     batch_table,
     compare_batch_sizes,
     compare_precisions,
+    joint_claim,
     precision_line,
 )
 from ablation.benchmark.stages import PRECISIONS, STAGES, StageOptions, stage_table
@@ -84,7 +85,8 @@ def measure(data: LoraCollection, arguments: argparse.Namespace) -> None:
         report["batch_sizes"], text = rows, batch_table(rows)
     elif arguments.precisions:
         rows = compare_precisions(data, arguments.representations, arguments.seeds)
-        report["precisions"], text = rows, "\n".join([PRECISION_HEAD, *map(precision_line, rows)])
+        lines = [PRECISION_HEAD, *map(precision_line, rows), "", joint_claim(rows)]
+        report["precisions"], text = rows, "\n".join(lines)
     else:
         options = StageOptions(
             arguments.repeats, arguments.origin_layers, arguments.runs, arguments.epochs, arguments.batch_size

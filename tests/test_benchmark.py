@@ -141,6 +141,18 @@ def test_equivalence_is_an_interval_within_the_margin(shift, spread, equivalent)
     ] == pytest.approx(2 * half, rel=1e-3)
 
 
+def test_only_all_precisions_together_are_called_equivalent():
+    def row(name, p):
+        numbers = dict.fromkeys(("float32", "bfloat16", "difference", "low", "high"), 0.5)
+        return {"representation": name, **numbers, "p": p}
+
+    assert "equivalent" not in batch_and_precision.precision_line(row("stats", 0.001))
+    rows = [row("stats", 0.001), row("spectral", 0.04)]
+    assert batch_and_precision.joint_claim(rows).startswith("All 2 together are shown to be equivalent")
+    rows.append(row("frequency", 0.06))
+    assert "All 3 together are not shown to be equivalent" in batch_and_precision.joint_claim(rows)
+
+
 def test_equivalence_of_runs_that_all_differ_alike():
     assert (
         batch_and_precision.equivalence(np.zeros(3))["equivalent"]

@@ -191,8 +191,11 @@ def test_the_overlap_of_training_sets_counts_more_where_rounds_cannot_show_it():
     other = np.concatenate([runs, world(np.random.default_rng(10), rounds=1)[1] + 5])
     renumbered = np.concatenate([runs, 9 - runs])  # the same folds under other numbers
     many = world(np.random.default_rng(11), rounds=3)[1]
-    stretches = [fold_estimators.overlap_of(of) for of in (runs, other, same, renumbered, many)]
-    assert stretches == [OVERLAP, OVERLAP, *[fold_estimators.OVERLAP_UNSEEN] * 3]
+    stretches = [fold_estimators.overlap_of(of, None) for of in (runs, other, same, renumbered, many)]
+    unseen = fold_estimators.OVERLAP_UNSEEN
+    assert stretches == [OVERLAP, OVERLAP, unseen, unseen, unseen]
+    divided, whole = np.arange(300) % 25, runs[0] * 10 + np.arange(300) % 3
+    assert [fold_estimators.overlap_of(runs, groups) for groups in (divided, whole)] == [OVERLAP, unseen]
 
 
 @pytest.mark.slow
