@@ -28,6 +28,7 @@ NO_PART = ("output_dir", "cache_features", "cache_dir", "device", "dataset")  # 
 # Std of a tested row's drop, mean over its runs: of one representation, and of the mean over the nine.
 # Measured on `digits` (docs/statistics.md).
 SPREAD_OF_ONE, SPREAD_OF_MEAN = 0.45, 0.2
+TEST_SHARE = 0.2  # of a 70/10/20 split
 SHORT = 12  # characters of the hash in the log
 
 
@@ -48,7 +49,7 @@ def state_plan(settings: Settings, data: LoraCollection) -> str:
     own = hash_of(analysis_plan(settings, data))
     log.info(f"Plan of analysis {own[:SHORT]}: {PRIMARY}; {FAMILY}.")
     if not data.split.overlap:
-        for line in expectation(settings, tested_rows(settings, data)):
+        for line in expectation(settings, tested_rows(settings, data.num_rows)):
             log.info(line)
     return own
 
@@ -63,16 +64,16 @@ def stated_plan(folder: Path, plan: dict[str, Any]) -> dict[str, Any]:
     return {"hash": own, "first_stated": stated.get(own), "other_plans": len(stated.keys() - {own}), **plan}
 
 
-def tested_rows(settings: Settings, data: LoraCollection) -> int:
-    """Rows that are tested at least once, of the first kind of split."""
-    return data.num_rows if settings.folds else len(data.split.test)
+def tested_rows(settings: Settings, rows: int) -> int:
+    """About how many rows of a data set with so many are tested at least once."""
+    return rows if settings.folds else round(TEST_SHARE * rows)
 
 
 def expectation(settings: Settings, rows: int) -> list[str]:
     """What an experiment that tests so many rows can find, and what it cannot, for the log."""
     smallest = (1.96 + 0.84) * SPREAD_OF_MEAN / math.sqrt(rows)
     lines = [
-        f"{rows:,} rows are tested. If they vary as those of digits do, a mean drop of about "
+        f"About {rows:,} rows are tested. If they vary as those of digits do, a mean drop of about "
         f"{100 * smallest:.1f} points would be found four times in five."
     ]
     needed = math.ceil((1.645 * SPREAD_OF_ONE / settings.margin) ** 2 / 100) * 100

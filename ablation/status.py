@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from ablation.analysis_plan import expectation, tested_rows
 from ablation.catalogue import AUDITS, LAYER_SET_GROUPS, METADATA_COLUMNS, SPECS, components_of
 from ablation.cells import Cell
 from ablation.fingerprints import requested_inputs
@@ -19,6 +20,7 @@ from ablation.log import duration
 from ablation.results import earlier_entries
 from ablation.selection import list_cells
 from ablation.settings import Settings
+from ablation.splits import SMALLEST_SPLIT
 from ablation.survey import Survey, survey
 from checkpointing import ResultStore, State, is_held, read_events, read_json
 
@@ -182,6 +184,9 @@ def print_plan(settings: Settings) -> int:
         log.info(f"\nData set {settings.dataset}: its size is not known before the download")
     else:
         print_needs(settings, surveyed, unfinished(states))
+        if surveyed.rows >= SMALLEST_SPLIT:
+            for line in expectation(settings, tested_rows(settings, surveyed.rows)):
+                log.info(f"Tests:   {line}")
     return 0
 
 
