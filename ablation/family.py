@@ -124,25 +124,25 @@ def widen(entry: dict[str, Any], deviate: float, units: int) -> None:
 def mean_sample(samples: list[Sample]) -> Sample:
     """The mean of several samples of the same splits, run by run and row by row.
 
-    The one run of a classifier without seeds is set beside each run of the others.
+    A sample of fewer runs is repeated.
     """
     most = max(samples, key=lambda sample: sample.num_runs)
     right = {
-        split: np.mean([np.broadcast_to(s.right[split], hits.shape) for s in samples], axis=0)
+        split: np.mean([s.repeated(split, len(hits)) for s in samples], axis=0)
         for split, hits in most.right.items()
     }
     return replace(most, right=right)
 
 
 def averaged(pairs: dict[str, tuple[Sample, Sample]]) -> list[str]:
-    """The representations whose samples can be averaged: as many splits, rows and runs as the one with most
-    runs, or one run.
+    """The representations whose samples can be averaged: the splits and rows of the one with most runs, and
+    as many runs or a whole part of them.
     """
     most = max((first for first, _ in pairs.values()), key=lambda sample: sample.num_runs)
 
     def fits(sample: Sample) -> bool:
         return sample.right.keys() == most.right.keys() and all(
-            np.array_equal(sample.rows[split], most.rows[split]) and len(hits) in (1, len(most.right[split]))
+            np.array_equal(sample.rows[split], most.rows[split]) and len(most.right[split]) % len(hits) == 0
             for split, hits in sample.right.items()
         )
 

@@ -29,6 +29,9 @@ def fold_standard_error(D: np.ndarray, runs: np.ndarray, groups: np.ndarray | No
     stretched, because training sets overlap.
     """
     n = D.shape[1]
+    plus, minus, runs_dof, rest_dof = variance_of_runs(D, runs)
+    if runs_dof < 1:  # so few rows that nothing tells them from runs
+        return StandardError(math.inf, 1.0, n)
     mean, by_row = D.mean(), D.mean(0)
     if groups is None:
         units = n
@@ -42,7 +45,6 @@ def fold_standard_error(D: np.ndarray, runs: np.ndarray, groups: np.ndarray | No
         left_out = np.bincount(index, by_row - mean) / (1 - sizes / n)
         of_units = float((left_out**2).sum()) * (units - 1) / (units * n**2)
         units_dof = max(n**2 / float((sizes**2).sum()) - 1, 1.0)
-    plus, minus, runs_dof, rest_dof = variance_of_runs(D, runs)
     of_runs = max(plus - minus, 0.0)
     total = of_units + of_runs
     if total == 0:
@@ -68,12 +70,15 @@ def overlap_of(runs: np.ndarray, groups: np.ndarray | None) -> float:
     return OVERLAP if sees else OVERLAP_UNSEEN
 
 
+UNKNOWN = (0.0, 0.0, 0.0, 0.0)
+
+
 def variance_of_runs(D: np.ndarray, runs: np.ndarray) -> tuple[float, float, float, float]:
     """The runs' part of the variance of the mean: what runs differ by, less what their rows alone explain.
 
     With several rounds, rows are blocks: the sum of squares between runs, adjusted for rows, against the rest
     (Henderson's third method). With one round, rows are nested in runs. Gives both terms, each with its
-    degrees of freedom.
+    degrees of freedom; UNKNOWN where the rows are too few to tell.
     """
     m, n = D.shape
     numbers, index = np.unique(runs, return_inverse=True)
@@ -82,25 +87,30 @@ def variance_of_runs(D: np.ndarray, runs: np.ndarray) -> tuple[float, float, flo
     sizes = np.bincount(index.ravel(), minlength=count)  # rows that each run tested
     share = float(((sizes / (m * n)) ** 2).sum())
     if m == 1:
+        runs_dof, rest_dof = count - 1, n - count
+        if runs_dof < 1 or rest_dof < 1:
+            return UNKNOWN
         means = np.bincount(index[0], D[0]) / sizes
         within = float(((D[0] - means[index[0]]) ** 2).sum())
         between = float((sizes * (means - D.mean()) ** 2).sum())
-        typical = (n - float((sizes**2).sum()) / n) / (count - 1)
-        rest_dof = n - count
-        scale = share / typical
-        return between / (count - 1) * scale, within / rest_dof * scale, count - 1, rest_dof
-    deviations = D - D.mean(0)
-    sums = np.bincount(index.ravel(), deviations.ravel(), minlength=count)
-    together = np.zeros((count, count))
-    for first in index:
-        for second in index:
-            np.add.at(together, (first, second), 1.0)
-    adjusted = np.diag(sizes.astype(float)) - together / m
-    between = float(sums @ np.linalg.pinv(adjusted, hermitian=True) @ sums)
-    runs_dof, rest_dof = count - 1, n * (m - 1) - (count - 1)
-    rest = max(float((deviations**2).sum()) - between, 0.0) / rest_dof
-    scale = share * runs_dof / float(np.trace(adjusted))
-    return between / runs_dof * scale, rest * scale, runs_dof, rest_dof
+        trace = n - float((sizes**2).sum()) / n
+    else:
+        deviations = D - D.mean(0)
+        sums = np.bincount(index.ravel(), deviations.ravel(), minlength=count)
+        together = np.zeros((count, count))
+        for first in index:
+            for second in index:
+                np.add.at(together, (first, second), 1.0)
+        adjusted = np.diag(sizes.astype(float)) - together / m
+        runs_dof = int(np.linalg.matrix_rank(adjusted, hermitian=True))
+        rest_dof = n * (m - 1) - runs_dof
+        if runs_dof < 1 or rest_dof < 1:
+            return UNKNOWN
+        between = float(sums @ np.linalg.pinv(adjusted, hermitian=True) @ sums)
+        within = max(float((deviations**2).sum()) - between, 0.0)
+        trace = float(np.trace(adjusted))
+    scale = share / trace
+    return between * scale, within / rest_dof * runs_dof * scale, runs_dof, rest_dof
 
 
 def difference_of_folds(

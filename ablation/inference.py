@@ -30,6 +30,7 @@ from ablation.samples import (
     Sample,
     join_first_split,
     samples_of,
+    tested_answers,
     tested_predictions,
 )
 
@@ -76,6 +77,7 @@ def infer(
         **test_set_facts(first_arrays, groups, next(iter(plain.values())).chance),
         **design_facts(list(plain.values()), margin, kind),
         "accuracies": accuracies,
+        "above_chance": above,
         "primary": comparisons[0]["mean"],
         "max_t": {entry["representation"]: entry["p_max_t"] for entry in comparisons[0]["entries"]},
         "comparisons": [comparison for comparison in comparisons if comparison["entries"]],
@@ -108,18 +110,20 @@ def control_entry(cell: Cell, accuracy: dict[str, Any]) -> dict[str, Any]:
 
 def test_set_facts(arrays: dict[str, np.ndarray], groups: np.ndarray | None, chance: float) -> dict[str, Any]:
     """Size and groups of the test rows, and how many share their group with a training row: of the first
-    split, in a cross-validation of the first fold.
+    split, in a cross-validation of the folds of its first round.
     """
     if "parts" in arrays:
-        parts = arrays["parts"]
-        splits = [(np.flatnonzero(of_run == TEST), np.flatnonzero(of_run == TRAIN)) for of_run in parts]
-        rows, train_rows = splits[0]
-        facts = {"test_rows": parts.shape[1], "groups": None if groups is None else len(np.unique(groups))}
+        first_round = arrays["parts"][: len(np.unique(tested_answers(arrays)[1][0]))]
+        splits = [(np.flatnonzero(of == TEST), np.flatnonzero(of == TRAIN)) for of in first_round]
     else:
-        rows, train_rows = arrays["test_rows"], arrays["train_rows"]
-        facts = {"test_rows": len(rows), "groups": None if groups is None else len(np.unique(groups[rows]))}
-    shared = None if groups is None else int(np.isin(groups[rows], groups[train_rows]).sum())
-    return facts | {"chance": chance, "test_rows_that_share_a_group_with_training": shared}
+        splits = [(arrays["test_rows"], arrays["train_rows"])]
+    tested = np.concatenate([rows for rows, _ in splits])
+    facts: dict[str, Any] = {"test_rows": len(tested), "groups": None, "chance": chance}
+    shared = None
+    if groups is not None:
+        facts["groups"] = len(np.unique(groups[tested]))
+        shared = sum(int(np.isin(groups[rows], groups[train_rows]).sum()) for rows, train_rows in splits)
+    return facts | {"test_rows_that_share_a_group_with_training": shared}
 
 
 def design_facts(samples: list[Sample], margin: Margin, kind: str) -> dict[str, Any]:
@@ -223,14 +227,16 @@ def ranking(samples: dict[str, Sample]) -> list[dict[str, Any]]:
     accuracies = {name: sample.accuracy["accuracy"] for name, sample in samples.items()}
     for better, worse in itertools.combinations(sorted(samples, key=lambda name: -accuracies[name]), 2):
         a, b = samples[better], samples[worse]
-        # The one run of kernel_ridge is set beside each run of the other representation.
+        longer = max((a, b), key=lambda sample: sample.num_runs)
         D = {
-            split: a.right[split].astype(np.float64) - b.right[split] for split in a.right if split in b.right
+            split: a.repeated(split, len(hits)).astype(np.float64) - b.repeated(split, len(hits))
+            for split, hits in longer.right.items()
+            if split in a.right and split in b.right
         }
         if not D:
             continue
         mean = float(np.mean([d.mean() for d in D.values()]))
-        p = p_of_mean(mean, a.standard_error_of(D))
+        p = p_of_mean(mean, longer.standard_error_of(D))
         if len(D) == 1:
             ((split, d),) = D.items()
             p = max(p, sign_flip_test(d.mean(0), a.groups_on(split)))

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ablation.catalogue import CLASSIFIERS, MAIN_COMPARISON, NEIGHBOURS, group_of
+from ablation.catalogue import CLASSIFIERS, MAIN_COMPARISON, NEIGHBOURS, SPECS, group_of
 from ablation.cells import Cell
 from ablation.family import Margin, primary
 from ablation.samples import TEST, Predictions, Sample
@@ -37,12 +37,17 @@ def random_halves(samples: Samples) -> dict[str, Any] | None:
     randomisation test that they read less; `p_higher` likewise. `entries` are by representation, `mean` is
     over all of them.
     """
-    for classifier in ("", *CLASSIFIERS):
+    draws = {cell: sample for cell, sample in samples.items() if group_of(cell.layer_set) == "random_half"}
+    used = {cell.classifier for cell in draws if not SPECS[cell.representation].classifier} or {""}
+    for classifier in (name for name in ("", *CLASSIFIERS) if name in used):
         halves: dict[str, list[float]] = {}
-        for cell, sample in samples.items():
-            if group_of(cell.layer_set) == "random_half" and cell.classifier == classifier:
+        for cell, sample in draws.items():
+            if cell.own_classifier == (SPECS[cell.representation].classifier or classifier):
                 halves.setdefault(cell.representation, []).append(sample.mean)
-        kept = {name: Cell(name, MAIN_COMPARISON.second, classifier=classifier) for name in halves}
+        kept = {
+            name: Cell(name, MAIN_COMPARISON.second, classifier="" if SPECS[name].classifier else classifier)
+            for name in halves
+        }
         halves = {name: values for name, values in halves.items() if kept[name] in samples}
         if not halves:
             continue

@@ -71,6 +71,14 @@ class Sample:
             and np.array_equal(self.rows[split], other.rows[split])
         ]
 
+    def repeated(self, split: str, rounds: int) -> np.ndarray:
+        """Right or wrong (rounds, n) on a split. A sample of fewer rounds, such as that of a classifier without
+        seeds, is repeated; rounds take the divisions of the rows in turn, so that each stands beside one of
+        its own division.
+        """
+        right = self.right[split]
+        return np.tile(right, (rounds // len(right), 1))
+
     def of_rows(self, chosen: np.ndarray) -> Sample:
         """The sample of some rows alone; `chosen` (N,) says which rows of the data set. Splits without any of
         them are left out.

@@ -170,7 +170,7 @@ def average_sentences(inference: dict[str, Any]) -> list[str]:
 def single_sentences(inference: dict[str, Any]) -> list[str]:
     """Which representations show a change by themselves, and which are not above chance."""
     entries = MAIN_COMPARISON.entries_in(inference)
-    able = [entry for entry in entries if entry["representation"] in inference["primary"]["representations"]]
+    able = [entry for entry in entries if entry["representation"] in inference["above_chance"]]
     unable = [entry for entry in entries if entry not in able]
     sentences = []
     changed = [entry for entry in able if entry["p_max_t"] < LEVEL and entry["drop"] != 0]

@@ -236,6 +236,27 @@ def test_the_runs_part_is_the_sum_of_squares_adjusted_for_rows():
     assert minus == pytest.approx(whole.ssr / rest_dof * scale)
 
 
+def test_rounds_that_share_their_folds_have_fewer_degrees_of_freedom():
+    """Against ordinary least squares: runs of one fold test the same rows, so fewer differences are seen."""
+    D, runs, _ = world(np.random.default_rng(12), n=60, rounds=1, run_sd=0.3)
+    D = np.concatenate([D, world(np.random.default_rng(13), n=60, rounds=1, run_sd=0.3)[0]])
+    runs = np.concatenate([runs, runs + 5])
+    rows = np.kron(np.ones((2, 1)), np.eye(60))
+    of_runs = (runs.ravel()[:, None] == np.arange(10)).astype(float)
+    without, whole = sm.OLS(D.ravel(), rows).fit(), sm.OLS(D.ravel(), np.hstack([rows, of_runs])).fit()
+    plus, minus, runs_dof, rest_dof = variance_of_runs(D, runs)
+    assert (runs_dof, rest_dof) == (5, 55) == (without.df_resid - whole.df_resid, whole.df_resid)
+    assert plus / minus == pytest.approx((without.ssr - whole.ssr) / 5 / whole.mse_resid)
+
+
+@pytest.mark.parametrize("n, rounds", [(1, 1), (1, 2), (3, 1), (4, 2)])
+def test_of_too_few_rows_nothing_is_claimed(n, rounds):
+    runs = np.arange(n * rounds).reshape(rounds, n)  # every answer by a run of its own
+    for groups in (None, np.arange(n)):
+        found = fold_standard_error(np.ones((rounds, n)), runs, groups)
+        assert found.error == math.inf and found.half_width == math.inf
+
+
 # --- several representations at once
 
 
@@ -394,6 +415,34 @@ def test_audits_score_every_run_on_changed_rows_that_it_did_not_see(run, place, 
         assert found["agreement"] == pytest.approx(np.mean(same))
         if "stats" not in name:
             assert found["agreement"] == 1 and found["unchanged_acc_mean"] == found["test_acc_mean"]
+
+
+@pytest.mark.parametrize("repeats, runs", [("1", "10"), ("2", "20")])
+def test_representations_with_fewer_rounds_are_compared_and_averaged_too(run, place, repeats, runs):
+    """kernel_ridge has a run for each fold of each division, the MLP has more."""
+    lora_dataset(n=40, signal=3.0).save_to_disk("clear")
+    names = ("simple_stats", "stats", "kernel_ridge", "product_norms")
+    chosen = ("--folds", "5", "--repeats", repeats, "--representations", *names)
+    fast = ["--num-runs", runs, "--max-epochs", "30", *FAST[4:]]
+    status, log = run(*chosen, dataset="./clear", fast=fast)
+    assert status == 0, log
+    found = json.loads((folder(place, "clear") / "results.json").read_text())["inference"]
+    assert len(found["ranking"]) == 6
+    if found["primary"]:
+        assert set(found["primary"]["representations"]) == set(found["above_chance"])
+
+
+def test_rows_that_share_their_groups_are_counted_over_all_folds(run, place):
+    from datasets import Dataset
+
+    rows = lora_dataset(n=40).to_dict()
+    rows["category_name"] = [f"{i % 3} {i % 6}" if i < 30 else f"alone {i}" for i in range(40)]
+    Dataset.from_dict(rows).save_to_disk("some")
+    chosen = ("--folds", "5", "--split", "random", "--representations", "stats")
+    status, log = run(*chosen, dataset="./some", fast=TEN)
+    assert status == 0, log
+    found = json.loads((folder(place, "some") / "results.json").read_text())["inference"]
+    assert found["test_rows"] == 40 and 25 <= found["test_rows_that_share_a_group_with_training"] <= 30
 
 
 def test_shuffled_labels_are_checked_in_folds_too(run, place):

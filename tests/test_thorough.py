@@ -114,6 +114,15 @@ def test_random_halves_and_smaller_training_sets_are_read_from_their_cells():
     found = robustness.random_halves(samples)
     assert (found["classifier"], found["draws"], found["mean"]["rank"]) == ("linear", 19, 1)
     assert found["mean"]["p_lower"] == 0.05 and found["entries"][0]["halves"] == found["mean"]["halves"]
+    samples[Cell("kernel_ridge", "visual_only")] = sample(0.5)  # has no MLP, whoever reads the halves
+    for i in range(19):
+        samples[Cell("kernel_ridge", f"random_half.{i}")] = sample(0.3)
+    found = robustness.random_halves(samples)
+    assert found["classifier"] == "linear" and len(found["entries"]) == 2
+    assert {one["representation"]: one["rank"] for one in found["entries"]} == {
+        "stats": 1,
+        "kernel_ridge": 20,
+    }
     curve = robustness.curve_over_training_sizes(samples, ["stats"], Margin())
     assert [one["share"] for one in curve] == [0.25, 0.5]
     for one, drop in zip(curve, (0.1, 0.2), strict=True):
