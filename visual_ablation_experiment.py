@@ -139,7 +139,8 @@ def run_group(context: Context, ledger: Ledger, cells: list[Cell], features: Fea
         number = ledger.cells.index(cells[0]) + 1
         names = " + ".join(cell.name for cell in cells)
         log.info(f"\n[{number}/{len(ledger.cells)}] {names}: {prepared.task.features.shape[1]} columns")
-        kept = UnfinishedRuns(store.folder, cells[0].name, ledger.inputs[cells[0]])
+        made_with = {cell.name: ledger.inputs[cell] for cell in cells}
+        kept = UnfinishedRuns(store.folder, cells[0].trained.name, made_with)
         with context.clock("training"):
             trained = train_cell(context, prepared, kept)
         for cell in cells:

@@ -46,6 +46,17 @@ def joint_flips(sums: np.ndarray, seed: int = RESAMPLING_SEED) -> np.ndarray:
     return np.divide(flipped, size, out=np.zeros_like(flipped), where=size > 0)
 
 
+# Of an entry whose rows or groups are too few for any claim.
+NOTHING_TOLD = {
+    "p": 1.0,
+    "p_equivalence": 1.0,
+    "interval": (-1.0, 1.0),
+    "standard_error": None,
+    "smallest": None,
+    "retained": None,
+}
+
+
 class Margin(NamedTuple):
     """What counts as equal: a difference of less than `points` (a fraction), or, if `share` > 0, of less
     than that share of the accuracy above chance with the first layer set.
@@ -55,16 +66,16 @@ class Margin(NamedTuple):
     share: float = 0.0
 
 
-def step_down(p_values: list[float], flips: np.ndarray, two_sided: bool = True) -> list[float]:
+def step_down(p_values: list[float], flips: np.ndarray, sides: np.ndarray | None = None) -> list[float]:
     """p-values adjusted by the step-down max-T method over joint flips (B, K).
 
     A representation's own p-value is turned into a normal deviate, and set against the largest deviate under
     the flips of it and of all less significant ones. So the runs' spread, which is in the p-values and not in
-    the flips, counts too.
+    the flips, counts too. With `sides` (K,), 1 or -1, the p-values are one-sided, and so are the deviates.
     """
-    observed = scipy.stats.norm.isf(np.clip(p_values, 1e-300, 1) / (2 if two_sided else 1))
+    observed = scipy.stats.norm.isf(np.clip(p_values, 1e-300, 1) / (2 if sides is None else 1))
     order = np.argsort(-observed, kind="stable")
-    deviates = np.abs(flips) if two_sided else flips
+    deviates = np.abs(flips) if sides is None else flips * sides
     remaining = np.maximum.accumulate(deviates[:, order[::-1]], axis=1)[:, ::-1]
     adjusted, running = np.empty(len(p_values)), 0.0
     for rank, k in enumerate(order):
@@ -96,7 +107,9 @@ def adjust_family(entries: list[dict[str, Any]], pairs: list[tuple[Sample, Sampl
     if all(np.array_equal(units[0], own) for own in units):
         flips = joint_flips(unit_sums(np.stack(drops), units[0]))
         adjusted = step_down([entry["p"] for entry in entries], flips)
-        equal = step_down([entry["p_equivalence"] for entry in entries], flips, two_sided=False)
+        # The margin that a difference is nearer to decides: below the upper one, or above the lower one.
+        sides = np.array([-1 if entry["drop"] >= 0 else 1 for entry in entries])
+        equal = step_down([entry["p_equivalence"] for entry in entries], flips, sides)
         deviate = critical_deviate(flips)
     else:
         adjusted = [entry["p_holm"] for entry in entries]
@@ -180,6 +193,8 @@ def compared(first: Sample, second: Sample, margin: Margin) -> dict[str, Any] | 
     entry = first.minus(second, margin.points)
     if entry is None:
         return None
+    if len(np.unique(first.units_of(first.shared_splits(second)))) < FEWEST_UNITS:
+        return entry | NOTHING_TOLD
     if margin.share > 0:
         entry |= equivalence_by_share(first, second, margin.share)
     return entry | {"retained": retained(first, second)}

@@ -76,8 +76,8 @@ def training_inputs(settings: Settings, cell: Cell) -> dict[str, Any]:
         **training,
     }
     if cell.audit:
-        inputs |= {"audit": cell.audit, "audit_version": AUDIT_VERSION}
-        inputs |= {"audit_rows": settings.audit_rows} if settings.audit_rows else {}
+        on_rows = f"{AUDIT_VERSION}, on {settings.audit_rows} rows"
+        inputs |= {"audit": cell.audit, "audit_version": on_rows if settings.audit_rows else AUDIT_VERSION}
     if cell.classifier:
         inputs |= {"classifier": cell.classifier, "classifier_version": CLASSIFIER_VERSION}
     return inputs

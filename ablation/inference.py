@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
@@ -56,7 +57,6 @@ def infer(
     plain = {cell: sample for cell, sample in of_kind.items() if cell.is_plain}
     if not plain:
         return {}
-    first_predictions = {cell: arrays for cell, arrays in predictions.items() if not cell.split}
     first_arrays = next(arrays for cell, arrays in predictions.items() if cell.is_plain)
     representations = list(dict.fromkeys(cell.representation for cell in plain))
     accuracies = {cell.name: s.accuracy for cell, s in of_kind.items() if cell.layer_set != "random_half"}
@@ -68,7 +68,7 @@ def infer(
     def compare(comparison: Comparison, classifier: str = "") -> dict[str, Any]:
         pairs = sample_pairs(of_kind, representations, comparison, classifier)
         mean = primary(pairs, above, margin)
-        entries = compare_layer_sets(pairs, margin)
+        entries = compare_layer_sets(pairs, margin, above)
         return {"first": comparison.first, "second": comparison.second, "mean": mean, "entries": entries}
 
     comparisons = [compare(comparison) for comparison in COMPARISONS]
@@ -83,7 +83,7 @@ def infer(
         "comparisons": [comparison for comparison in comparisons if comparison["entries"]],
         "classes": class_differences(main_pairs, labels_by_row(predictions)),
         "classifiers": [found for found in by_classifier if found["entries"]],
-        **further_evidence(of_kind, first_predictions, groups, above, margin),
+        **further_evidence(of_kind, predictions, groups, above, margin),
         "ranking": ranking(every),
         "inflation": all_inflation(samples),
         "controls": [control_entry(cell, accuracies[cell.name]) for cell in of_kind if cell.is_control],
@@ -169,12 +169,17 @@ def sample_pairs(
     return pairs
 
 
-def compare_layer_sets(pairs: dict[str, tuple[Sample, Sample]], margin: Margin) -> list[dict[str, Any]]:
-    """The differences of two layer sets, by representation, adjusted for testing all of them."""
+def compare_layer_sets(
+    pairs: dict[str, tuple[Sample, Sample]], margin: Margin, above_chance: Collection[str] = ()
+) -> list[dict[str, Any]]:
+    """The differences of two layer sets, by representation, adjusted for testing all of them. What is
+    retained is said of representations that are `above_chance` with all layers.
+    """
     entries = []
     for name, (first, second) in pairs.items():
         entry = compared(first, second, margin)
         assert entry is not None
+        entry["retained"] = entry["retained"] if name in above_chance else None
         entries.append({"representation": name, **entry})
     adjust_family(entries, list(pairs.values()))
     return entries

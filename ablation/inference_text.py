@@ -15,6 +15,7 @@ from ablation.text_table import (
     Column,
     accuracy_with_interval,
     interval_text,
+    margin_text,
     percent,
     points,
     probability,
@@ -52,7 +53,8 @@ def general_lines(inference: dict[str, Any]) -> list[str]:
     if folds is not None:
         lines.append(
             f"Folds: {folds['folds']}; each of {rows} rows is tested {folds['rounds']} times, by "
-            f"{inference['runs']} runs in all, which are trained on the other rows."
+            f"{inference['runs']} runs in all, which are trained on the other rows. Above, runs weigh alike; "
+            "below, rows do."
         )
     if inference["groups"] is not None:
         shared = inference["test_rows_that_share_a_group_with_training"]
@@ -97,13 +99,6 @@ def comparison_lines(comparison: dict, inference: dict[str, Any]) -> list[str]:
         f"smallest: found with {100 * inference['power']:.0f} %)"
     )
     return ["", title, explained, *table(COMPARISON_COLUMNS, comparison["entries"])]
-
-
-def margin_text(inference: dict[str, Any]) -> str:
-    """What counts as equal, in words."""
-    if inference["margin_share"]:
-        return f"{100 * inference['margin_share']:g} % of the accuracy above chance"
-    return f"{100 * inference['margin']:g} points"
 
 
 def over_splits(entries: list[dict]) -> str:
@@ -201,11 +196,13 @@ CURVE_COLUMNS = (
 
 def curve_lines(inference: dict[str, Any]) -> list[str]:
     """The mean over the representations on smaller training sets, and on the whole one."""
-    if not inference["learning_curve"] or inference["primary"] is None:
+    curve, primary = inference["learning_curve"], inference["primary"]
+    if not curve:
         return []
-    whole = {"share": 1.0, **inference["primary"]}
-    title = "Mean over the representations above chance, by the share of the training rows"
-    return ["", title, *table(CURVE_COLUMNS, [*inference["learning_curve"], whole])]
+    title = f"Mean over {len(curve[-1]['representations'])} representations by the share of the training rows"
+    title += ", none of which is shown to be above chance on all of them" if primary is None else ""
+    whole = [] if primary is None else [{"share": 1.0, **primary}]
+    return ["", title, *table(CURVE_COLUMNS, [*curve, *whole])]
 
 
 NEIGHBOUR_COLUMNS = (
@@ -289,7 +286,9 @@ def audit_lines(audits: list[dict]) -> list[str]:
     for audit, title in AUDIT_TITLES.items():
         rows = [row for row in audits if row["audit"] == audit]
         if rows:
-            lines += ["", title, *table(audit_columns(audit, list(rows[0]["variants"])), rows)]
+            count = rows[0].get("audited_rows")
+            on_rows = f", {count} rows" if count else ""
+            lines += ["", title.replace(":", f"{on_rows}:", 1), *table(audit_columns(rows), rows)]
     return lines
 
 
@@ -299,8 +298,11 @@ def unchanged_accuracy(row: dict) -> float:
     return first.get("unchanged_acc_mean", row["test_acc_mean"])
 
 
-def audit_columns(audit: str, variants: list[str]) -> list[Column]:
-    """The columns of an audit's table: test accuracy, then accuracy and agreement on each variant."""
+def audit_columns(rows: list[dict]) -> list[Column]:
+    """The columns of an audit's table: accuracy on the audited rows as they are, then accuracy and agreement
+    on each variant.
+    """
+    audit, variants = rows[0]["audit"], list(rows[0]["variants"])
 
     def variant_text(variant: str) -> Callable[[dict], str]:
         def text(row: dict) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ablation.catalogue import CLASSIFIERS, MAIN_COMPARISON, SIZE_MATCHED_COMPARISON, words_of
-from ablation.estimators import LEVEL
+from ablation.estimators import LEVEL, holm
 
 MANY_SPLITS = 5  # from as many on, the corrected test over splits has enough power
 FEWEST_HALVES = 19  # random halves: with fewer no place among them is rarer than 1 in 20
@@ -49,6 +49,14 @@ def are(count: int) -> str:
     return "is" if count == 1 else "are"
 
 
+def outcome(inference: dict[str, Any]) -> str:
+    """What the primary hypothesis came to: "falls", "rises", "same" or "open"."""
+    primary = inference["primary"]
+    if primary["p"] < LEVEL and primary["drop"] != 0:
+        return "falls" if primary["drop"] > 0 else "rises"
+    return "same" if primary["p_equivalence"] < LEVEL else "open"
+
+
 # --- reservations
 
 
@@ -60,10 +68,13 @@ def size_matched_sentences(inference: dict[str, Any]) -> list[str]:
     worse = [entry for entry in halves if entry["p_holm"] < LEVEL and entry["drop"] > 0]
     better = [entry for entry in halves if entry["p_holm"] < LEVEL and entry["drop"] < 0]
     result = f"lower for {names_of(worse)}" if worse else "not shown to be lower for any representation"
-    result += f", and higher for {names_of(better)}" if better else ""
-    control = "Against random halves of the modules, which lose as many"
     kept = words_of(SIZE_MATCHED_COMPARISON.second)
-    return [f"{control}, accuracy with {kept} is {result}.", *map(drop_of, worse)]
+    sentences = [
+        "Random halves of the modules lose as many columns.",
+        f"Against them accuracy with {kept} is {result}.",
+        *map(drop_of, worse),
+    ]
+    return sentences + ([f"It is higher for {names_of(better)}."] if better else [])
 
 
 def reservations(inference: dict[str, Any]) -> list[str]:
@@ -83,7 +94,7 @@ def reservations(inference: dict[str, Any]) -> list[str]:
 def size_sentences(inference: dict[str, Any]) -> list[str]:
     """Whether fewer columns alone would explain a fall."""
     if inference["random_halves"] and inference["random_halves"]["draws"] >= FEWEST_HALVES:
-        return half_sentences(inference["random_halves"])
+        return half_sentences(inference["random_halves"], outcome(inference))
     if SIZE_MATCHED_COMPARISON.entries_in(inference):
         return size_matched_sentences(inference)
     return [
@@ -93,21 +104,19 @@ def size_sentences(inference: dict[str, Any]) -> list[str]:
     ]
 
 
-def half_sentences(halves: Numbers) -> list[str]:
-    """The place of the visual layers among random halves of the modules."""
+def half_sentences(halves: Numbers, result: str) -> list[str]:
+    """The place of the visual layers among random halves of the modules, and what it says of a fall."""
     mean, kept = halves["mean"], words_of(MAIN_COMPARISON.second)
     below, draws = mean["rank"] - 1, halves["draws"]
     sentences = [
         f"On average {kept} read more than {below} of {draws} random halves, which have as many modules "
         f"({classifier_words(halves['classifier'])})."
     ]
+    if result != "falls":
+        return sentences
     if mean["p_lower"] <= LEVEL:
-        return [
-            *sentences,
-            f"So the fall is more than that of losing half of the modules (p = {mean['p_lower']:.2f}).",
-        ]
-    if mean["p_higher"] <= LEVEL:
-        return [*sentences, f"So {kept} keep more than any half would (p = {mean['p_higher']:.2f})."]
+        p = mean["p_lower"]
+        return [*sentences, f"So the fall is more than that of losing half of the modules (p = {p:.2f})."]
     return [*sentences, "So the fall may be that of losing half of the modules."]
 
 
@@ -134,6 +143,24 @@ def classifier_sentences(inference: dict[str, Any]) -> list[str]:
     return [f"By a linear classifier the drop is {numbers}."]
 
 
+def others_above_chance(inference: dict[str, Any]) -> list[str]:
+    """Where no representation is above chance by the MLP: which other classifiers are above it."""
+    if inference["above_chance"]:
+        return []
+    points, first = [], MAIN_COMPARISON.first
+    for one in inference["classifiers"]:
+        names = [entry["representation"] for entry in one["entries"]]
+        cells = [inference["accuracies"][f"{first}_{name}.{one['classifier']}"] for name in names]
+        p_values = holm([cell["p_above_chance"] for cell in cells])
+        able = [{"representation": name} for name, p in zip(names, p_values, strict=True) if p < LEVEL]
+        if able:
+            points.append(
+                f"By the {CLASSIFIERS[one['classifier']].lower()} {names_of(able)} {are(len(able))} above "
+                "chance. So the MLP may be trained too little, or its settings may not fit."
+            )
+    return points
+
+
 def text_sentences(inference: dict[str, Any]) -> list[str]:
     """The visual layers against the text layers, which have as many modules."""
     compared = next(
@@ -153,11 +180,11 @@ def text_sentences(inference: dict[str, Any]) -> list[str]:
 
 def curve_sentences(inference: dict[str, Any]) -> list[str]:
     """The drop on smaller training sets."""
-    curve = inference["learning_curve"]
-    if not curve:
-        return []
-    points = ", ".join(f"{100 * one['drop']:+.1f} on {100 * one['share']:.0f} %" for one in curve)
-    return [f"The mean drop by the share of the training rows: {points} of them."]
+    return [
+        f"On {100 * one['share']:.0f} % of the training rows the mean drop is {100 * one['drop']:+.1f} "
+        "points."
+        for one in inference["learning_curve"][:LISTED]
+    ]
 
 
 def about(inference: dict[str, Any]) -> str:

@@ -51,6 +51,8 @@ def verdict_lines(results: dict[str, Any]) -> list[str]:
 def head_lines(results: dict[str, Any]) -> list[str]:
     """The data set, its layers, and how many runs the numbers are from."""
     sizes = ", ".join(f"{part} {n}" for part, n in results["data"]["split"].items())
+    if results.get("settings", {}).get("folds"):
+        sizes = f"first fold: {sizes}"
     rows = [row for key, of_set in results.items() if key.endswith("_results") for row in of_set]
     has_ridge = any(row["representation"].startswith("kernel_ridge") for row in rows)
     lines = [

@@ -19,12 +19,13 @@ Samples = dict[Cell, Sample]
 def further_evidence(
     samples: Samples, predictions: Predictions, groups: np.ndarray | None, names: list[str], margin: Margin
 ) -> dict[str, Any]:
-    """All of it, for results.json. `names` are the representations above chance, `predictions` those of the
-    first split.
+    """All of it, for results.json. `names` are the representations above chance. Where none is, the curve is
+    of all.
     """
+    representations = list(dict.fromkeys(cell.representation for cell in samples if cell.is_plain))
     return {
         "random_halves": random_halves(samples),
-        "learning_curve": curve_over_training_sizes(samples, names, margin),
+        "learning_curve": curve_over_training_sizes(samples, names or representations, margin),
         "neighbours": neighbours(predictions, groups),
     }
 
@@ -102,7 +103,7 @@ def neighbours(predictions: Predictions, groups: np.ndarray | None) -> list[dict
     """
     entries = []
     for cell, arrays in predictions.items():
-        if NEIGHBOURS not in arrays:
+        if NEIGHBOURS not in arrays or cell.split:
             continue
         nearest = arrays[NEIGHBOURS]
         if "parts" in arrays:

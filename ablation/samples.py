@@ -72,9 +72,9 @@ class Sample:
         ]
 
     def repeated(self, split: str, rounds: int) -> np.ndarray:
-        """Right or wrong (rounds, n) on a split. A sample of fewer rounds, such as that of a classifier without
-        seeds, is repeated; rounds take the divisions of the rows in turn, so that each stands beside one of
-        its own division.
+        """Right or wrong (rounds, n) on a split. A sample of fewer rounds, such as a classifier without seeds
+        has, is repeated; rounds take the divisions of the rows in turn, so that each stands beside one of its
+        own division.
         """
         right = self.right[split]
         return np.tile(right, (rounds // len(right), 1))

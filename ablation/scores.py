@@ -198,15 +198,26 @@ def audit_record(
     `audited` (N,), accuracies as they are and as changed.
 
     `changes` has by variant how far the features moved. `agreement` is the share of test predictions that
-    stay the same. A run that tested none of these rows does not count.
+    stay the same. In cross-validation an accuracy is that of a round, in which each row is tested once.
     """
-    rows_of = {run.fold: view.split_of(run.fold).test for run in trained.runs}
-    runs = [run for run in trained.runs if audited[rows_of[run.fold]].any()]
-    before = [run.predictions["test"][audited[rows_of[run.fold]]] for run in runs]
-    truth = [view.labels[rows_of[run.fold]][audited[rows_of[run.fold]]] for run in runs]
+    runs = trained.runs
+    rows = [view.split_of(run.fold).test for run in runs]
+    kept = [rows_of_run[audited[rows_of_run]] for rows_of_run in rows]
+    rounds = sum(int(rows[0][0] in rows_of_run) for rows_of_run in rows) if view.folds else len(runs)
+
+    def by_round(of_runs: list[np.ndarray]) -> list[np.ndarray]:
+        size = len(runs) // rounds
+        return [np.concatenate(of_runs[r * size : (r + 1) * size]) for r in range(rounds)]
+
+    before = by_round([run.predictions["test"][audited[of]] for run, of in zip(runs, rows, strict=True)])
+    truth = by_round([view.labels[of] for of in kept])
 
     def of_variant(variant: str, change: dict[str, float]) -> dict[str, Any]:
-        after = [run.predictions[f"{cell.audit} {variant}"] for run in runs]
+        name = f"{cell.audit} {variant}"
+        none = np.array([], int)  # of a run that tests none of the audited rows
+        after = by_round(
+            [run.predictions[name] if len(of) else none for run, of in zip(runs, kept, strict=True)]
+        )
         accuracies = shares_alike(after, truth)
         mean, std = mean_and_std(accuracies)
         return {
@@ -219,7 +230,7 @@ def audit_record(
         }
 
     variants = {variant: of_variant(variant, change) for variant, change in changes.items()}
-    count = len(np.unique(np.concatenate([rows[audited[rows]] for rows in rows_of.values()])))
+    count = len(np.unique(np.concatenate(kept)))
     return {"audit": cell.audit, "layer_set": cell.layer_set, "audited_rows": count, "variants": variants}
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
-from ablation.catalogue import CONTROL_SETS, METADATA_COLUMNS, SPECS, group_of
+from ablation.catalogue import CONTROL_SETS, MAIN_COMPARISON, METADATA_COLUMNS, SPECS, group_of
 from ablation.cells import Cell, cells_of
 from ablation.controls import control_cells
 from ablation.layers import expand_layer_sets
@@ -34,9 +34,10 @@ def list_cells(settings: Settings, layer_sets: list[str]) -> list[Cell]:
         for cell in table + further
         if not cell.own_classifier
     ]
+    compared = [*halves, MAIN_COMPARISON.second] if halves else []  # what the halves are set beside
     halved = [
         cell._replace(classifier="" if cell.own_classifier else by_another)
-        for cell in cells_of(halves, settings.representations)
+        for cell in cells_of(compared, settings.representations)
     ]
     fewer = [
         cell._replace(fraction=fraction)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -149,6 +150,8 @@ def fold_splits(
     """
     if num_rows < SMALLEST_SPLIT:
         raise InputError(f"--folds needs {SMALLEST_SPLIT} rows or more: the data set has {num_rows}")
+    if num_rows < spec.folds:
+        raise InputError(f"--folds {spec.folds} are more than the {num_rows} rows of the data set")
     spec = spec.resolved(groups is not None)
     if spec.kind == "grouped" and groups is None:
         raise InputError("--split grouped needs a column of groups: give --group-column")
@@ -176,7 +179,7 @@ def random_folds(folds: int, seed: int, labels: np.ndarray, groups: np.ndarray |
 
 def stratified_folds(folds: int, seed: int, labels: np.ndarray, groups: np.ndarray | None) -> list[FoldRows]:
     """Folds in which every class, or every group where that is possible, has its share."""
-    from sklearn.model_selection import StratifiedKFold, StratifiedShuffleSplit
+    from sklearn.model_selection import StratifiedKFold
 
     fewest = int(np.unique(labels, return_counts=True)[1].min())
     if fewest < folds:
@@ -187,13 +190,26 @@ def stratified_folds(folds: int, seed: int, labels: np.ndarray, groups: np.ndarr
         strata = groups if sizes.min() >= folds else labels
     parts = []
     for rest, test in StratifiedKFold(folds, shuffle=True, random_state=seed).split(strata, strata):
-        halves = StratifiedShuffleSplit(1, test_size=VAL_SHARE, random_state=seed)
-        try:
-            train, val = next(halves.split(rest, strata[rest]))
-        except ValueError:  # a stratum is too small to be divided again
-            train, val = next(halves.split(rest, labels[rest]))
-        parts.append((rest[train], rest[val], test))
+        train, val = validation_rows(rest, [strata, labels], seed)
+        parts.append((train, val, test))
     return parts
+
+
+def validation_rows(rest: np.ndarray, strata: list[np.ndarray], seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows to train and to validate on, by the first of the `strata` (N,) that are large enough to be divided
+    again, else at random.
+    """
+    from sklearn.model_selection import ShuffleSplit, StratifiedShuffleSplit
+
+    for of_rows in strata:
+        fewest = int(np.unique(of_rows[rest], return_counts=True)[1].min())
+        count = len(np.unique(of_rows[rest]))
+        if fewest >= 2 and math.ceil(VAL_SHARE * len(rest)) >= count:
+            halves = StratifiedShuffleSplit(1, test_size=VAL_SHARE, random_state=seed)
+            train, val = next(halves.split(rest, of_rows[rest]))
+            return rest[train], rest[val]
+    train, val = next(ShuffleSplit(1, test_size=VAL_SHARE, random_state=seed).split(rest))
+    return rest[train], rest[val]
 
 
 def grouped_folds(folds: int, seed: int, labels: np.ndarray, groups: np.ndarray | None) -> list[FoldRows]:
@@ -204,10 +220,16 @@ def grouped_folds(folds: int, seed: int, labels: np.ndarray, groups: np.ndarray 
     count = len(np.unique(groups))
     if count < folds + 1:
         raise InputError(f"--folds {folds} of whole groups need {folds + 1} groups: the data set has {count}")
+    largest = int(np.unique(labels, return_counts=True)[1].max())
+    if largest < folds:
+        raise InputError(f"--folds {folds} need {folds} rows of some class: the largest has {largest}")
     parts = []
     splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
     for rest, test in splitter.split(labels, labels, groups):
-        eighths = min(round(1 / VAL_SHARE), len(np.unique(groups[rest])))
+        largest = int(np.unique(labels[rest], return_counts=True)[1].max())
+        eighths = min(round(1 / VAL_SHARE), len(np.unique(groups[rest])), largest)
+        if eighths < 2:
+            raise InputError(f"--folds {folds} of whole groups leave none to validate on")
         again = StratifiedGroupKFold(eighths, shuffle=True, random_state=seed)
         train, val = next(again.split(rest, labels[rest], groups[rest]))
         parts.append((rest[train], rest[val], test))

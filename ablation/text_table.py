@@ -37,7 +37,7 @@ def percent(mean: float | None, std: float | None = None) -> str:
     """A fraction as percent, with its std if given; - for None."""
     if mean is None:
         return "-"
-    return f"{100 * mean:.1f}" + ("" if std is None else f"±{100 * std:.1f}")
+    return f"{round(100 * mean, 1) + 0.0:.1f}" + ("" if std is None else f"±{100 * std:.1f}")
 
 
 def points(value: float) -> str:
@@ -63,3 +63,10 @@ def accuracy_with_interval(entry: dict | None) -> str:
 def probability(p: float) -> str:
     """A p-value."""
     return "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def margin_text(inference: dict[str, Any]) -> str:
+    """What counts as equal, in words."""
+    if inference["margin_share"]:
+        return f"{100 * inference['margin_share']:g} % of the accuracy above chance"
+    return f"{100 * inference['margin']:g} points"

@@ -6,11 +6,22 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from ablation.catalogue import MAIN_COMPARISON, SHUFFLED, words_of
+from ablation.catalogue import MAIN_COMPARISON, SHUFFLED, SPECS, words_of
 from ablation.cells import spoken_cell
 from ablation.estimators import LEVEL
 from ablation.family import FEWEST_UNITS
-from ablation.reservations import LISTED, are, drop_of, in_percent, names_of, nuisance_points, reservations
+from ablation.reservations import (
+    LISTED,
+    are,
+    drop_of,
+    in_percent,
+    names_of,
+    nuisance_points,
+    others_above_chance,
+    outcome,
+    reservations,
+)
+from ablation.text_table import margin_text
 
 FEWEST_RUNS = 5  # from as many on, the spread over runs is known well enough for a claim about new runs
 
@@ -40,7 +51,9 @@ def verdict(inference: dict[str, Any], is_overlapping: bool = False) -> Verdict:
     suspect, fine = suspicion(inference)
     reason = why_no_verdict(inference)
     if reason:
-        return Verdict([*suspect, reason], [], [*fine, *nuisance_points(inference)])
+        return Verdict(
+            [*suspect, reason], [], [*others_above_chance(inference), *fine, *nuisance_points(inference)]
+        )
     return Verdict(
         [*suspect, *opening(inference)],
         [*average_sentences(inference), *single_sentences(inference)],
@@ -84,7 +97,9 @@ def why_no_verdict(inference: dict[str, Any]) -> str:
     if not MAIN_COMPARISON.entries_in(inference):
         first, second = map(words_of, MAIN_COMPARISON[:2])
         return f"No verdict: no representation was run with {first} and with {second} alone."
-    if inference["runs"] < FEWEST_RUNS:
+    entries = MAIN_COMPARISON.entries_in(inference)
+    has_seeds = not all(SPECS[entry["representation"]].classifier for entry in entries)
+    if inference["runs"] < FEWEST_RUNS and has_seeds:
         return (
             f"No verdict: {inference['runs']} runs a cell do not tell how runs differ; --num-runs "
             f"{FEWEST_RUNS} or more would."
@@ -102,14 +117,6 @@ def why_no_verdict(inference: dict[str, Any]) -> str:
             "claim."
         )
     return ""
-
-
-def outcome(inference: dict[str, Any]) -> str:
-    """What the primary hypothesis came to: "falls", "rises", "same" or "open"."""
-    primary = inference["primary"]
-    if primary["p"] < LEVEL and primary["drop"] != 0:
-        return "falls" if primary["drop"] > 0 else "rises"
-    return "same" if primary["p_equivalence"] < LEVEL else "open"
 
 
 def opening(inference: dict[str, Any]) -> list[str]:
@@ -183,12 +190,11 @@ def single_sentences(inference: dict[str, Any]) -> list[str]:
                 f"{'itself' if len(shown) == 1 else 'themselves'} (p < {LEVEL:g}, corrected for all)."
             )
             sentences += map(drop_of, shown[:LISTED])
-    if outcome(inference) in ("falls", "rises") and not sentences:
+    if outcome(inference) in ("falls", "rises") and not sentences and len(able) > 1:
         sentences.append("No single representation shows it by itself, corrected for all of them.")
     equal = [entry for entry in able if entry["p_equivalence_max_t"] < LEVEL and entry not in changed]
-    if equal:
-        margin = 100 * equal[0]["margin"]
-        sentences.append(f"For {names_of(equal)} the two are equal to within {margin:g} points.")
+    if equal and outcome(inference) == "same":
+        sentences.append(f"For {names_of(equal)} the two are equal to within {margin_text(inference)}.")
     if unable:
         sentences.append(
             f"With all layers {names_of(unable)} {are(len(unable))} not shown to be above chance "

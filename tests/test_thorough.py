@@ -9,12 +9,13 @@ from builders import load, lora_dataset
 from experiments import FAST, folder
 from sklearn.neighbors import KNeighborsClassifier
 
-from ablation import robustness
+from ablation import inference, robustness
 from ablation.catalogue import THOROUGH
 from ablation.cells import Cell
 from ablation.command_line import parse_command_line
 from ablation.conversion import build_settings
 from ablation.family import Margin
+from ablation.inference_text import inference_lines
 from ablation.samples import Sample
 from ablation.selection import list_cells
 from ablation.settings import InputError
@@ -56,6 +57,15 @@ def test_the_cells_of_a_thorough_run():
     few = Cell.named("all_layers_stats.train25")
     assert (few.train_percent, few.is_plain, few.title) == (25, False, "Fewer Training Rows")
     assert few.spoken == "stats of all layers, 25 % of the training rows"
+
+
+def test_halves_by_a_classifier_bring_what_they_are_set_beside():
+    chosen = settings_of(
+        "--layer-sets", "all_layers", "random_half", "--halves-by", "linear", "--random-halves", "2"
+    )
+    names = {cell.name for cell in list_cells(chosen, ["all_layers", "random_half.0", "random_half.1"])}
+    assert {"random_half.0_stats.linear", "visual_only_stats.linear"} <= names
+    assert "all_layers_stats.linear" not in names and "visual_only_stats" not in names
 
 
 @pytest.mark.parametrize("share", ["0", "1.5", "-1", "nan", "half", "0.001", "0.255"])
@@ -127,6 +137,28 @@ def test_random_halves_and_smaller_training_sets_are_read_from_their_cells():
     assert [one["share"] for one in curve] == [0.25, 0.5]
     for one, drop in zip(curve, (0.1, 0.2), strict=True):
         assert one["drop"] == pytest.approx(drop, abs=0.05) and one["interval"][0] < drop < one["interval"][1]
+
+
+def test_what_only_other_classifiers_read_is_said():
+    rng = np.random.default_rng(3)
+    labels = rng.integers(0, 4, 200)
+
+    def arrays(accuracy):
+        told = np.where(rng.random((5, 200)) < accuracy, labels, rng.integers(0, 4, (5, 200)))
+        rows = np.arange(200)
+        of_train = {"train_rows": rows + 200, "train_labels": labels}
+        return {"test_rows": rows, "test_labels": labels, "test_predictions": told} | of_train
+
+    cells = {Cell("stats", name): arrays(0.0) for name in ("all_layers", "visual_only")}
+    cells |= {Cell("stats", name, classifier="linear"): arrays(0.9) for name in ("all_layers", "visual_only")}
+    for fraction in ("train25", "train50"):
+        cells |= {Cell("stats", cell.layer_set, fraction=fraction): arrays(0.0) for cell in list(cells)[:2]}
+    found = inference.infer(cells, None, Margin())
+    assert found["above_chance"] == [] and len(found["learning_curve"]) == 2
+    said = verdict(found)
+    assert "no representation is shown to be above chance" in said.text
+    assert said.reservations[0].startswith("By the linear probe stats is above chance.")
+    assert "none of which is shown" in "\n".join(inference_lines(found))
 
 
 # --- a whole run

@@ -180,7 +180,7 @@ def retention_rows(results: Results) -> Rows:
         name: entry["accuracy"] - chance
         for name in representations(results)
         if (entry := found.get("accuracies", {}).get(f"{whole}_{name}"))
-        and entry["p_above_chance"] < found["level"]
+        and name in found.get("above_chance", [])
     }
     return [
         {"representation": name, "layer_set": layer_set, "retention": (accuracy - chance) / above[name]}
