@@ -13,7 +13,7 @@ import representations
 from ablation.catalogue import CHOICES, SPECS
 from ablation.cells import cells_of
 from ablation.reading import WeightReader
-from ablation.verdict import size_matched_sentences
+from ablation.reservations import size_matched_sentences
 
 # --- products, fitted representations and audits
 
@@ -331,7 +331,8 @@ def test_halves_blocks_and_named_sets_are_slices_of_one_pass(run, place, monkeyp
     assert (
         "Random Halves minus Visual-Only" in text
         and "Single blocks" in text
-        and size_matched_sentences(results["inference"])[0].startswith("Against random halves of the modules")
+        and size_matched_sentences(results["inference"])[0]
+        == "Random halves of the modules lose as many columns."
     )
     before = snapshot(folder(place) / "checkpoints")
     assert "All experiments already completed!" in run("--config", "sets.json", "--num-runs", "5")[1]
