@@ -139,14 +139,14 @@ def test_accuracies_stand_where_their_numbers_say(results):
 def test_drops_are_sorted_and_filled_where_they_are_shown(results):
     entries = results["inference"]["comparisons"][0]["entries"]
     for entry, p in zip(entries, (0.5, 0.001, 0.04), strict=True):
-        entry["p_holm"] = p
+        entry["p_max_t"] = p
     figure, ordered = accuracy_figures.drop(results), sorted(entries, key=lambda entry: -entry["drop"])
     for y, (entry, point, interval) in enumerate(
         zip(ordered, parts(figure, "point"), parts(figure, "interval"), strict=True)
     ):
         assert (point.get_xdata()[0], point.get_ydata()[0]) == pytest.approx((100 * entry["drop"], y))
         assert list(interval.get_xdata()) == pytest.approx([100 * end for end in entry["interval"]])
-        assert (to_hex(point.get_markerfacecolor()) != style.PAPER) == (entry["p_holm"] < 0.05)
+        assert (to_hex(point.get_markerfacecolor()) != style.PAPER) == (entry["p_max_t"] < 0.05)
     assert [text.get_text() for text in figure.axes[0].get_yticklabels()] == [
         entry["representation"] for entry in ordered
     ]
@@ -406,13 +406,13 @@ def test_tables_for_a_paper_and_for_a_pull_request(finished, results):
         tables.half_interval({"low": 0.2, "high": 0.3}) == " ± 5.0"
         and tables.half_interval({"low": 0.7, "high": 1.0}) == " (70.0 to 100.0)"
     )
-    assert f"{100 * drop['drop']:+.1f}{tables.stars(drop)} " in tex and "Holm" in tex
+    assert f"{100 * drop['drop']:+.1f}{tables.stars(drop)} " in tex and "max-T" in tex
     assert (
         markdown.startswith("| representation | All Layers | Visual-Only | Text-Only | drop |")
         and results["verdict"] in markdown
     )
     assert [
-        tables.stars({"p_holm": p, "p_equivalence_holm": q})
+        tables.stars({"p_max_t": p, "p_equivalence_max_t": q})
         for p, q in ((1e-4, 1), (0.005, 1), (0.03, 1), (0.5, 0.01), (0.5, 0.5))
     ] == ["***", "**", "*", "=", ""]
 

@@ -87,7 +87,7 @@ def accuracy(results: Results) -> Figure | None:
 @drawn
 def drop(results: Results) -> Figure | None:
     """The drop without the text layers with its interval;
-    filled where it is shown (p < 0.05 after Holm's correction).
+    filled where it is shown (p < 0.05, corrected for all).
     """
     rows = drop_rows(results)
     if not rows:
@@ -98,7 +98,7 @@ def drop(results: Results) -> Figure | None:
     axes.axvspan(-margin, margin, color=FAINT, alpha=0.25, linewidth=0, gid="margin")
     axes.axvline(0, color=INK, linewidth=0.7)
     for y, row in enumerate(rows):
-        shown = row["p_holm"] < 0.05
+        shown = row["p_max_t"] < 0.05
         axes.plot([100 * row["low"], 100 * row["high"]], [y, y], color=COLOURS["visual_only"], gid="interval")
         axes.plot(
             [100 * row["drop"]],

@@ -49,7 +49,7 @@ FIGURES = {
     "drop": Drawing(
         f"The drop without {MAIN_COMPARISON.removed}",
         "Accuracy with all layers less that with the visual layers alone, with 95 % intervals for new "
-        "examples and runs; filled: p < 0.05 after Holm's correction; band: the margin within which the two "
+        "examples and runs; filled: p < 0.05, corrected for all; band: the margin within which the two "
         "count as equal.",
         rows.drop_rows,
         accuracy_figures.drop,

@@ -103,8 +103,9 @@ def drop_rows(results: Results) -> Rows:
             "drop": entry["drop"],
             "low": entry["interval"][0],
             "high": entry["interval"][1],
+            "p_max_t": entry["p_max_t"],
             "p_holm": entry["p_holm"],
-            "p_equivalence_holm": entry["p_equivalence_holm"],
+            "p_equivalence_max_t": entry["p_equivalence_max_t"],
             "margin": entry["margin"],
         }
         for entry in main_comparison(results)

@@ -62,7 +62,7 @@ def cell_rows(results: Results) -> Rows:
                     "low": low,
                     "high": high,
                     "drop": drop.get("drop"),
-                    "p_holm": drop.get("p_holm"),
+                    "p_max_t": drop.get("p_max_t"),
                     "std_over_runs": record["test_acc_std"],
                     "val_acc": record["val_acc_mean"],
                     "train_acc": record["train_acc_mean"],
@@ -143,9 +143,9 @@ PAGE_COLUMNS = {
     "test_acc": PageColumn("test, %", 1),
     "interval": PageColumn("95 % interval", 1),
     "drop": PageColumn("drop, points", 1, is_signed=True),
-    "p_holm": PageColumn("p (Holm)", 4, 1),
+    "p_max_t": PageColumn("p (max-T)", 4, 1),
     "std_over_runs": PageColumn("± runs", 1),
-    "val_acc": PageColumn("val, %", 1),
+    "val_acc": PageColumn("val (selected on), %", 1),
     "train_acc": PageColumn("train, %", 1),
     "test_f1": PageColumn("macro F1, %", 1),
     "feature_dim": PageColumn("columns", 0, 1),
@@ -247,11 +247,11 @@ def half_interval(row: dict[str, Any]) -> str:
 
 def stars(entry: dict[str, Any]) -> str:
     """Marks of the adjusted p-value; = where the two are shown to be equal to within the margin."""
-    p = entry["p_holm"]
+    p = entry["p_max_t"]
     for limit, mark in ((0.001, "***"), (0.01, "**"), (0.05, "*")):
         if p < limit:
             return mark
-    return "=" if entry["p_equivalence_holm"] < 0.05 else ""
+    return "=" if entry["p_equivalence_max_t"] < 0.05 else ""
 
 
 def caption(results: Results) -> str:
@@ -265,8 +265,8 @@ def caption(results: Results) -> str:
     if entries:
         margin = 100 * entries[0]["margin"]
         words += (
-            "; drop: all layers minus visual only, points; * p < 0.05, ** p < 0.01, *** p < 0.001 after "
-            f"Holm's correction; = equal to within {margin:g} points (two one-sided tests, p < 0.05)"
+            "; drop: all layers minus visual only, points; * p < 0.05, ** p < 0.01, *** p < 0.001, corrected "
+            f"for all (max-T); = equal to within {margin:g} points (two one-sided tests, p < 0.05)"
         )
     return words + "."
 
