@@ -768,6 +768,13 @@ def test_a_bootstrap_of_runs_alone_is_as_wide_as_their_standard_error(monkeypatc
     assert (high - low) / 2 == pytest.approx(1.96 * scipy.stats.sem(runs), rel=0.06)
 
 
+def test_fewer_rounds_are_repeated_in_turn():
+    right = np.array([[True, False], [False, False]])
+    sample = Sample({"": right}, {"": np.arange(2)}, 0.25, 0.5, None)
+    assert np.array_equal(sample.repeated("", 4), right[[0, 1, 0, 1]])
+    assert np.array_equal(sample.repeated("", 2), right)
+
+
 def test_a_representation_with_one_run_counts_in_the_primary_hypothesis():
     """kernel_ridge has one run beside the others' ten; no other may be called at chance for it."""
     cells = predictions(np.random.default_rng(40), {"stats": 0.3, "spectral": 0.3})
