@@ -191,7 +191,9 @@ class Settings:
         (), f"numeric columns for the metadata control, besides {', '.join(METADATA_COLUMNS)}"
     )
     classifiers: tuple[str, ...] = setting(
-        (), "beside the MLP: multinomial logistic regression, gradient boosting", tuple(CLASSIFIERS)
+        (),
+        "beside the MLP: multinomial logistic regression, gradient boosting, the nearest training row",
+        tuple(CLASSIFIERS),
     )
     train_fractions: tuple[str, ...] = setting(
         (), "shares of the training rows to train on too, such as 0.25 0.5 1: does the drop depend on them?"
