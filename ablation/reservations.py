@@ -65,8 +65,8 @@ def size_matched_sentences(inference: dict[str, Any]) -> list[str]:
     halves = SIZE_MATCHED_COMPARISON.entries_in(inference)
     if not halves:
         return []
-    worse = [entry for entry in halves if entry["p_holm"] < LEVEL and entry["drop"] > 0]
-    better = [entry for entry in halves if entry["p_holm"] < LEVEL and entry["drop"] < 0]
+    worse = [entry for entry in halves if entry["p_max_t"] < LEVEL and entry["drop"] > 0]
+    better = [entry for entry in halves if entry["p_max_t"] < LEVEL and entry["drop"] < 0]
     result = f"lower for {names_of(worse)}" if worse else "not shown to be lower for any representation"
     kept = words_of(SIZE_MATCHED_COMPARISON.second)
     sentences = [
