@@ -4,13 +4,13 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
+sys.path[:0] = [str(ROOT), str(ROOT / "scripts"), str(ROOT / "experiments")]
 
 import pytest  # noqa: E402
 from builders import lora_dataset  # noqa: E402
-from experiments import FAST  # noqa: E402
 
 import visual_ablation_experiment as experiment  # noqa: E402
+from experiments import FAST  # noqa: E402
 
 
 @pytest.fixture

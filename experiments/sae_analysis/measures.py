@@ -1,0 +1,137 @@
+"""The measures of a text: functions of SAE features and residual vectors, batched over B texts.
+
+f (B, F) are SAE features, none below 0, R (F, d) the rows of the SAE's decoder. A text's active features are
+those above 0; w are their values over their sum.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+TOP_FEATURES = 10  # compared under noise
+ENTROPY_FEATURES = 50
+NEGLIGIBLE = 1e-12  # relative eigenvalues below it are rounding
+
+
+class Geometry(NamedTuple):
+    """The shape of the active features' decoder rows, weighted by w, of B texts; float64."""
+
+    centroid: Tensor  # (B, d), 0 without an active feature
+    axis: Tensor  # (B, d) the first principal axis, of length 1; 0 where nothing varies
+    sphericity: Tensor  # (B,) third semi-axis over the first
+    flatness: Tensor  # (B,) second semi-axis over the first
+    dimensionality: Tensor  # (B,) participation ratio of the eigenvalues
+    shapes: list[str]
+
+
+def l0_norm(f: Tensor) -> Tensor:
+    """(B,) how many features are active."""
+    return (f > 0).sum(1)
+
+
+def gini(f: Tensor) -> Tensor:
+    """(B,) Gini coefficient of the active features: 2 sum(i f_(i)) / (n sum f) - (n + 1) / n over ascending
+    f_(i); 0 without an active feature.
+    """
+    values = f.double().sort(1).values  # zeros first
+    n = (values > 0).sum(1)
+    rank = torch.arange(1, f.shape[1] + 1, device=f.device) - (f.shape[1] - n)[:, None]  # 1..n for the active
+    total, count = values.sum(1), n.clamp_min(1).double()
+    weighted = (rank.clamp_min(0) * values).sum(1)
+    coefficient = 2 * weighted / (count * total.clamp_min(torch.finfo(torch.float64).tiny)) - (n + 1) / count
+    return torch.where(n > 0, coefficient, 0.0)
+
+
+def geometry(f: Tensor, decoder: Tensor) -> Geometry:
+    """Centroid, principal axes and shape of each text's active decoder rows.
+
+    The covariance C = sum w_i (r_i - c)(r_i - c)^T is d x d; with n active features the n x n Gram matrix of
+    the rows sqrt(w_i) (r_i - c) has the same nonzero eigenvalues, and gives the axis. Texts are padded to the
+    largest n with rows of weight 0, which add zeros.
+    """
+    most = max(int((f > 0).sum(1).max()), 1)
+    values, index = f.topk(most, dim=1)
+    values = values.double().clamp_min(0)  # (B, n)
+    total = values.sum(1, keepdim=True)
+    w = values / total.clamp_min(torch.finfo(torch.float64).tiny)
+    rows = decoder[index].double()  # (B, n, d)
+    centroid = torch.einsum("bn,bnd->bd", w, rows)
+    scaled = w.sqrt()[:, :, None] * (rows - centroid[:, None])
+    values, vectors = torch.linalg.eigh(scaled @ scaled.mT)  # ascending
+    eigenvalues = values.flip(1).clamp_min(0)
+    first = eigenvalues[:, :1]
+    eigenvalues = torch.where(eigenvalues > NEGLIGIBLE * first, eigenvalues, 0.0)
+    padded = torch.nn.functional.pad(eigenvalues, (0, max(3 - most, 0)))
+    semi = padded[:, :3].sqrt()
+    longest = torch.where(semi[:, :1] > 0, semi[:, :1], 1.0)
+    ratios = semi / longest
+    axis = torch.einsum("bn,bnd->bd", vectors[:, :, -1], scaled)
+    length = axis.norm(dim=1, keepdim=True)
+    axis = torch.where(length > 0, axis / length.clamp_min(torch.finfo(torch.float64).tiny), 0.0)
+    squares = eigenvalues.square().sum(1)
+    dimensionality = torch.where(squares > 0, eigenvalues.sum(1).square() / squares.clamp_min(1e-300), 0.0)
+    is_active = total[:, 0] > 0
+    shapes = [
+        shape_of(b, c) if active else "None"
+        for b, c, active in zip(ratios[:, 1].tolist(), ratios[:, 2].tolist(), is_active.tolist(), strict=True)
+    ]
+    return Geometry(centroid, axis, ratios[:, 2], ratios[:, 1], dimensionality, shapes)
+
+
+def shape_of(b: float, c: float) -> str:
+    """The class of an ellipsoid whose second and third semi-axes are the shares b and c of the first."""
+    if b > 0.9 and c > 0.9:
+        return "Spherical"
+    if b > 0.8 and c < 0.6:
+        return "Oblate"
+    if b < 0.6 and c < 0.6:
+        return "Prolate"
+    return "Triaxial"
+
+
+def angle(first: Tensor, second: Tensor) -> Tensor:
+    """(B,) angles in degrees between vectors (B, d); 0 where one of them is 0."""
+    first, second = first.double(), second.double()
+    a, b = first.norm(dim=1, keepdim=True), second.norm(dim=1, keepdim=True)
+    unit_a, unit_b = first / a.clamp_min(1e-300), second / b.clamp_min(1e-300)
+    # Exact for small angles too, where the arc cosine is not.
+    degrees = 2 * torch.rad2deg(torch.atan2((unit_a - unit_b).norm(dim=1), (unit_a + unit_b).norm(dim=1)))
+    return torch.where((a > 0).logical_and(b > 0)[:, 0], degrees, 0.0)
+
+
+def axis_angle(first: Tensor, second: Tensor) -> Tensor:
+    """(B,) angles in degrees, 0 to 90, between axes (B, d), which have no sign; 0 where one of them is 0."""
+    degrees = angle(first, second)
+    return torch.minimum(degrees, 180 - degrees)
+
+
+def entropy(f: Tensor) -> Tensor:
+    """(B,) Shannon entropy in nats of the largest active features, normalised to sum 1; 0 without any."""
+    top = f.topk(min(ENTROPY_FEATURES, f.shape[1]), dim=1).values.double().clamp_min(0)
+    p = top / top.sum(1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
+    return torch.special.entr(p).sum(1)
+
+
+def top_sets(f: Tensor) -> list[set[int]]:
+    """The numbers of each text's largest active features, TOP_FEATURES at most."""
+    values, index = f.topk(min(TOP_FEATURES, f.shape[1]), dim=1)
+    return [
+        {feature for feature, value in zip(features, of_text, strict=True) if value > 0}
+        for features, of_text in zip(index.tolist(), values.tolist(), strict=True)
+    ]
+
+
+def jaccard(first: set[int], second: set[int]) -> float:
+    """Size of the intersection over that of the union; 1 for two empty sets."""
+    union = first | second
+    return len(first & second) / len(union) if union else 1.0
+
+
+def cosine(first: Tensor, second: Tensor) -> Tensor:
+    """(B,) cosines between vectors (B, d); 0 where one of them is 0."""
+    first, second = first.double(), second.double()
+    size = first.norm(dim=1) * second.norm(dim=1)
+    return torch.where(size > 0, (first * second).sum(1) / size.clamp_min(1e-300), 0.0)

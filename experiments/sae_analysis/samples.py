@@ -1,0 +1,96 @@
+"""JSON files -> samples: a prompt, its true completion, and a false one.
+
+A file is a list of objects with the keys KEYS. Its domain is the one that its name says, whatever the
+objects' own `domain` says.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+FILES = {
+    "entity": "bench_entity_swaps.json",
+    "temporal": "bench_temporal_shifts.json",
+    "logical": "bench_logical_inversions.json",
+    "adversarial": "bench_adversarial_traps.json",
+}
+KEYS = ("id", "domain", "complexity", "prompt", "fact", "hallucination")
+TEXTS = ("prompt", "fact", "hallucination")
+
+
+class SampleError(Exception):
+    """A file of samples that cannot be used: one line with file, index and remedy."""
+
+
+class Sample(NamedTuple):
+    """A prompt with a true and a false completion."""
+
+    id: str
+    domain: str
+    complexity: Any  # as the file has it
+    prompt: str
+    fact: str
+    hallucination: str
+
+    @property
+    def texts(self) -> tuple[str, str, str]:
+        """The prompt alone, with the fact, and with the hallucination."""
+        return self.prompt, f"{self.prompt} {self.fact}", f"{self.prompt} {self.hallucination}"
+
+
+def read_samples(folder: Path, domains: Iterable[str] = FILES, most: int = 0) -> list[Sample]:
+    """The samples of some domains, file by file; at most `most` of all, spread over the domains in turn, if
+    `most` > 0. Raises SampleError.
+    """
+    by_domain = [read_domain(folder, domain) for domain in domains]
+    seen: dict[str, str] = {}
+    for samples in by_domain:
+        for sample in samples:
+            if sample.id in seen:
+                raise SampleError(
+                    f"id '{sample.id}' stands in {FILES[seen[sample.id]]} and again in "
+                    f"{FILES[sample.domain]}: give every sample an id of its own"
+                )
+            seen[sample.id] = sample.domain
+    if most <= 0:
+        return [sample for samples in by_domain for sample in samples]
+    longest = max(map(len, by_domain), default=0)
+    in_turn = [samples[i] for i in range(longest) for samples in by_domain if i < len(samples)]
+    chosen = set(in_turn[:most])
+    return [sample for samples in by_domain for sample in samples if sample in chosen]
+
+
+def read_domain(folder: Path, domain: str) -> list[Sample]:
+    """The samples of a domain's file. Raises SampleError."""
+    path = folder / FILES[domain]
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        reason = " ".join(str(error).split())
+        raise SampleError(f"cannot read {path}: {reason}; give --data-dir or leave out the domain") from None
+    if not isinstance(rows, list):
+        raise SampleError(f"{path} is no list: write a list of objects with the keys {', '.join(KEYS)}")
+    samples, ids = [], set()
+    for index, row in enumerate(rows):
+        sample = sample_of(row, domain, f"{path}, index {index}")
+        if sample.id in ids:
+            raise SampleError(f"{path}, index {index}: id '{sample.id}' stands twice: give it another")
+        ids.add(sample.id)
+        samples.append(sample)
+    return samples
+
+
+def sample_of(row: Any, domain: str, where: str) -> Sample:
+    """A sample from an object of a file. Raises SampleError, which says `where`."""
+    if not isinstance(row, dict):
+        raise SampleError(f"{where} is no object: write one with the keys {', '.join(KEYS)}")
+    missing = [key for key in KEYS if key not in row]
+    if missing:
+        raise SampleError(f"{where} has no '{missing[0]}': add it")
+    for key in ("id", *TEXTS):
+        if not isinstance(row[key], (str, int) if key == "id" else str) or not str(row[key]).strip():
+            raise SampleError(f"{where}: '{key}' is empty or no text: give one")
+    return Sample(str(row["id"]), domain, row["complexity"], *(row[key] for key in TEXTS))
