@@ -8,9 +8,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "scripts"), str(ROOT / "experiments")]
 
 import pytest  # noqa: E402
 from builders import lora_dataset  # noqa: E402
+from running import FAST  # noqa: E402
 
 import visual_ablation_experiment as experiment  # noqa: E402
-from experiments import FAST  # noqa: E402
 
 
 @pytest.fixture

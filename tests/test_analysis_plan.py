@@ -2,7 +2,7 @@
 
 import json
 
-from experiments import FAST, folder
+from running import FAST, folder
 
 import visual_ablation_experiment as experiment
 from ablation.analysis_plan import expectation

@@ -18,7 +18,7 @@ import pytest
 import torch
 from builders import load
 from conftest import ROOT
-from experiments import FAST
+from running import FAST
 from safetensors.numpy import load_file, save_file
 from safetensors.torch import save_file as save_torch_file
 

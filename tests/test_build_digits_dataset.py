@@ -15,9 +15,9 @@ from builders import load
 from conftest import ROOT
 from datasets import List, Value, load_dataset
 from diffusers.utils import convert_state_dict_to_diffusers
-from experiments import FAST
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
+from running import FAST
 
 import visual_ablation_experiment as experiment
 from ablation.catalogue import EMBEDDED

@@ -10,7 +10,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from experiments import never
+from running import never
 
 import visual_ablation_experiment as experiment
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from builders import lora_dataset
 from datasets import Dataset
-from experiments import BOTH, cell_files, checkpoints, experiment_data, folder, snapshot, visible
+from running import BOTH, cell_files, checkpoints, experiment_data, folder, snapshot, visible
 
 import representations
 from ablation.catalogue import NINE, SPECS

@@ -9,7 +9,7 @@ import pytest
 import torch
 from builders import lora_dataset, room_for
 from datasets import Dataset
-from experiments import BOTH, cell_files, folder, interfere, never, snapshot, visible
+from running import BOTH, cell_files, folder, interfere, never, snapshot, visible
 
 import representations
 import visual_ablation_experiment as experiment

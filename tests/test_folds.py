@@ -10,7 +10,7 @@ import scipy.stats
 import statsmodels.api as sm
 import torch
 from builders import lora_dataset
-from experiments import FAST, cell_files, folder, visible
+from running import FAST, cell_files, folder, visible
 from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 
 from ablation import family, fold_estimators, simulation

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from experiments import BOTH, FAST, SCRIPT
+from running import BOTH, FAST, SCRIPT
 
 import visual_ablation_experiment as experiment
 from ablation.cells import Cell

@@ -10,7 +10,7 @@ import sys
 import pytest
 from builders import lora_dataset
 from conftest import ROOT
-from experiments import FAST, SCRIPT, folder, interfere, visible
+from running import FAST, SCRIPT, folder, interfere, visible
 
 from ablation import log as program_log
 

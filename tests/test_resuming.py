@@ -11,17 +11,7 @@ import time
 import numpy as np
 import pytest
 from builders import lora_dataset
-from experiments import (
-    FAST,
-    SCRIPT,
-    cell_files,
-    checkpoints,
-    experiment_data,
-    folder,
-    never,
-    snapshot,
-    visible,
-)
+from running import FAST, SCRIPT, cell_files, checkpoints, experiment_data, folder, never, snapshot, visible
 
 from ablation.catalogue import SPECS
 from ablation.reading import WeightReader

@@ -7,7 +7,7 @@ import pytest
 import torch
 from builders import lora_columns, lora_dataset
 from datasets import Dataset
-from experiments import cell_files, folder, never, snapshot, visible
+from running import cell_files, folder, never, snapshot, visible
 
 import representations
 from ablation.catalogue import CHOICES, SPECS

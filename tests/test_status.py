@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from builders import lora_dataset
-from experiments import FAST, checkpoints, folder, never, snapshot, visible
+from running import FAST, checkpoints, folder, never, snapshot, visible
 
 from ablation import status as program_status
 from ablation.catalogue import SPECS

@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 from builders import load, lora_dataset
-from experiments import FAST, folder
+from running import FAST, folder
 from sklearn.neighbors import KNeighborsClassifier
 
 from ablation import inference, robustness
