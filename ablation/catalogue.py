@@ -153,21 +153,28 @@ class Comparison(NamedTuple):
     second: str
     removed: str  # what `second` lacks of `first`, as sentences name it
 
-    def entries_in(self, inference: dict[str, Any]) -> list[dict[str, Any]]:
-        """What the inference found of each representation; [] if the two were not compared."""
+    def found_in(self, inference: dict[str, Any]) -> dict[str, Any]:
+        """What the inference found: `entries` by representation and their `mean`, which is None if it has
+        none. Without entries if the two were not compared.
+        """
         for found in inference.get("comparisons", []):
             if (found["first"], found["second"]) == (self.first, self.second):
-                return found["entries"]
-        return []
+                return found
+        return {"mean": None, "entries": []}
+
+    def entries_in(self, inference: dict[str, Any]) -> list[dict[str, Any]]:
+        """What the inference found of each representation; [] if the two were not compared."""
+        return self.found_in(inference)["entries"]
 
 
 # The experiment's question, and the same with layer sets of equally many modules.
 MAIN_COMPARISON = Comparison("all_layers", "visual_only", "the text layers")
+VISUAL_TEXT_COMPARISON = Comparison("visual_only", "text_only", "")
 SIZE_MATCHED_COMPARISON = Comparison("random_half", "visual_only", "")
 COMPARISONS = (
     MAIN_COMPARISON,
     Comparison("all_layers", "text_only", "the visual layers"),
-    Comparison("visual_only", "text_only", ""),
+    VISUAL_TEXT_COMPARISON,
     Comparison("all_layers", "random_half", "half of the modules"),
     SIZE_MATCHED_COMPARISON,
 )

@@ -14,8 +14,8 @@ from typing import Any, NoReturn
 import yaml
 
 from ablation.catalogue import DIVIDING, EMBEDDED, EMBEDDED_FOLDS, THOROUGH
-from ablation.conversion import build_settings
-from ablation.settings import InputError, Settings, flag, setting_fields
+from ablation.conversion import build_settings, convert
+from ablation.settings import InputError, Settings, TrainingSettings, flag, setting_fields
 
 SECTIONS = {  # of --help; every setting stands in one of them
     "data": ("dataset", "data_split", "revision", "label_column", "group_column", "metadata_columns"),
@@ -113,7 +113,7 @@ def preset(chosen: dict[str, Any]) -> dict[str, Any]:
     can be spread over the folds and no setting says how the rows are divided.
     """
     dataset = chosen.get("dataset", Settings.dataset)
-    runs = build_settings({name: chosen[name] for name in ("num_runs",) if name in chosen}).training.num_runs
+    runs = convert(setting_fields()["num_runs"], chosen.get("num_runs", TrainingSettings.num_runs))
     if dataset not in EMBEDDED or runs % EMBEDDED_FOLDS or any(name in chosen for name in DIVIDING):
         return {}
     return {"folds": EMBEDDED_FOLDS}

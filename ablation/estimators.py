@@ -200,7 +200,7 @@ def difference(
 
     `p` is the larger of two: the sign-flip test's, which takes the runs as they are, and that of a t test
     with the standard error of runs and examples together. The 95 % interval is that error's. So a conclusion
-    must hold for new examples and for new runs. `bootstrap_interval` is wider: it stands beside, as a check.
+    must hold for new examples and for new runs. `bootstrap_interval`, mostly wider, stands beside as a check.
     `p_equivalence` is the larger of two one-sided t tests against +-`margin`; where fewer than FEW_UNITS
     examples or groups differ, it is at least the chance of so few if a share `margin` of them did. `smallest`
     is the difference that would be found significant with a probability of POWER.

@@ -117,13 +117,13 @@ def adjust_family(entries: list[dict[str, Any]], pairs: list[tuple[Sample, Sampl
         deviate = float(scipy.stats.norm.isf(LEVEL / 2 / len(entries)))
     for entry, p, p_equal in zip(entries, adjusted, equal, strict=True):
         entry["p_max_t"], entry["p_equivalence_max_t"] = p, p_equal
-        widen(entry, deviate, len(np.unique(units[0])))
+        widen(entry, deviate)
 
 
-def widen(entry: dict[str, Any], deviate: float, units: int) -> None:
+def widen(entry: dict[str, Any], deviate: float) -> None:
     """Add the simultaneous interval and the smallest drop that would be found after the correction."""
     error, dof = entry["standard_error"], entry["dof"]
-    if error is None or units < FEWEST_UNITS:
+    if error is None:
         entry["simultaneous_interval"], entry["smallest"] = (-1.0, 1.0), None
         return
     half = float(scipy.stats.t.isf(scipy.stats.norm.sf(deviate), dof)) * error
@@ -177,7 +177,7 @@ def primary(
     entry = compared(first, second, margin)
     assert entry is not None  # both have the splits, rows and runs of the same representation
     units = len(np.unique(first.units_of(first.right)))
-    if units < FEWEST_UNITS or not entry["standard_error"]:
+    if not entry["standard_error"]:
         entry["smallest"] = None
     return {
         **entry,

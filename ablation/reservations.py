@@ -8,13 +8,18 @@ from typing import Any
 
 import numpy as np
 
-from ablation.catalogue import CLASSIFIERS, MAIN_COMPARISON, SIZE_MATCHED_COMPARISON, words_of
+from ablation.catalogue import (
+    CLASSIFIERS,
+    MAIN_COMPARISON,
+    SIZE_MATCHED_COMPARISON,
+    VISUAL_TEXT_COMPARISON,
+    words_of,
+)
 from ablation.estimators import LEVEL, holm
 
 MANY_SPLITS = 5  # from as many on, the corrected test over splits has enough power
 FEWEST_HALVES = 19  # random halves: with fewer no place among them is rarer than 1 in 20
 LISTED = 3  # names in one sentence
-VISUAL_AND_TEXT = ("visual_only", "text_only")
 
 Numbers = dict[str, Any]
 
@@ -163,13 +168,10 @@ def others_above_chance(inference: dict[str, Any]) -> list[str]:
 
 def text_sentences(inference: dict[str, Any]) -> list[str]:
     """The visual layers against the text layers, which have as many modules."""
-    compared = next(
-        (one for one in inference["comparisons"] if (one["first"], one["second"]) == VISUAL_AND_TEXT), None
-    )
-    if compared is None or compared["mean"] is None:
+    mean = VISUAL_TEXT_COMPARISON.found_in(inference)["mean"]
+    if mean is None:
         return []
-    mean = compared["mean"]
-    first, second = map(words_of, VISUAL_AND_TEXT)
+    first, second = map(words_of, VISUAL_TEXT_COMPARISON[:2])
     low, high = (100 * end for end in mean["interval"])
     difference = f"{100 * mean['drop']:+.1f} points (95 % interval {low:+.1f} to {high:+.1f})"
     return [

@@ -160,9 +160,8 @@ def fold_arrays(trained: TrainedRuns, view: View) -> dict[str, np.ndarray]:
             predictions[r, rows], parts[r, rows] = run.predictions[part], position
         if NEIGHBOURS in run.predictions:
             neighbours[r, view.split_of(run.fold).test] = run.predictions[NEIGHBOURS]
-    has_neighbours = any(NEIGHBOURS in run.predictions for run in trained.runs)
     return {
-        **({NEIGHBOURS: neighbours} if has_neighbours else {}),
+        **({NEIGHBOURS: neighbours} if (neighbours >= 0).any() else {}),
         "labels": view.labels.astype(np.int32),
         "predictions": predictions,
         "parts": parts,

@@ -112,7 +112,6 @@ def equivalence(differences: np.ndarray) -> dict:
         "low": float(low),
         "high": float(high),
         "p": p,
-        "equivalent": bool(p < TEST_LEVEL),
     }
 
 
