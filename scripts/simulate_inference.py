@@ -10,6 +10,8 @@ import argparse
 import dataclasses
 import itertools
 import math
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import _root  # noqa: F401
 
@@ -52,10 +54,7 @@ def print_one_split(arguments: argparse.Namespace) -> None:
         "| claimed by sign flips alone | by a t test over seeds |"
     )
     print("|---|---|---|---|---|---|")
-    for (name, world), drop in itertools.product(ONE_SPLIT.items(), (0.0, DROP)):
-        if arguments.only in name:
-            found = simulate(dataclasses.replace(world, drop=drop), arguments.experiments, arguments.seed)
-            print_row(name, found, arguments.experiments)
+    print_worlds(ONE_SPLIT, {"drop": DROP}, simulate, arguments)
 
 
 def print_folds(arguments: argparse.Namespace) -> None:
@@ -65,12 +64,25 @@ def print_folds(arguments: argparse.Namespace) -> None:
         "| by rows alone |"
     )
     print("|---|---|---|---|---|")
-    for (name, world), lost in itertools.product(FIVE_FOLDS.items(), (0.0, LOST)):
+    print_worlds(FIVE_FOLDS, {"lost": LOST}, simulate_with_rows, arguments)
+
+
+def simulate_with_rows(world: FoldWorld, experiments: int, seed: int) -> dict[str, float]:
+    """The rates of a cross-validation, with a place for what only groups have."""
+    return {"covered by rows": math.nan} | simulate_folds(world, experiments, seed)
+
+
+def print_worlds(
+    worlds: Mapping[str, Any],
+    change: dict[str, float],
+    simulate_one: Callable[[Any, int, int], dict[str, float]],
+    arguments: argparse.Namespace,
+) -> None:
+    """Two rows for each world: as it is, without a drop, and with the `change` that makes one."""
+    for (name, world), changed in itertools.product(worlds.items(), ({}, change)):
         if arguments.only in name:
-            found = simulate_folds(
-                dataclasses.replace(world, lost=lost), arguments.experiments, arguments.seed
-            )
-            print_row(name, {"covered by rows": math.nan} | found, arguments.experiments)
+            found = simulate_one(dataclasses.replace(world, **changed), arguments.experiments, arguments.seed)
+            print_row(name, found, arguments.experiments)
 
 
 def print_splits(arguments: argparse.Namespace) -> None:
