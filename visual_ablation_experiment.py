@@ -23,7 +23,7 @@ import traceback
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from ablation.analysis_plan import state_plan
+from ablation.analysis_plan import announce_plan
 from ablation.cells import Cell, cells_named, groups_of
 from ablation.command_line import Actions, find_device, parse_command_line, typed_command
 from ablation.log import Clock, Progress, close_log, describe_error, handle_signals, log_to_stdout
@@ -118,7 +118,7 @@ def open_ledger(context: Context, cells: list[Cell], skipped: dict[Cell, str]) -
     if moved:
         save_results(context, ledger)  # results.json must not list cells that were just set aside
     ledger.missing = [cell for cell in cells if store.state(cell.name, inputs[cell]).kind == "missing"]
-    plan = state_plan(context.settings, context.data)
+    plan = announce_plan(context.settings, context.data)
     print_progress_summary(cells, ledger.missing)
     cells_to_run = [cell.name for cell in ledger.missing]
     announce(store.folder, "started", command=typed_command(), cells=cells_to_run, plan=plan)
