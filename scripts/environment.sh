@@ -1,17 +1,19 @@
-# Sourced by run.sh and test.sh: makes .venv if it is missing and installs requirement files whenever they have changed.
+# Sourced by the commands: makes .venv if it is missing and installs requirement files whenever they have changed.
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+venv=$root/.venv
 
-install() {  # install FILE...: into .venv, unless these very files were installed last under this name
+install() {  # install FILE...: into $venv, unless these very files were installed last under this name
     local stamp wanted
-    stamp="$root/.venv/.installed-$(basename "$(dirname "$1")")"
-    [ -x "$root/.venv/bin/python" ] || "${PYTHON:-python3}" -m venv "$root/.venv"
+    stamp="$venv/.installed-$(basename "$(dirname "$1")")"
+    [ -x "$venv/bin/python" ] || "${PYTHON:-python3}" -m venv "$venv"
     wanted=$(cat "$@" | cksum)
     if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
         local arguments=()
         for file in "$@"; do arguments+=(-r "$file"); done
-        echo "Installing $* into .venv (once)" >&2
-        "$root/.venv/bin/python" -m pip install --quiet --disable-pip-version-check "${arguments[@]}" >&2
+        echo "Installing $* into ${venv#"$root"/} (once)" >&2
+        # Bytecode is compiled when a module is first imported: half of the packages' modules never are.
+        "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-compile "${arguments[@]}" >&2
         echo "$wanted" > "$stamp"
     fi
 }

@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "scripts"), str(ROOT / "experiments")]
+sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
 import pytest  # noqa: E402
 from builders import lora_dataset  # noqa: E402

@@ -11,6 +11,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from . import InputError
+
 FILES = {
     "entity": "bench_entity_swaps.json",
     "temporal": "bench_temporal_shifts.json",
@@ -19,10 +21,6 @@ FILES = {
 }
 KEYS = ("id", "domain", "complexity", "prompt", "fact", "hallucination")
 TEXTS = ("prompt", "fact", "hallucination")
-
-
-class SampleError(Exception):
-    """A file of samples that cannot be used: one line with file, index and remedy."""
 
 
 class Sample(NamedTuple):
@@ -43,14 +41,14 @@ class Sample(NamedTuple):
 
 def read_samples(folder: Path, domains: Iterable[str] = FILES, most: int = 0) -> list[Sample]:
     """The samples of some domains, file by file; at most `most` of all, spread over the domains in turn, if
-    `most` > 0. Raises SampleError.
+    `most` > 0. Raises InputError.
     """
     by_domain = [read_domain(folder, domain) for domain in domains]
     seen: dict[str, str] = {}
     for samples in by_domain:
         for sample in samples:
             if sample.id in seen:
-                raise SampleError(
+                raise InputError(
                     f"id '{sample.id}' stands in {FILES[seen[sample.id]]} and again in "
                     f"{FILES[sample.domain]}: give every sample an id of its own"
                 )
@@ -64,33 +62,33 @@ def read_samples(folder: Path, domains: Iterable[str] = FILES, most: int = 0) ->
 
 
 def read_domain(folder: Path, domain: str) -> list[Sample]:
-    """The samples of a domain's file. Raises SampleError."""
+    """The samples of a domain's file. Raises InputError."""
     path = folder / FILES[domain]
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         reason = " ".join(str(error).split())
-        raise SampleError(f"cannot read {path}: {reason}; give --data-dir or leave out the domain") from None
+        raise InputError(f"cannot read {path}: {reason}; give --data-dir or leave out the domain") from None
     if not isinstance(rows, list):
-        raise SampleError(f"{path} is no list: write a list of objects with the keys {', '.join(KEYS)}")
+        raise InputError(f"{path} is no list: write a list of objects with the keys {', '.join(KEYS)}")
     samples, ids = [], set()
     for index, row in enumerate(rows):
         sample = sample_of(row, domain, f"{path}, index {index}")
         if sample.id in ids:
-            raise SampleError(f"{path}, index {index}: id '{sample.id}' stands twice: give it another")
+            raise InputError(f"{path}, index {index}: id '{sample.id}' stands twice: give it another")
         ids.add(sample.id)
         samples.append(sample)
     return samples
 
 
 def sample_of(row: Any, domain: str, where: str) -> Sample:
-    """A sample from an object of a file. Raises SampleError, which says `where`."""
+    """A sample from an object of a file. Raises InputError, which says `where`."""
     if not isinstance(row, dict):
-        raise SampleError(f"{where} is no object: write one with the keys {', '.join(KEYS)}")
+        raise InputError(f"{where} is no object: write one with the keys {', '.join(KEYS)}")
     missing = [key for key in KEYS if key not in row]
     if missing:
-        raise SampleError(f"{where} has no '{missing[0]}': add it")
+        raise InputError(f"{where} has no '{missing[0]}': add it")
     for key in ("id", *TEXTS):
         if not isinstance(row[key], (str, int) if key == "id" else str) or not str(row[key]).strip():
-            raise SampleError(f"{where}: '{key}' is empty or no text: give one")
+            raise InputError(f"{where}: '{key}' is empty or no text: give one")
     return Sample(str(row["id"]), domain, row["complexity"], *(row[key] for key in TEXTS))

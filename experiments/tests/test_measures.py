@@ -7,11 +7,10 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
-from conftest import ROOT
-from sae_analysis import measures
-from sae_analysis.samples import FILES, SampleError, read_samples
 
-DATA = ROOT / "experiments" / "data"
+from conftest import DATA
+from sae_analysis import InputError, measures
+from sae_analysis.samples import FILES, read_samples
 
 
 # --- samples
@@ -74,15 +73,15 @@ def test_samples_that_cannot_be_used_are_refused_with_file_and_index(tmp_path, c
     shutil.copytree(DATA, tmp_path / "data")
     path = tmp_path / "data" / FILES["entity"]
     path.write_text(json.dumps(change(json.loads(path.read_text()))))
-    with pytest.raises(SampleError, match=reason):
+    with pytest.raises(InputError, match=reason):
         read_samples(tmp_path / "data")
 
 
 def test_a_missing_or_broken_file_is_refused(tmp_path):
-    with pytest.raises(SampleError, match=r"cannot read .*bench_logical_inversions.json"):
+    with pytest.raises(InputError, match=r"cannot read .*bench_logical_inversions.json"):
         read_samples(tmp_path, ["logical"])
     (tmp_path / FILES["logical"]).write_text("[{")
-    with pytest.raises(SampleError, match="cannot read"):
+    with pytest.raises(InputError, match="cannot read"):
         read_samples(tmp_path, ["logical"])
 
 
@@ -121,9 +120,9 @@ def dense_geometry(f, decoder):
     return c, vectors[:, -1], third / a, values.sum() ** 2 / (values**2).sum(), shape
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_the_geometry_is_that_of_the_covariance_in_the_residual_space(seed):
-    f, decoder = some_features(seed)
+@pytest.mark.parametrize("seed, d", [(0, 24), (1, 24), (2, 200), (3, 3)])  # n below, about and above d
+def test_fault_6_the_geometry_is_that_of_the_covariance_in_the_residual_space(seed, d):
+    f, decoder = some_features(seed, d=d)
     found = measures.geometry(torch.from_numpy(f), torch.from_numpy(decoder))
     for i, of_text in enumerate(f):
         centroid, axis, sphericity, dimensionality, shape = dense_geometry(of_text, decoder)
@@ -140,8 +139,36 @@ def test_a_text_has_the_same_geometry_alone_and_among_others():
     for i in range(len(f)):
         alone = measures.geometry(f[i : i + 1], decoder)
         assert alone.shapes[0] == together.shapes[i]
-        for one, all_ in zip(alone[:5], together[:5], strict=True):
+        for one, all_ in zip(alone[:4], together[:4], strict=True):
             torch.testing.assert_close(one[0].abs(), all_[i].abs(), rtol=1e-9, atol=1e-9)
+
+
+def test_parts_and_a_missing_axis_change_no_number(monkeypatch):
+    f, decoder = map(torch.from_numpy, some_features(8))
+    whole = measures.geometry(f, decoder)
+    monkeypatch.setattr(measures, "MOST_NUMBERS", 40 * decoder.shape[1])
+    parts = measures.geometry(f, decoder)
+    monkeypatch.setattr(measures, "MOST_NUMBERS", 1)
+    alone = measures.geometry(f, decoder, with_axis=False)
+    assert parts.shapes == alone.shapes == whole.shapes and not alone.axis.any()
+    for found in (parts, alone):
+        torch.testing.assert_close(found.dimensionality, whole.dimensionality, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(found.sphericity, whole.sphericity, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(found.centroid, whole.centroid, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(parts.axis.abs(), whole.axis.abs(), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    "b, c, shape", [(0.95, 0.95, "Spherical"), (0.85, 0.5, "Oblate"), (0.5, 0.4, "Prolate")]
+)
+def test_shapes_have_the_names_of_their_ellipsoids(b, c, shape):
+    assert measures.shape_of(b, c) == shape
+    assert (
+        measures.shape_of(0.7, 0.5)
+        == measures.shape_of(0.85, 0.7)
+        == measures.shape_of(0.9, 0.9)
+        == "Triaxial"
+    )
 
 
 def test_gini_and_entropy_are_those_of_their_definitions():

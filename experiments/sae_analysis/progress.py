@@ -1,0 +1,108 @@
+"""What the user sees: progress, and seconds by stage."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from ablation.log import duration
+
+log = logging.getLogger("sae_analysis")
+
+INTERVAL = 5.0  # seconds between lines
+
+
+def log_to_stdout() -> None:
+    """Send messages to stdout, as whole lines."""
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(LevelFormatter())
+    log.handlers[:] = [handler]
+    log.setLevel(logging.INFO)
+    log.propagate = False
+
+
+class LevelFormatter(logging.Formatter):
+    """Puts WARNING before warnings."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The line of a message."""
+        return ("WARNING: " if record.levelno >= logging.WARNING else "") + super().format(record)
+
+
+class Progress:
+    """A tqdm bar on a terminal; otherwise a line every INTERVAL seconds and one at the end."""
+
+    def __init__(self, total: int, done: int, texts: int):
+        self.total, self.done, self.before = total, done, done
+        self.texts, self.texts_done = texts, 0  # to do; done
+        self.started = self.last = time.monotonic()
+        self.bar: Any = None
+        if sys.stdout.isatty():
+            from tqdm import tqdm
+
+            self.bar = tqdm(total=total, initial=done, unit="samples", desc="Progress", file=sys.stdout)
+
+    def advance(self, samples: int, texts: int) -> None:
+        """Count samples that are finished, and the texts that were read."""
+        self.done += samples
+        self.texts_done += texts
+        if self.bar is not None:
+            self.bar.update(samples)
+        elif time.monotonic() - self.last >= INTERVAL or self.done == self.total:
+            self.last = time.monotonic()
+            log.info(self.line())
+
+    def line(self) -> str:
+        """Samples done, rate, and time to go; the rate counts texts, which are finished more evenly."""
+        elapsed = max(time.monotonic() - self.started, 1e-9)
+        rate = self.texts_done / elapsed
+        left = duration((self.texts - self.texts_done) / rate) if rate else "unknown"
+        return f"Progress: {self.done}/{self.total} samples | Rate: {rate / 3:.1f} samples/sec | ETA: {left}"
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+
+class Clock:
+    """Seconds by stage: `with clock("forward"):`."""
+
+    def __init__(self, device: str = "cpu"):
+        self.waits = device.startswith("cuda")
+        self.seconds: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        """Add the seconds of a `with` block to a stage; waits until the GPU has finished it."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            if self.waits:
+                import torch
+
+                torch.cuda.synchronize()
+            self.add({stage: time.perf_counter() - began})
+
+    def add(self, seconds: dict[str, float]) -> None:
+        """Add seconds of stages."""
+        for stage, value in seconds.items():
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + value
+
+
+def peak_memory() -> dict[str, int]:
+    """Most bytes that this process and its ended children had in memory, and that torch had on the GPU."""
+    import torch
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    host = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    gpu = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+    return {"host": host * unit, "gpu": gpu}

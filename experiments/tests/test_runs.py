@@ -1,0 +1,391 @@
+"""The commands: folders, files, exit statuses, stopped runs, several processes, the Hub's cache."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import polars as pl
+import pytest
+import scipy.stats
+import torch
+import transformers
+from conftest import DATA, EXPERIMENTS, LAYERS, script
+from sae_analysis import program, runs
+from sae_analysis.random_gemma import ACTIVE, make_random
+from sae_analysis.samples import FILES, read_samples
+from sae_analysis.settings import parse_settings, parser_of
+from sae_analysis.summary import as_text, compare
+from sae_analysis.workers import ranges
+
+BATCHED, SEQUENTIAL = "06_comprehensive_analysis_parallel.py", "06_comprehensive_analysis.py"
+
+
+def content(folder):
+    return (folder / "metrics.parquet").read_bytes()
+
+
+# --- what a run writes
+
+
+@pytest.mark.parametrize("name", [BATCHED, SEQUENTIAL])
+def test_a_run_of_the_toy_writes_its_files_and_says_that_it_is_a_toy(run, tiny, name):
+    status, folder, log = run(name, "--max-samples", "9", model=["--model", "tiny"])
+    assert status == 0
+    assert re.fullmatch(r"\d{8}_\d{6}(_\d+)?", folder.name)
+    names = {
+        str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file() and path.name[0] != "."
+    }
+    figures = {f"figures/comprehensive_dashboard.{end}" for end in ("png", "pdf")}
+    assert names == {"manifest.json", "metrics.parquet", "summary.csv"} | figures
+    assert not list(folder.glob(".metrics*"))
+    table = pl.read_parquet(folder / "metrics.parquet")
+    assert table.height == 9 and table["domain"].unique().len() == 4
+    assert table.null_count().sum_horizontal()[0] == 0
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest["status"] == "finished" and "toy" in manifest["warning"].lower()
+    assert log.count("TOY MODEL") == 2
+    assert re.search(r"Progress: 9/9 samples \| Rate: \d+\.\d samples/sec \| ETA: 0s", log)
+    assert re.search(r"Seconds: .*tokenise .*forward .*sae .*geometry .*write", log)
+    assert {"tokenise", "forward", "sae", "geometry", "write", "load", "total"} <= set(manifest["seconds"])
+    assert manifest["peak_memory"]["host"] > 2**26
+
+
+def test_columns_have_the_names_of_the_original(run):
+    _, folder, _ = run(BATCHED, "--max-samples", "4")
+    expected = ["sample_id", "domain", "complexity"]
+    for layer in (1, 2, 3):
+        for text in ("fact", "hall"):
+            for name in (
+                "l0_norm",
+                "reconstruction_error",
+                "gini",
+                "sphericity",
+                "shape_class",
+                "dimensionality",
+            ):
+                expected.append(f"l{layer}_{text}_{name}")
+    for name in ("centroid_drift", "axis_twist", "stability", "entropy", "cross_layer_consistency"):
+        expected += [f"{name}_fact", f"{name}_hall", f"{name}_diff"]
+    table = pl.read_parquet(folder / "metrics.parquet")
+    assert set(expected) <= set(table.columns)
+    assert set(table.columns) - set(expected) == {
+        f"residual_consistency_{end}" for end in ("fact", "hall", "diff")
+    }
+    for name, sign in (("centroid_drift", 1), ("axis_twist", 1), ("entropy", 1), ("stability", -1)):
+        differences = sign * (table[f"{name}_hall"] - table[f"{name}_fact"])
+        assert (differences - table[f"{name}_diff"]).abs().max() < 1e-12
+
+
+def test_files_of_the_original_are_read_as_they_are(run, tmp_path):
+    for domain, name in FILES.items():
+        rows = json.loads((DATA / name).read_text())[:3]
+        for i, row in enumerate(rows):
+            row |= {"id": f"HB_{domain}_{i}", "domain": "geography", "complexity": "high" if i else 2}
+        (tmp_path / name).write_text(json.dumps(rows))
+    status, folder, _ = run(BATCHED, "--data-dir", str(tmp_path))
+    table = pl.read_parquet(folder / "metrics.parquet")
+    assert status == 0 and table["domain"].to_list() == [d for d in FILES for _ in range(3)]
+    assert table["complexity"].to_list() == ["2", "high", "high"] * 4
+
+
+# --- refusals
+
+
+@pytest.mark.parametrize(
+    "wrong, reason",
+    [
+        (["--layers", "1", "2"], "three or more"),
+        (["--layers", "3", "2", "1"], "ascending"),
+        (["--layers", "1", "2", "9"], "no SAE of layer 9"),
+        (["--device", "cuda:7"], "not on this machine"),
+        (["--device", "tpu"], "unknown device 'tpu'"),
+        (["--load-in-8bit"], "pip install bitsandbytes"),
+        (["--data-dir", "/nowhere"], "cannot read"),
+        (["--model", "/nowhere/model"], "hf auth login.*local folder.*--model tiny"),
+        (["--sae-release", "no-such-release"], "unknown SAE release"),
+        (["--sae-release", "gemma-scope-2b-pt-res-canonical"], r"layer_1|cannot load"),
+        (["--resume", "/nowhere"], "no manifest of a run"),
+        (["--domains", "entity", "entity"], "named twice"),
+    ],
+)
+def test_what_cannot_be_done_ends_with_status_2_and_one_line(run, wrong, reason, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    status, folder, log = run(BATCHED, "--max-samples", "4", *wrong)
+    assert status == 2 and folder is None
+    assert re.search(reason, log.splitlines()[-1])
+
+
+def test_layers_that_the_toy_lacks_are_refused(run, tiny):
+    status, _, log = run(BATCHED, "--layers", "5", "12", "20", model=["--model", "tiny"])
+    assert status == 2 and "the toy has layers 0 to 3" in log
+
+
+def test_a_folder_that_cannot_be_written_to_is_refused(flags, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    status = script(BATCHED).main([*flags, "--output-dir", str(tmp_path / "file" / "runs")])
+    assert status == 2 and "choose another --output-dir" in capsys.readouterr().err
+
+
+def test_an_sae_of_another_place_is_refused(run, toy, tmp_path):
+    shutil.copytree(toy, tmp_path / "saes")
+    shutil.rmtree(tmp_path / "saes" / "layer_2")
+    shutil.copytree(toy / "layer_3", tmp_path / "saes" / "layer_2")
+    status, folder, log = run(BATCHED, "--max-samples", "4", "--sae-release", str(tmp_path / "saes"))
+    assert status == 2 and "was trained on blocks.3.hook_resid_post" in log and folder is None
+
+
+# --- stopped runs
+
+
+def test_a_run_that_failed_goes_on_where_it_stopped(run, monkeypatch):
+    _, whole, _ = run(BATCHED, "--max-samples", "40", "--batch-size", "4")
+    add, calls = runs.Run.add, []
+
+    def failing(self, rows):
+        calls.append(len(rows))
+        if sum(calls) > 20:
+            raise OSError("disk full")
+        add(self, rows)
+
+    monkeypatch.setattr(runs.Run, "add", failing)
+    with pytest.raises(OSError, match="disk full"):
+        run(BATCHED, "--max-samples", "40", "--batch-size", "4")
+    stopped = max(whole.parent.iterdir(), key=lambda path: path.stat().st_mtime)
+    manifest = json.loads((stopped / "manifest.json").read_text())
+    assert manifest["status"] == "stopped" and "disk full" in manifest["reason"]
+    with (stopped / runs.PART).open("ab") as file:
+        file.write(b'{"sample_id": "cut o')
+    monkeypatch.setattr(runs.Run, "add", add)
+    status, _, log = run(BATCHED, "--resume", str(stopped), "--batch-size", "4", model=[])
+    assert status == 0 and re.search(r"Resumed: \d+ of 40 samples are finished", log)
+    assert content(stopped) == content(whole)
+    status, _, log = run(BATCHED, "--resume", str(stopped), model=[])
+    assert status == 0 and "is finished" in log
+
+
+def test_a_resumed_run_keeps_its_settings_and_its_model(run, toy, tmp_path, monkeypatch):
+    monkeypatch.setattr(program, "write_results", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    model = tmp_path / "model"
+    shutil.copytree(toy, model)
+    flags = [
+        "--model",
+        str(model),
+        "--sae-release",
+        str(model),
+        "--layers",
+        *map(str, LAYERS),
+        "--device",
+        "cpu",
+    ]
+    with pytest.raises(OSError):
+        run(BATCHED, "--max-samples", "4", model=flags)
+    (stopped,) = (tmp_path / "runs").iterdir()
+    status, _, log = run(BATCHED, "--resume", str(stopped), "--seed", "7", model=[])
+    assert status == 2 and "--seed differs from the run's (42)" in log
+    (model / "config.json").touch()
+    status, _, log = run(BATCHED, "--resume", str(stopped), model=[])
+    assert status == 2 and "the model of this run changed" in log
+
+
+def test_a_run_that_was_killed_goes_on_where_it_stopped(flags, run, tmp_path):
+    _, whole, _ = run(BATCHED, "--max-samples", "40")
+    runs_folder = tmp_path / "killed"
+    command = [sys.executable, str(EXPERIMENTS / SEQUENTIAL), *flags, "--max-samples", "40"]
+    process = subprocess.Popen([*command, "--output-dir", str(runs_folder)], stdout=subprocess.DEVNULL)
+    while process.poll() is None:
+        parts = list(runs_folder.glob(f"*/{runs.PART}"))
+        if parts and parts[0].read_bytes().count(b"\n") >= 3:
+            break
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    (stopped,) = runs_folder.iterdir()
+    status, _, log = run(BATCHED, "--resume", str(stopped), model=[])
+    assert status == 0 and "Resumed: " in log
+    found, expected = (pl.read_parquet(folder / "metrics.parquet") for folder in (stopped, whole))
+    for name in expected.columns:
+        if expected[name].dtype.is_float():
+            np.testing.assert_allclose(found[name], expected[name], rtol=1e-6, atol=1e-9)
+        else:
+            assert found[name].equals(expected[name])
+
+
+# --- several processes
+
+
+def test_two_workers_give_the_bytes_of_one_process(run):
+    one, two = (run(BATCHED, "--max-samples", "24", *more)[1] for more in ([], ["--devices", "cpu", "cpu"]))
+    assert content(one) == content(two)
+
+
+def test_two_workers_of_ray_give_the_bytes_of_one_process(run):
+    pytest.importorskip("ray", reason="pip install -r experiments/requirements-ray.txt")
+    more = ["--ray", "local", "--devices", "cpu", "cpu"]
+    one, two = (run(BATCHED, "--max-samples", "24", *flags)[1] for flags in ([], more))
+    assert content(one) == content(two)
+
+
+def test_a_worker_that_cannot_load_says_why(run, toy, tmp_path):
+    shutil.copytree(toy, tmp_path / "saes")
+    shutil.copyfile(toy / "layer_1" / "cfg.json", tmp_path / "saes" / "layer_3" / "cfg.json")
+    flags = ["--max-samples", "4", "--sae-release", str(tmp_path / "saes"), "--devices", "cpu", "cpu"]
+    status, _, log = run(BATCHED, *flags)
+    assert status == 2 and "was trained on blocks.1.hook_resid_post" in log
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 50])
+def test_ranges_are_contiguous_and_hold_every_batch_once(count, reader):
+    from sae_analysis.batches import plan
+
+    batches = plan(read_samples(DATA), reader.tokenise, 2)
+    parts = ranges(batches, count)
+    assert len(parts) == count and [batch for part in parts for batch in part] == batches
+    tokens = [sum(len(text.tokens) for batch in part for text in batch) for part in parts]
+    assert max(tokens) < sum(tokens) / count + 1000
+
+
+# --- the Hub's layout
+
+
+def test_gemma_and_gemma_scope_are_found_in_the_hubs_cache(tmp_path):
+    """The default names, offline, with small weights in files named and shaped as on the Hub."""
+    hub, width, features = tmp_path / "hub", 2304, 16384
+
+    def snapshot(repo):
+        folder = hub / f"models--{repo.replace('/', '--')}"
+        (folder / "refs").mkdir(parents=True)
+        (folder / "refs" / "main").write_text("a" * 40)
+        return folder / "snapshots" / ("a" * 40)
+
+    texts = [text for sample in read_samples(DATA, most=40) for text in sample.texts]
+    from sae_analysis.toy import gemma, train_tokenizer
+
+    tokenizer = train_tokenizer(texts)
+    shape = {"num_hidden_layers": 3, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32}
+    model = gemma(tokenizer, hidden_size=width, intermediate_size=64, **shape)
+    model.save_pretrained(snapshot("google/gemma-2-2b"))
+    tokenizer.save_pretrained(hub / "models--google--gemma-2-2b" / "snapshots" / ("a" * 40))
+    saes = snapshot("google/gemma-scope-2b-pt-res")
+    rng = np.random.default_rng(0)
+    for name in (
+        "layer_0/width_16k/average_l0_105",
+        "layer_1/width_16k/average_l0_102",
+        "layer_2/width_16k/average_l0_141",
+    ):
+        (saes / name).mkdir(parents=True)
+        decoder = np.zeros((features, width), np.float32)
+        decoder[:256] = rng.normal(size=(256, width)) / width**0.5
+        threshold = np.full(features, 0.5, np.float32)
+        np.savez(saes / name / "params.npz", W_dec=decoder, W_enc=decoder.T, threshold=threshold,
+                 b_enc=np.zeros(features, np.float32), b_dec=np.zeros(width, np.float32))  # fmt: skip
+    environment = os.environ | {"HF_HUB_CACHE": str(hub), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, str(EXPERIMENTS / BATCHED), "--layers", "0", "1", "2", "--max-samples", "4"]
+    command += ["--output-dir", str(tmp_path / "runs")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (folder,) = (tmp_path / "runs").iterdir()
+    table = pl.read_parquet(folder / "metrics.parquet")
+    assert 0 < table["l1_fact_l0_norm"].mean() < 256
+    assert json.loads((folder / "manifest.json").read_text())["model"]["commit"] == "a" * 40
+
+
+# --- summary, figure, benchmark
+
+
+def test_the_summary_is_a_paired_t_test_with_holm(run):
+    _, folder, log = run(BATCHED, "--max-samples", "40")
+    table, found = pl.read_parquet(folder / "metrics.parquet"), pl.read_csv(folder / "summary.csv")
+    assert found.height == 21 * 4 and "of 84 comparisons differ at 5 %" in log
+    own = table.filter(pl.col("domain") == "temporal")
+    row = found.row(
+        by_predicate=(pl.col("measure") == "stability") & (pl.col("domain") == "temporal"), named=True
+    )
+    test = scipy.stats.ttest_rel(own["stability_fact"], own["stability_hall"])
+    assert row["p"] == pytest.approx(test.pvalue) and row["n"] == 10
+    low, high = test.confidence_interval()
+    assert (row["low"], row["high"]) == pytest.approx((low, high))
+    assert row["cohens_d"] == pytest.approx(own["stability_diff"].mean() / own["stability_diff"].std())
+    ordered = found["p"].sort().to_list()
+    holm, largest = [], 0.0
+    for i, p in enumerate(ordered):
+        largest = max(largest, min(1.0, p * (len(ordered) - i)))
+        holm.append(largest)
+    assert found.sort("p")["p_holm"].to_list() == pytest.approx(holm)
+
+
+def test_differences_without_spread_and_single_samples_are_dealt_with():
+    from sae_analysis.rows import columns
+
+    def table(drift, n):
+        rows = {name: [0.5] * n for name in columns(LAYERS)}
+        return pl.DataFrame(rows | {"domain": ["entity"] * n, "centroid_drift_hall": drift})
+
+    found = compare(table([0.5] * 5, 5), LAYERS)
+    assert set(found["p"]) == {1.0} and set(found["cohens_d"]) == {0.0}
+    found = compare(table([1.5] * 5, 5), LAYERS)
+    assert found.filter(pl.col("measure") == "centroid_drift")["p_holm"][0] == 0
+    assert compare(table([0.5], 1), LAYERS).is_empty()
+    assert "nothing is compared" in as_text(compare(table([0.5], 1), LAYERS))[0]
+
+
+def test_an_effect_that_is_there_is_found_and_noise_is_not():
+    from sae_analysis.rows import columns
+
+    rng = np.random.default_rng(0)
+    rows = {name: rng.normal(size=100) for name in columns(LAYERS)}
+    rows |= {
+        "domain": ["entity", "logical"] * 50,
+        "entropy_hall": rows["entropy_fact"] + 1 + rng.normal(size=100),
+    }
+    found = compare(pl.DataFrame(rows), LAYERS).filter(pl.col("p_holm") < 0.05)
+    assert found["measure"].to_list() == ["entropy", "entropy"]
+
+
+def test_the_dashboard_is_drawn_from_a_folder_and_from_a_table(run, tmp_path, capsys):
+    _, folder, _ = run(SEQUENTIAL, "--max-samples", "9")
+    visualise = script("visualize_comprehensive.py")
+    shutil.copy(folder / "metrics.parquet", tmp_path / "table.parquet")
+    for source in (folder, tmp_path / "table.parquet"):
+        assert visualise.main([str(source), "--output", str(tmp_path / "out")]) == 0
+        png, pdf = (tmp_path / "out" / f"comprehensive_dashboard.{end}" for end in ("png", "pdf"))
+        assert png.read_bytes()[:4] == b"\x89PNG" and pdf.read_bytes()[:4] == b"%PDF"
+        assert png.stat().st_size > 50_000
+    pl.DataFrame({"a": [1]}).write_parquet(tmp_path / "other.parquet")
+    for wrong in (tmp_path / "nowhere", tmp_path / "other.parquet"):
+        assert visualise.main([str(wrong)]) == 2
+    assert "give a table of experiment 6" in capsys.readouterr().err
+
+
+def test_the_benchmark_compares_versions_and_recommends_a_size(flags, capsys, monkeypatch):
+    benchmark = script("benchmark_versions.py")
+    more = ["--quick", "--repeats", "1", "--batch-sizes", "8", *flags]
+    assert benchmark.main(more) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"sequential .* 1\.0x", out) and re.search(r"batch 8 ", out)
+    assert re.search(r"Recommended here: --batch-size 8", out)
+    timing = benchmark.Timing
+    lines = benchmark.table(
+        {"sequential": timing(8, 0, 0, 0), "batch 4": timing(2.08, 0, 0, 0), "batch 8": timing(2, 0, 0, 0)},
+        20,
+    )
+    assert lines[-1].endswith("--batch-size 4")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert benchmark.main(["--model", "/nowhere", "--repeats", "1"]) == 2
+
+
+def test_the_random_gemma_has_its_shape(tmp_path):
+    layers = make_random(tmp_path, [s.prompt for s in read_samples(DATA)], depth=13, width=64, features=128)
+    assert layers == [2, 6, 10]
+    flags = ["--model", str(tmp_path), "--sae-release", str(tmp_path), "--layers", *map(str, layers)]
+    from sae_analysis.language_model import load
+
+    reader = load(parse_settings(parser_of("", False), flags, {}), None)
+    assert transformers.AutoConfig.from_pretrained(tmp_path).num_hidden_layers == 13
+    f = reader.features(2, reader.residuals([[1, 5, 7]])[2])
+    assert 0 < int((f > 0).sum()) <= ACTIVE and f.dtype == torch.float64
