@@ -113,10 +113,10 @@ def main(argv: list[str] | None = None) -> int:
     except InputError as error:
         print(error, file=sys.stderr)
         return 2
-    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
-    print(
-        f"{len(samples)} samples, {values.model}, {torch.get_num_threads()} threads{gpu}, median of {values.repeats}"
+    machine = (
+        torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} threads"
     )
+    print(f"{len(samples)} samples, {values.model}, {machine}, median of {values.repeats}")
     print("\n".join(table(timings, len(samples))))
     return 0
 

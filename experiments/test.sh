@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # The tests of experiment 6, two at a time. Arguments go to pytest: experiments/test.sh -k noise
+# The test of --ray is skipped unless requirements-ray.txt is installed too.
 set -euo pipefail
 . "$(dirname "$0")/../scripts/environment.sh"
-cd "$root"
+cd "$root/experiments"
 venv=$root/experiments/.venv
 echo "Runs the tests of experiment 6; the first call also sets up experiments/.venv."
-install experiments/requirements-test.txt experiments/requirements.txt experiments/requirements-ray.txt
+install requirements-test.txt requirements.txt
 export OMP_NUM_THREADS=1   # two processes that share two cores
-exec "$venv/bin/python" -m pytest -c experiments/pytest.ini -n 2 "$@"
+exec "$venv/bin/python" -m pytest -n 2 "$@"

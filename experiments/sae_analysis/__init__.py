@@ -1,4 +1,4 @@
-"""What the commands of experiment 6 share. Importing it makes the files of the project's root importable too."""
+"""What the commands of experiment 6 share. Importing it puts the project's root on the module path too."""
 
 import sys
 from pathlib import Path

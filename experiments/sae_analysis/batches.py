@@ -42,7 +42,7 @@ class Measured(NamedTuple):
 
     centroid: Tensor  # (width,) float64
     axis: Tensor  # (width,) float64
-    by_layer: list[tuple] = []  # LAYER_MEASURES of each layer
+    by_layer: tuple[tuple, ...] = ()  # LAYER_MEASURES of each layer
     stability: float = 0.0
     entropy: float = 0.0
     cross_layer_consistency: float = 0.0
@@ -83,7 +83,7 @@ class Measurer:
                     raise
             if size == 1:
                 raise AnalysisError(
-                    "one text alone does not fit into memory: use --dtype bfloat16, --load-in-8bit or another device"
+                    "one text alone does not fit into memory: use --load-in-8bit or another --device"
                 )
             self.most = size // 2
             log.warning(f"Out of memory with {size} texts at once: going on with {self.most}; numbers stay")
@@ -126,7 +126,7 @@ class Measurer:
         with clock("other measures"):
             of_features = measures.cosine(*features).tolist()
             of_space = measures.cosine(*reconstructions).tolist()
-        of_texts = [list(layers) for layers in zip(*by_layer, strict=True)]
+        of_texts = [tuple(layers) for layers in zip(*by_layer, strict=True)]
         return [
             Measured(*values)
             for values in zip(

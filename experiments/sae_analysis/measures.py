@@ -47,7 +47,7 @@ def gini(f: Tensor) -> Tensor:
 
 
 def geometry(f: Tensor, decoder: Tensor, with_axis: bool = True) -> Geometry:
-    """Centroid, principal axes and shape of each text's active decoder rows; without the axis in half the time.
+    """Centroid, first axis and shape of each text's active decoder rows; without the axis in half the time.
 
     Texts are taken in the order of their numbers n of active features, as many at once as MOST_NUMBERS
     allows, and padded with rows of weight 0, which add zeros.
@@ -63,10 +63,13 @@ def geometry(f: Tensor, decoder: Tensor, with_axis: bool = True) -> Geometry:
         end = begin
     back = torch.tensor(order, device=f.device).argsort()
     shapes = [shape for part in parts for shape in part.shapes]
-    centroid, axis, sphericity, dimensionality = (
-        torch.cat([part[i] for part in parts])[back] for i in range(4)
+    return Geometry(
+        torch.cat([part.centroid for part in parts])[back],
+        torch.cat([part.axis for part in parts])[back],
+        torch.cat([part.sphericity for part in parts])[back],
+        torch.cat([part.dimensionality for part in parts])[back],
+        [shapes[i] for i in back.tolist()],
     )
-    return Geometry(centroid, axis, sphericity, dimensionality, [shapes[i] for i in back.tolist()])
 
 
 def geometry_at_once(f: Tensor, decoder: Tensor, most: int, with_axis: bool) -> Geometry:
@@ -84,11 +87,12 @@ def geometry_at_once(f: Tensor, decoder: Tensor, most: int, with_axis: bool) -> 
     scaled = rows.sub_(centroid[:, None]).mul_(w.sqrt()[:, :, None])
     is_wide = most > decoder.shape[1]  # then C is the smaller one
     smaller = scaled.mT @ scaled if is_wide else scaled @ scaled.mT
+    smaller = smaller.cpu()  # a GPU decomposes one small matrix after the other, several times slower
     if with_axis:
-        ascending, vectors = torch.linalg.eigh(smaller)
+        ascending, vectors = (part.to(f.device) for part in torch.linalg.eigh(smaller))
         axis = vectors[:, :, -1] if is_wide else (vectors[:, None, :, -1] @ scaled)[:, 0]
     else:
-        ascending, axis = torch.linalg.eigvalsh(smaller), torch.zeros_like(centroid)
+        ascending, axis = torch.linalg.eigvalsh(smaller).to(f.device), torch.zeros_like(centroid)
     eigenvalues = ascending.flip(1).clamp_min(0)
     eigenvalues = torch.where(eigenvalues > NEGLIGIBLE * eigenvalues[:, :1], eigenvalues, 0.0)
     axis = torch.where(eigenvalues[:, :1] > 0, axis / axis.norm(dim=1, keepdim=True).clamp_min(TINIEST), 0.0)

@@ -109,7 +109,8 @@ def parse_settings(parser: argparse.ArgumentParser, argv: list[str] | None, made
     typed = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(values, ...))))
     if values["model"] == TINY and typed["layers"] is ... and not made_with:
         values["layers"] = TOY_LAYERS
-    settings = Settings(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
+    arguments: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
+    settings = Settings(**arguments)
     check(settings)
     differing = [name for name, value in settings.that_count().items() if made_with.get(name, value) != value]
     if differing:

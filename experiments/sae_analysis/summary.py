@@ -12,10 +12,10 @@ LEVEL = 0.05
 def compare(table: pl.DataFrame, layers: tuple[int, ...]) -> pl.DataFrame:
     """One row a measure and domain: the paired comparison of hallucination and fact over samples.
 
-    Columns: measure, domain, n, mean_difference with its sign as in `_diff` (a layer's measures: hallucination
-    - fact) and its 95 % interval (t), cohens_d (mean over standard deviation of the differences, d_z), p
-    (paired t test, two-sided; 1 where all differences are 0), p_holm over all rows. Comparisons of fewer than
-    two samples are left out. Reference: Holm (1979); scipy.stats.ttest_1samp; statsmodels multipletests.
+    Columns: measure, domain, n; mean_difference with its sign as in `_diff` (a layer's measures:
+    hallucination - fact) and its 95 % interval (t); cohens_d, mean over standard deviation of the differences
+    (d_z); p of the paired t test, two-sided, 1 where all differences are 0; p_holm over all rows. Comparisons
+    of fewer than two samples are left out. Source: Holm (1979), by statsmodels; the test by SciPy.
     """
     import numpy as np
     import scipy.stats

@@ -31,11 +31,14 @@ WARNING = "TOY MODEL: it is trained on these very texts, and its numbers mean no
 class Effort(NamedTuple):
     """How long the toy is trained: steps of the language model and of each SAE."""
 
-    model: int = 300
-    sae: int = 400
+    model: int
+    sae: int
 
 
-def make_toy(folder: Path, texts: list[str], layers: tuple[int, ...], effort: Effort = Effort()) -> Path:
+ENOUGH = Effort(model=300, sae=400)
+
+
+def make_toy(folder: Path, texts: list[str], layers: tuple[int, ...], effort: Effort = ENOUGH) -> Path:
     """The toy of these texts in a folder of its own below `folder`, made if it is not there.
 
     It holds a model and a tokenizer of transformers, and layer_<L>/ of SAELens.

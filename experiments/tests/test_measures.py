@@ -7,11 +7,9 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
-
 from conftest import DATA
 from sae_analysis import InputError, measures
 from sae_analysis.samples import FILES, read_samples
-
 
 # --- samples
 
