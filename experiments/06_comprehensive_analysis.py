@@ -122,7 +122,7 @@ def stability(reader: Reader, layer: Layer, z: Tensor, clock: Clock) -> float:
     still, shares = largest(layer.f), []
     for draw in z.to(layer.x.device):
         with clock("sae"):
-            moved = largest(reader.features(0, layer.x + SCALE * draw)[0].cpu().numpy())
+            moved = largest(reader.features(0, layer.x.add(draw, alpha=SCALE))[0].cpu().numpy())
         shares.append(len(still & moved) / len(still | moved) if still | moved else 1.0)
     return float(np.mean(shares))
 

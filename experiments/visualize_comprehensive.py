@@ -2,6 +2,7 @@
 """The dashboard of eight panels, PNG and PDF, from a run's folder or its metrics.parquet."""
 
 import argparse
+import contextlib
 import sys
 from pathlib import Path
 
@@ -25,7 +26,11 @@ def visualise(run: Path, output: Path | None) -> list[Path]:
         raise InputError(
             f"{file} has no columns l<layer>_fact_l0_norm and domain: give a table of experiment 6"
         )
-    manifest = read_manifest(file.parent) if (file.parent / "manifest.json").exists() else {}
+    manifest: dict = {}
+    with contextlib.suppress(
+        InputError
+    ):  # a table of another program: the title says that its model is unknown
+        manifest = read_manifest(file.parent)
     comparison = compare(table, tuple(layers))
     print("\n".join(as_text(comparison)))
     return draw(table, comparison, output or file.parent / "figures", manifest)

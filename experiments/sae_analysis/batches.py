@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import AnalysisError, measures
-from .language_model import Reader
+from .language_model import Reader, is_out_of_memory
 from .noise import SCALE, noise_of
 from .progress import Clock
 from .rows import COMPLETIONS, row_of
@@ -109,51 +109,46 @@ class Measurer:
             f = reader.features(0, residuals[0])
         with clock("geometry"):
             first = measures.geometry(f, reader.decoder(0))
-            centroids, axes = first.centroid.cpu(), first.axis.cpu()
         if of_prompts:
-            return [Measured(*pair) for pair in zip(centroids, axes, strict=True)]
+            return [Measured(*pair) for pair in zip(first.centroid.cpu(), first.axis.cpu(), strict=True)]
+        return self.completions(batch, residuals, f, first)
+
+    def completions(
+        self, batch: Batch, residuals: list[Tensor], f: Tensor, first: measures.Geometry
+    ) -> list[Measured]:
+        """What each of B completions gives: `residuals` (B, width) by layer, f and `first` of the first."""
+        reader, clock = self.reader, self.clock
         stability = self.stability(batch, residuals[0], f)
-        entropy = measures.entropy(f).tolist()
+        with clock("other measures"):
+            entropy = measures.entropy(f).tolist()
         by_layer, features, reconstructions = [], [], []
         for position, x in enumerate(residuals):
             with clock("sae"):
                 f = reader.features(position, x) if position else f
                 y = reader.reconstruction(position, f)
-            by_layer.append(self.layer_measures(position, x, f, y, first if position == 0 else None))
+            with clock("geometry"):
+                shape = measures.geometry(f, reader.decoder(position), with_axis=False) if position else first
+            with clock("other measures"):
+                by_layer.append(layer_measures(x, f, y, shape))
             if position in (1, 2):
                 features.append(f)
                 reconstructions.append(y)
         with clock("other measures"):
             of_features = measures.cosine(*features).tolist()
             of_space = measures.cosine(*reconstructions).tolist()
-        of_texts = [tuple(layers) for layers in zip(*by_layer, strict=True)]
         return [
             Measured(*values)
             for values in zip(
-                centroids, axes, of_texts, stability, entropy, of_features, of_space, strict=True
+                first.centroid.cpu(),
+                first.axis.cpu(),
+                zip(*by_layer, strict=True),
+                stability,
+                entropy,
+                of_features,
+                of_space,
+                strict=True,
             )
         ]
-
-    def layer_measures(
-        self, position: int, x: Tensor, f: Tensor, y: Tensor, geometry: measures.Geometry | None
-    ) -> list[tuple]:
-        """LAYER_MEASURES of B texts at one layer (x, y (B, width), f (B, F)); `geometry` if it is known."""
-        clock, f = self.clock, f
-        with clock("geometry"):
-            if geometry is None:
-                geometry = measures.geometry(f, self.reader.decoder(position), with_axis=False)
-        with clock("other measures"):
-            return list(
-                zip(
-                    measures.l0_norm(f).tolist(),
-                    (x.to(y) - y).norm(dim=1).tolist(),
-                    measures.gini(f).tolist(),
-                    geometry.sphericity.tolist(),
-                    geometry.shapes,
-                    geometry.dimensionality.tolist(),
-                    strict=True,
-                )
-            )
 
     def stability(self, batch: Batch, x: Tensor, f: Tensor) -> list[float]:
         """(B) mean Jaccard index of the largest features of x (B, width) with and without noise."""
@@ -175,10 +170,19 @@ class Measurer:
         return [share / self.noise_draws for share in shares]
 
 
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """True if memory ran out on a CUDA GPU, on an Apple GPU, or on the host."""
-    words = ("MPS backend out of memory", "can't allocate memory", "not enough memory")
-    return isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in words)
+def layer_measures(x: Tensor, f: Tensor, y: Tensor, geometry: measures.Geometry) -> list[tuple]:
+    """LAYER_MEASURES of B texts: x and its reconstruction y (B, width), features f (B, F)."""
+    return list(
+        zip(
+            measures.l0_norm(f).tolist(),
+            (x.to(y) - y).norm(dim=1).tolist(),
+            measures.gini(f).tolist(),
+            geometry.sphericity.tolist(),
+            geometry.shapes,
+            geometry.dimensionality.tolist(),
+            strict=True,
+        )
+    )
 
 
 def rows_of(

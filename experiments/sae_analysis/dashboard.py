@@ -62,8 +62,8 @@ def layers_of(table: pl.DataFrame) -> list[int]:
 
 def title(table: pl.DataFrame, manifest: dict[str, Any]) -> str:
     """What was measured, and the warning of a toy."""
-    model = manifest.get("settings", {}).get("model", "unknown model")
-    lines = [f"Facts and hallucinations in SAE features: {table.height} samples, {model}"]
+    model = manifest.get("settings", {}).get("model", "unknown")
+    lines = [f"Facts and hallucinations in SAE features: {table.height} samples, model: {model}"]
     return "\n".join([*lines, *([manifest["warning"]] if "warning" in manifest else [])])
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from checkpointing import file_stamps
 
-from . import InputError
+from . import AnalysisError, InputError
 from .settings import TINY, Settings, resolve_device
 
 WAYS_OUT = (
@@ -120,17 +120,30 @@ def check_sae(sae: Any, layer: int, width: int, settings: Settings) -> None:
         )
 
 
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """True if memory ran out on a CUDA GPU, on an Apple GPU, or on the host."""
+    words = ("MPS backend out of memory", "can't allocate memory", "not enough memory")
+    return isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in words)
+
+
 def load(settings: Settings, toy: Path | None, device: str | None = None) -> Reader:
     """The model and its SAEs on a device; `toy` is the folder of the toy, if it is asked for.
 
-    Raises InputError, which names the ways out.
+    Raises InputError, which names the ways out, and AnalysisError if memory does not hold them.
     """
     device = resolve_device(device or settings.device)
     source = str(toy) if toy else settings.model
     tokenizer = load_tokenizer(settings, toy)
-    model = load_model(source, tokenizer, settings, device)
     release = str(toy) if toy else settings.sae_release
-    saes = [load_sae(release, settings, layer, sae_device(device)) for layer in settings.layers]
+    try:
+        model = load_model(source, tokenizer, settings, device)
+        saes = [load_sae(release, settings, layer, sae_device(device)) for layer in settings.layers]
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise AnalysisError(
+            f"the model does not fit into the memory of {device}: use --load-in-8bit or another --device"
+        ) from None
     return Reader(model, tokenizer, saes, settings, device)
 
 

@@ -7,6 +7,7 @@ killed loses the batch in work and no more.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import platform
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import polars as pl
+import torch
 
 from checkpointing import hash_of, holding, replacing, utc_now, write_json
 
@@ -144,6 +146,7 @@ def described(settings: Settings, identity: dict, samples: dict) -> dict[str, An
         "model": identity,
         "samples": samples,
         "machine": platform.platform(),
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "versions": {"python": platform.python_version()} | {name: version(name) for name in names},
         "notes": [
             "cross_layer_consistency compares features of two SAEs by index, though an index means another "
@@ -156,13 +159,15 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a run. Raises InputError."""
     try:
         manifest = json.loads((folder / "manifest.json").read_bytes())
-        return (
-            manifest if {"status", "settings", "model", "samples"} <= set(manifest) else manifest["settings"]
-        )
-    except (OSError, ValueError, TypeError, KeyError):
+    except (OSError, ValueError):
+        manifest = None
+    settings = manifest.get("settings") if isinstance(manifest, dict) else None
+    known = {field.name for field in dataclasses.fields(Settings)} - set(FREE)
+    if not isinstance(settings, dict) or set(settings) != known or not {"model", "samples"} <= set(manifest):
         raise InputError(
-            f"{folder} has no manifest of a run: give the folder of a run that was stopped"
-        ) from None
+            f"{folder} has no manifest of a run of this version: give the folder of a run that was stopped"
+        )
+    return manifest
 
 
 def check_same(manifest: dict[str, Any], identity: dict, samples: dict) -> None:

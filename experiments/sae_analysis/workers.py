@@ -6,6 +6,9 @@ Several workers take contiguous ranges of the same batches, so that their number
 from __future__ import annotations
 
 import itertools
+import os
+import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -77,7 +80,7 @@ def on_devices(batches: list[Batch], settings: Settings, toy: Path | None) -> It
     context = torch.multiprocessing.get_context("spawn")
     threads = max(torch.get_num_threads() // len(settings.devices), 1)
     pools = [
-        ProcessPoolExecutor(1, context, initializer=begin_worker, initargs=(threads,))
+        ProcessPoolExecutor(1, context, initializer=begin_worker, initargs=(threads, os.getpid()))
         for _ in settings.devices
     ]
     try:
@@ -95,12 +98,20 @@ def on_devices(batches: list[Batch], settings: Settings, toy: Path | None) -> It
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-def begin_worker(threads: int) -> None:
-    """Prepare a worker's process: it shares the cores with the others."""
+def begin_worker(threads: int, parent: int) -> None:
+    """Prepare a worker's process: it shares the cores with the others, and ends when its parent does."""
     import torch
 
     torch.set_num_threads(threads)
     log_to_stdout()
+    threading.Thread(target=end_with, args=(parent,), daemon=True).start()
+
+
+def end_with(parent: int) -> None:
+    """End this process when its parent is gone, so that a killed run leaves no worker on a GPU."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
 
 
 def on_ray(batches: list[Batch], settings: Settings, toy: Path | None) -> Iterator[Result]:

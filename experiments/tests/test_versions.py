@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers
 from conftest import DATA, LAYERS, script
-from sae_analysis import AnalysisError, batches
+from sae_analysis import AnalysisError, batches, language_model
 from sae_analysis.batches import Measurer, plan, rows_of
 from sae_analysis.language_model import load
 from sae_analysis.noise import noise_of
@@ -196,6 +196,15 @@ def test_fault_7_no_weight_is_folded_or_centred(toy, settings, reader, tmp_path)
     x = of_gpt.residuals(tokens)[0][0]
     torch.testing.assert_close(x, states[LAYERS[0] + 1][0, -1], rtol=1e-5, atol=1e-6)
     assert abs(float(x.mean())) > 1e-3 * float(x.std())
+
+
+def test_a_model_that_does_not_fit_is_said_in_a_line(settings, monkeypatch):
+    def too_large(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(language_model, "load_sae", too_large)
+    with pytest.raises(AnalysisError, match="does not fit into the memory of cpu"):
+        load(settings, None)
 
 
 # --- measures in their place
