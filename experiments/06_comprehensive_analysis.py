@@ -150,12 +150,11 @@ def entropy(f: np.ndarray) -> float:
 
 
 def angle(first: np.ndarray, second: np.ndarray) -> float:
-    """Degrees between two vectors; 0 where one of them is 0."""
-    return (
-        float(np.degrees(np.arccos(np.clip(cosine(first, second), -1, 1))))
-        if first.any() and second.any()
-        else 0.0
-    )
+    """Degrees between two vectors, exact for small angles too; 0 where one vector is 0."""
+    if not (first.any() and second.any()):
+        return 0.0
+    first, second = first / np.linalg.norm(first), second / np.linalg.norm(second)
+    return float(2 * np.degrees(np.arctan2(np.linalg.norm(first - second), np.linalg.norm(first + second))))
 
 
 def cosine(first: np.ndarray, second: np.ndarray) -> float:

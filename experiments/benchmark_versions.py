@@ -20,6 +20,7 @@ from sae_analysis import EXPERIMENTS, InputError
 from sae_analysis.random_gemma import make_random
 from sae_analysis.samples import read_samples
 from sae_analysis.settings import TINY, whole
+from sae_analysis.toy import WARNING
 
 QUICK = 20  # samples
 SEQUENTIAL = "06_comprehensive_analysis.py"
@@ -29,6 +30,7 @@ BATCHED = "06_comprehensive_analysis_parallel.py"
 class Timing(NamedTuple):
     """One measurement."""
 
+    samples: int
     seconds: float
     share_of_geometry: float
     host: int  # bytes
@@ -44,9 +46,15 @@ def time_version(script: str, flags: list[str]) -> Timing:
             raise InputError(f"{script} ended with status {done.returncode}: {done.stderr.strip()[-500:]}")
         manifest = json.loads(next(Path(folder).glob("*/manifest.json")).read_text())
     seconds: dict[str, float] = manifest["seconds"]
-    measuring = seconds["total"] - seconds["load"]
+    measuring = seconds["measuring"] - seconds["load"]
     memory = manifest["peak_memory"]
-    return Timing(measuring, seconds["geometry"] / measuring, memory["host"], memory["gpu"])
+    return Timing(
+        manifest["samples"]["count"],
+        measuring,
+        seconds["geometry"] / measuring,
+        memory["host"],
+        memory["gpu"],
+    )
 
 
 def median(timings: list[Timing]) -> Timing:
@@ -66,14 +74,14 @@ def measure(flags: list[str], batch_sizes: list[int], repeats: int) -> dict[str,
     return {name: median(of_version) for name, of_version in timings.items()}
 
 
-def table(timings: dict[str, Timing], samples: int) -> list[str]:
+def table(timings: dict[str, Timing]) -> list[str]:
     """The timings as lines, and the batch size that they recommend."""
     sequential = timings["sequential"].seconds
     lines = ["version       seconds  speed-up  samples/s  geometry  host MiB  GPU MiB"]
     for name, timing in timings.items():
         lines.append(
             f"{name:<12}{timing.seconds:>9.2f}{sequential / timing.seconds:>9.1f}x"
-            f"{samples / timing.seconds:>11.1f}{timing.share_of_geometry:>9.1%}"
+            f"{timing.samples / timing.seconds:>11.1f}{timing.share_of_geometry:>9.1%}"
             f"{timing.host / 2**20:>10.0f}{timing.gpu / 2**20:>9.0f}"
         )
     batched = {name: timing for name, timing in timings.items() if name != "sequential"}
@@ -96,18 +104,19 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--model",
         default=TINY,
-        help="as of the versions, or 'random': a Gemma-2 of random weights (--random-shape)",
+        help="a --model of the analysis, or 'random': a Gemma-2 of random weights (--random-shape)",
     )
     parser.add_argument(
         "--random-shape", nargs=2, type=whole(1), default=[26, 512], metavar=("LAYERS", "WIDTH")
     )
     parser.add_argument("--random-features", type=whole(64), default=16384, help="of its SAEs")
     values, flags = parser.parse_known_args(argv)
-    samples = read_samples(EXPERIMENTS / "data", most=0 if values.full else QUICK)
+    if {"--devices", "--ray"} & set(flags):
+        parser.error("--devices and --ray are not timed: loading cannot be told from measuring there")
     logging.disable(logging.INFO)
     try:
         with tempfile.TemporaryDirectory() as folder:
-            flags += ["--max-samples", str(len(samples))]
+            flags += [] if values.full else ["--max-samples", str(QUICK)]
             flags += model_flags(values, Path(folder))
             timings = measure(flags, sorted(set(values.batch_sizes)), values.repeats)
     except InputError as error:
@@ -116,8 +125,11 @@ def main(argv: list[str] | None = None) -> int:
     machine = (
         torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} threads"
     )
-    print(f"{len(samples)} samples, {values.model}, {machine}, median of {values.repeats}")
-    print("\n".join(table(timings, len(samples))))
+    count = timings["sequential"].samples
+    print(f"{count:.0f} samples, model {values.model}, {machine}, median of {values.repeats}")
+    if values.model == TINY:
+        print(WARNING)
+    print("\n".join(table(timings)))
     return 0
 
 

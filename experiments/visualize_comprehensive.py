@@ -32,7 +32,7 @@ def visualise(run: Path, output: Path | None) -> list[Path]:
     ):  # a table of another program: the title says that its model is unknown
         manifest = read_manifest(file.parent)
     comparison = compare(table, tuple(layers))
-    print("\n".join(as_text(comparison)))
+    print("\n".join([*as_text(comparison), *([manifest["warning"]] if "warning" in manifest else [])]))
     return draw(table, comparison, output or file.parent / "figures", manifest)
 
 

@@ -12,8 +12,7 @@ install() {  # install FILE...: into $venv, unless these very files were install
         local arguments=()
         for file in "$@"; do arguments+=(-r "$file"); done
         echo "Installing $* into ${venv#"$root"/} (once)" >&2
-        # Bytecode is compiled when a module is first imported: half of the packages' modules never are.
-        "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-compile "${arguments[@]}" >&2
+        "$venv/bin/python" -m pip install --quiet --disable-pip-version-check "${arguments[@]}" >&2
         echo "$wanted" > "$stamp"
     fi
 }

@@ -1,7 +1,7 @@
 """The batched version: texts of equal length are read and measured together.
 
-So nothing is padded: a batch's last token is the last real token of each of its texts, and on a CPU a text
-gives the same bits among others as alone.
+Texts are not padded, because a batch holds texts of one length only. So the last token of every row is a real
+one, and on a CPU a text gives the same residual vector in a batch as alone.
 """
 
 from __future__ import annotations
@@ -86,7 +86,9 @@ class Measurer:
                     "one text alone does not fit into memory: use --load-in-8bit or another --device"
                 )
             self.most = size // 2
-            log.warning(f"Out of memory with {size} texts at once: going on with {self.most}; numbers stay")
+            log.warning(
+                f"Out of memory with {size} texts at once: going on with {self.most}. Results do not change."
+            )
             self.noisy = torch.empty(0)
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
@@ -99,12 +101,6 @@ class Measurer:
         of_prompts = batch[0].position == PROMPT
         with clock("forward"):
             residuals = reader.residuals([text.tokens for text in batch], 1 if of_prompts else None)
-        for layer, x in zip(reader.layers, residuals, strict=False):
-            if not x.isfinite().all():
-                raise AnalysisError(
-                    f"the residual stream of layer {layer} is not finite (first text: sample "
-                    f"{batch[0].sample_id}): use --dtype float32 or bfloat16"
-                )
         with clock("sae"):
             f = reader.features(0, residuals[0])
         with clock("geometry"):
@@ -114,17 +110,18 @@ class Measurer:
         return self.completions(batch, residuals, f, first)
 
     def completions(
-        self, batch: Batch, residuals: list[Tensor], f: Tensor, first: measures.Geometry
+        self, batch: Batch, residuals: list[Tensor], of_first: Tensor, first: measures.Geometry
     ) -> list[Measured]:
-        """What each of B completions gives: `residuals` (B, width) by layer, f and `first` of the first."""
+        """What each of B completions gives.
+
+        `residuals` (B, width) of each layer; `of_first` and `first` are features and geometry of the first.
+        """
         reader, clock = self.reader, self.clock
-        stability = self.stability(batch, residuals[0], f)
-        with clock("other measures"):
-            entropy = measures.entropy(f).tolist()
         by_layer, features, reconstructions = [], [], []
         for position, x in enumerate(residuals):
             with clock("sae"):
-                f = reader.features(position, x) if position else f
+                f = reader.features(position, x) if position else of_first
+                # Before the SAE encodes anything else: some decode with the norm of their last input.
                 y = reader.reconstruction(position, f)
             with clock("geometry"):
                 shape = measures.geometry(f, reader.decoder(position), with_axis=False) if position else first
@@ -133,7 +130,9 @@ class Measurer:
             if position in (1, 2):
                 features.append(f)
                 reconstructions.append(y)
+        stability = self.stability(batch, residuals[0], of_first)
         with clock("other measures"):
+            entropy = measures.entropy(of_first).tolist()
             of_features = measures.cosine(*features).tolist()
             of_space = measures.cosine(*reconstructions).tolist()
         return [

@@ -130,7 +130,8 @@ def by_domain(ax: Axes, table: pl.DataFrame, name: str, heading: str, unit: str)
 
 def effect_sizes(ax: Axes, comparison: pl.DataFrame, layers: list[int]) -> None:
     """Cohen's d of every measure in every domain; * where Holm's correction leaves a difference."""
-    names = list(measures(tuple(layers)))
+    compared = set(comparison["measure"])
+    names = [name for name in measures(tuple(layers)) if name in compared]
     domains = comparison["domain"].unique(maintain_order=True).to_list()
     ax.set_title("H  Cohen's d of the pairs", loc="left", fontweight="bold")
     if not domains:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from checkpointing import file_stamps
@@ -42,6 +43,10 @@ class Reader:
                     f"--layers {layer}: {settings.model} has layers 0 to {model.cfg.n_layers - 1}"
                 )
             check_sae(sae, layer, self.width, settings)
+        if saes[1].cfg.d_sae != saes[2].cfg.d_sae:
+            raise InputError(
+                "the SAEs of the second and third layer have unequal numbers of features: use others"
+            )
 
     def tokenise(self, text: str) -> list[int]:
         """The tokens of a text after one BOS token."""
@@ -51,9 +56,9 @@ class Reader:
     def residuals(self, tokens: list[list[int]], count: int | None = None) -> list[Tensor]:
         """The residual stream after the first `count` of `layers` at the last token of B texts.
 
-        The texts must have equal lengths. So nothing is padded, and no number depends on a text's neighbours.
+        The texts must have equal lengths: none is padded.
         Returns float32 tensors (B, width), a layer each. One forward pass, which ends after the last layer
-        that is needed.
+        that is needed. Raises AnalysisError if a number is not finite.
         """
         layers = self.layers[:count]
         found: dict[int, Tensor] = {}
@@ -72,6 +77,11 @@ class Reader:
                 stop_at_layer=layers[-1] + 1,
                 fwd_hooks=[(f"blocks.{layer}.hook_resid_post", keep(layer)) for layer in layers],
             )
+        for layer in layers:
+            if not found[layer].isfinite().all():
+                raise AnalysisError(
+                    f"the residual stream of layer {layer} is not finite: use --dtype float32 or bfloat16"
+                )
         return [found[layer] for layer in layers]
 
     def precision(self) -> contextlib.AbstractContextManager:
@@ -225,7 +235,9 @@ def load_sae(release: str, settings: Settings, layer: int, device: str) -> Any:
         if folder:
             return SAE.load_from_disk(folder, device=device, dtype="float64").eval()
         return SAE.from_pretrained(release, sae_name(settings, layer), device=device, dtype="float64").eval()
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        if isinstance(error, RuntimeError) and is_out_of_memory(error):
+            raise
         reason = " ".join(str(error).split())[:200]
         raise InputError(
             f"cannot load the SAE {sae_name(settings, layer)} of {release} ({reason}): log in to the Hub "

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import polars as pl
+
 from checkpointing import Held, Refused, replacing
 
 from . import EXPERIMENTS, AnalysisError, InputError
@@ -15,7 +17,7 @@ from .language_model import describe
 from .progress import Clock, Progress, log, log_to_stdout, peak_memory
 from .runs import Run, describe_samples, opened, read_manifest
 from .samples import Sample, read_samples
-from .settings import TINY, Settings, parse_settings, parser_of, resumed_folder
+from .settings import TINY, Settings, parse_settings, parser_of, resolve_device, resumed_folder
 from .summary import as_text, compare
 from .toy import LAYERS as TOY_DEPTH
 from .toy import WARNING, make_toy
@@ -33,7 +35,7 @@ class Work(NamedTuple):
     clock: Clock
 
     def progress(self, texts: int) -> Progress:
-        """The progress of the samples that are not finished, which need so many texts."""
+        """The progress of this run; `texts` is how many texts are still to be read."""
         return Progress(len(self.samples), len(self.run.rows), texts)
 
 
@@ -65,7 +67,7 @@ def analyse(argv: list[str] | None, description: str, measure: Callable[[Work], 
     if before.get("status") == "finished":
         log.info(f"{resumed} is finished: nothing is left to do")
         return
-    clock = Clock()
+    clock = Clock(resolve_device(settings.device))
     folder = Path(settings.data_dir)
     every = read_samples(folder, settings.domains)
     samples = read_samples(folder, settings.domains, settings.max_samples)
@@ -78,7 +80,7 @@ def analyse(argv: list[str] | None, description: str, measure: Callable[[Work], 
         log.info(f"Run: {run.folder}")
         if run.rows:
             log.info(f"Resumed: {len(run.rows)} of {len(samples)} samples are finished")
-        with clock("total"):
+        with clock("measuring"):
             measure(Work(settings, samples, toy, run, clock))
         with clock("write"):
             write_results(run, samples, settings)
@@ -102,7 +104,7 @@ def write_results(run: Run, samples: list[Sample], settings: Settings) -> None:
     table = run.write_table([sample.id for sample in samples], settings.layers)
     comparison = compare(table, settings.layers)
     with replacing(run.folder / "summary.csv") as temporary:
-        comparison.write_csv(temporary)
+        comparison.with_columns(model=pl.lit(settings.model)).write_csv(temporary)
     for line in as_text(comparison):
         log.info(line)
     draw(table, comparison, run.folder / "figures", run.manifest)

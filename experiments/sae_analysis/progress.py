@@ -38,7 +38,7 @@ class Progress:
     """A tqdm bar on a terminal; otherwise a line every INTERVAL seconds and one at the end."""
 
     def __init__(self, total: int, done: int, texts: int):
-        self.total, self.done, self.before = total, done, done
+        self.total, self.done = total, done
         self.texts, self.texts_done = texts, 0  # to do; done
         self.started = self.last = time.monotonic()
         self.bar: Any = None
@@ -76,7 +76,7 @@ class Clock:
     """Seconds by stage: `with clock("forward"):`."""
 
     def __init__(self, device: str = "cpu"):
-        self.waits = device.startswith("cuda")
+        self.device = device
         self.seconds: dict[str, float] = {}
 
     @contextlib.contextmanager
@@ -86,10 +86,10 @@ class Clock:
         try:
             yield
         finally:
-            if self.waits:
+            if self.device.startswith("cuda"):
                 import torch
 
-                torch.cuda.synchronize()
+                torch.cuda.synchronize(self.device)
             self.add({stage: time.perf_counter() - began})
 
     def add(self, seconds: dict[str, float]) -> None:
@@ -99,10 +99,13 @@ class Clock:
 
 
 def peak_memory() -> dict[str, int]:
-    """Most bytes that this process and its ended children had in memory, and that torch had on the GPU."""
+    """Most bytes that this process had in memory, and that torch had on its GPUs together.
+
+    Workers of --devices and --ray have memory of their own, which is not counted.
+    """
     import torch
 
     unit = 1 if sys.platform == "darwin" else 1024
-    host = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    gpu = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
-    return {"host": host * unit, "gpu": gpu}
+    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    gpus = range(torch.cuda.device_count())
+    return {"host": host, "gpu": sum(torch.cuda.max_memory_allocated(gpu) for gpu in gpus)}

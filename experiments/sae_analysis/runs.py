@@ -33,6 +33,7 @@ from .toy import WARNING
 
 PART = ".metrics.part.jsonl"
 TABLE = "metrics.parquet"
+MEASURES_VERSION = 1  # raise it when a change of the code changes a number
 
 
 class Run:
@@ -41,11 +42,6 @@ class Run:
     def __init__(self, folder: Path, manifest: dict[str, Any]):
         self.folder, self.manifest = folder, manifest
         self.rows: dict[str, dict] = {}
-
-    @property
-    def is_finished(self) -> bool:
-        """True if the table is written."""
-        return self.manifest["status"] == "finished"
 
     def write_manifest(self, **more: Any) -> None:
         """Add to the manifest, and write it."""
@@ -83,7 +79,8 @@ class Run:
             rows = [row | {"complexity": str(row["complexity"])} for row in rows]
         table = pl.DataFrame({name: [row[name] for row in rows] for name in columns(layers)})
         with replacing(self.folder / TABLE) as temporary:
-            table.write_parquet(temporary)
+            warning = {"warning": self.manifest["warning"]} if "warning" in self.manifest else {}
+            table.write_parquet(temporary, metadata=warning)
         return table
 
 
@@ -98,21 +95,23 @@ def opened(settings: Settings, identity: dict, samples: dict) -> Iterator[Run]:
         if settings.resume:
             run = Run(folder, read_manifest(folder))
             check_same(run.manifest, identity, samples)
+            begun = {"time": utc_now(), "command": shlex.join(sys.argv)}
+            run.manifest["resumed"] = [*run.manifest.get("resumed", []), begun]
         else:
             run = Run(folder, described(settings, identity, samples))
         run.read_part()
         run.write_manifest(status="running")
         try:
             yield run
-        except InputError:
-            if not run.rows and not settings.resume:
-                shutil.rmtree(folder)
-            raise
         except BaseException as error:
+            if isinstance(error, InputError) and not run.rows and not settings.resume:
+                shutil.rmtree(folder)  # nothing was begun
+                raise
             run.write_manifest(
                 status="stopped", ended=utc_now(), reason=f"{type(error).__name__}: {error}"[:500]
             )
             raise
+        run.manifest.pop("reason", None)
         run.write_manifest(status="finished", ended=utc_now())
         (folder / PART).unlink(missing_ok=True)
 
@@ -134,11 +133,10 @@ def new_folder(parent: Path) -> Path:
 
 def described(settings: Settings, identity: dict, samples: dict) -> dict[str, Any]:
     """The manifest of a run that begins."""
-    every = settings.that_count()
+    every = settings.result_settings()
     manifest: dict[str, Any] = {"status": "running", "started": utc_now()}
     if settings.model == TINY:
         manifest["warning"] = WARNING
-    names = ("torch", "transformers", "transformer-lens", "sae-lens", "polars")
     return manifest | {
         "command": shlex.join(sys.argv),
         "settings": every,
@@ -147,12 +145,18 @@ def described(settings: Settings, identity: dict, samples: dict) -> dict[str, An
         "samples": samples,
         "machine": platform.platform(),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
-        "versions": {"python": platform.python_version()} | {name: version(name) for name in names},
+        "versions": versions(),
         "notes": [
             "cross_layer_consistency compares features of two SAEs by index, though an index means another "
             "feature in each: residual_consistency compares what they stand for."
         ],
     }
+
+
+def versions() -> dict[str, str]:
+    """The versions that numbers may depend on, of the measures first."""
+    names = ("torch", "transformers", "transformer-lens", "sae-lens", "numpy")
+    return {"measures": str(MEASURES_VERSION)} | {name: version(name) for name in names}
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -171,12 +175,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def check_same(manifest: dict[str, Any], identity: dict, samples: dict) -> None:
-    """Raise InputError if the model or the data changed since a run began."""
-    for name, now in (("model", identity), ("samples", samples)):
-        if hash_of(manifest[name]) != hash_of(now):
-            raise InputError(
-                f"the {name} of this run changed since it began: start another run without --resume"
-            )
+    """Raise InputError if the model, the data or the code changed since a run began."""
+    for name, now in (("model", identity), ("samples", samples), ("versions", versions())):
+        if hash_of(manifest.get(name)) != hash_of(now):
+            raise InputError(f"the {name} of this run changed since it began: start another run")
 
 
 def describe_samples(folder: Path, domains: tuple[str, ...], count: int) -> dict[str, Any]:

@@ -28,7 +28,7 @@ class Sample(NamedTuple):
 
     id: str
     domain: str
-    complexity: Any  # as the file has it
+    complexity: str | int | float  # as the file has it
     prompt: str
     fact: str
     hallucination: str
@@ -46,19 +46,19 @@ def read_samples(folder: Path, domains: Iterable[str] = FILES, most: int = 0) ->
     by_domain = [read_domain(folder, domain) for domain in domains]
     seen: dict[str, str] = {}
     for samples in by_domain:
-        for sample in samples:
+        for index, sample in enumerate(samples):
             if sample.id in seen:
                 raise InputError(
-                    f"id '{sample.id}' stands in {FILES[seen[sample.id]]} and again in "
-                    f"{FILES[sample.domain]}: give every sample an id of its own"
+                    f"{FILES[sample.domain]}, index {index}: id '{sample.id}' stands in "
+                    f"{FILES[seen[sample.id]]} too: give every sample an id of its own"
                 )
             seen[sample.id] = sample.domain
     if most <= 0:
         return [sample for samples in by_domain for sample in samples]
     longest = max(map(len, by_domain), default=0)
     in_turn = [samples[i] for i in range(longest) for samples in by_domain if i < len(samples)]
-    chosen = set(in_turn[:most])
-    return [sample for samples in by_domain for sample in samples if sample in chosen]
+    chosen = {sample.id for sample in in_turn[:most]}
+    return [sample for samples in by_domain for sample in samples if sample.id in chosen]
 
 
 def read_domain(folder: Path, domain: str) -> list[Sample]:
@@ -91,4 +91,6 @@ def sample_of(row: Any, domain: str, where: str) -> Sample:
     for key in ("id", *TEXTS):
         if not isinstance(row[key], (str, int) if key == "id" else str) or not str(row[key]).strip():
             raise InputError(f"{where}: '{key}' is empty or no text: give one")
+    if not isinstance(row["complexity"], (str, int, float)):
+        raise InputError(f"{where}: 'complexity' is neither a number nor a text: give one")
     return Sample(str(row["id"]), domain, row["complexity"], *(row[key] for key in TEXTS))

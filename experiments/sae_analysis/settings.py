@@ -12,7 +12,7 @@ from . import EXPERIMENTS, InputError
 from .samples import FILES
 
 TINY = "tiny"
-# The value of --layers stands for these layers of the toy, which has four.
+# The default of --layers for the toy, which has four layers.
 TOY_LAYERS = (1, 2, 3)
 DTYPES = ("float32", "bfloat16", "float16")
 # Settings that no number depends on: a run may be resumed with others.
@@ -27,12 +27,12 @@ class Settings:
     domains: tuple[str, ...]
     max_samples: int  # 0: all
     model: str  # a name on the Hub, a folder, or TINY
-    sae_release: str  # of SAELens, or a folder
-    sae_width: str
-    layers: tuple[int, ...]  # ascending, three or more; empty: those of the model's default
+    sae_release: str  # of SAELens, or a folder; empty for the toy, which has its own
+    sae_width: str  # empty for the toy
+    layers: tuple[int, ...]  # ascending, three or more
     seed: int  # of the noise
     noise_draws: int
-    dtype: str  # of the forward pass; SAEs are float32, measures float64
+    dtype: str  # of the forward pass; SAEs and measures are float64
     load_in_8bit: bool
     device: str
     output_dir: str
@@ -41,7 +41,7 @@ class Settings:
     devices: tuple[str, ...] = ()
     ray: str = ""
 
-    def that_count(self) -> dict[str, Any]:
+    def result_settings(self) -> dict[str, Any]:
         """The settings that numbers depend on, as JSON values."""
         every = dataclasses.asdict(self)
         return {
@@ -54,7 +54,9 @@ class Settings:
 def parser_of(description: str, batched: bool) -> argparse.ArgumentParser:
     """The parser of the sequential version, or of the batched one."""
     parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        description=description,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,  # --resume is looked for before the rest is read
     )
     add = parser.add_argument
     add(
@@ -107,12 +109,18 @@ def parse_settings(parser: argparse.ArgumentParser, argv: list[str] | None, made
     parser.set_defaults(**made_with)
     values = vars(parser.parse_args(argv))
     typed = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(values, ...))))
-    if values["model"] == TINY and typed["layers"] is ... and not made_with:
-        values["layers"] = TOY_LAYERS
+    if values["model"] == TINY and not made_with:
+        if typed["sae_release"] is not ... or typed["sae_width"] is not ...:
+            raise InputError("--sae-release and --sae-width: the toy has its own SAEs; leave them out")
+        values |= {"sae_release": "", "sae_width": ""}
+        if typed["layers"] is ...:
+            values["layers"] = TOY_LAYERS
     arguments: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
     settings = Settings(**arguments)
     check(settings)
-    differing = [name for name, value in settings.that_count().items() if made_with.get(name, value) != value]
+    differing = [
+        name for name, value in settings.result_settings().items() if made_with.get(name, value) != value
+    ]
     if differing:
         flag = "--" + differing[0].replace("_", "-")
         raise InputError(

@@ -7,6 +7,7 @@ import polars as pl
 from .rows import measures
 
 LEVEL = 0.05
+COLUMNS = ("measure", "domain", "n", "mean_difference", "low", "high", "cohens_d", "p", "p_holm")
 
 
 def compare(table: pl.DataFrame, layers: tuple[int, ...]) -> pl.DataFrame:
@@ -14,8 +15,9 @@ def compare(table: pl.DataFrame, layers: tuple[int, ...]) -> pl.DataFrame:
 
     Columns: measure, domain, n; mean_difference with its sign as in `_diff` (a layer's measures:
     hallucination - fact) and its 95 % interval (t); cohens_d, mean over standard deviation of the differences
-    (d_z); p of the paired t test, two-sided, 1 where all differences are 0; p_holm over all rows. Comparisons
-    of fewer than two samples are left out. Source: Holm (1979), by statsmodels; the test by SciPy.
+    (d_z); p of the paired t test, two-sided; p_holm over all rows. Where all differences are equal nothing
+    can be tested: d is 0 and p is 1. Comparisons of fewer than two samples are left out. Source: Holm (1979),
+    by statsmodels; the test by SciPy.
     """
     import numpy as np
     import scipy.stats
@@ -25,20 +27,16 @@ def compare(table: pl.DataFrame, layers: tuple[int, ...]) -> pl.DataFrame:
     for domain in table["domain"].unique(maintain_order=True):
         own = table.filter(pl.col("domain") == domain)
         for name, (fact, hall, sign) in measures(layers).items():
+            if not {fact, hall} <= set(own.columns):  # a table of the original lacks residual_consistency
+                continue
             differences = sign * (own[hall].to_numpy().astype(float) - own[fact].to_numpy().astype(float))
             if len(differences) < 2:
                 continue
             mean, sd = differences.mean(), differences.std(ddof=1)
             half = scipy.stats.t.ppf(0.975, len(differences) - 1) * sd / np.sqrt(len(differences))
-            # Differences that are all equal up to rounding have no spread to test against.
+            # Differences that are all equal, up to rounding, have no spread to test against.
             constant = sd <= 1e-12 * max(abs(mean), 1e-300)
-            p = (
-                1.0
-                if constant and mean == 0
-                else 0.0
-                if constant
-                else scipy.stats.ttest_1samp(differences, 0).pvalue
-            )
+            p = 1.0 if constant else scipy.stats.ttest_1samp(differences, 0).pvalue
             rows.append(
                 {
                     "measure": name,
@@ -57,9 +55,6 @@ def compare(table: pl.DataFrame, layers: tuple[int, ...]) -> pl.DataFrame:
         )
     p_holm = multipletests([row["p"] for row in rows], method="holm")[1]
     return pl.DataFrame([row | {"p_holm": p} for row, p in zip(rows, p_holm.tolist(), strict=True)])
-
-
-COLUMNS = ("measure", "domain", "n", "mean_difference", "low", "high", "cohens_d", "p", "p_holm")
 
 
 def as_text(comparison: pl.DataFrame) -> list[str]:

@@ -23,6 +23,7 @@ from checkpointing import hash_of
 
 log = logging.getLogger("sae_analysis")
 
+VERSION = 1  # raise it when the toy is made in another way
 SEED = 0
 LAYERS, WIDTH, FEATURES = 4, 64, 512
 WARNING = "TOY MODEL: it is trained on these very texts, and its numbers mean nothing about Gemma."
@@ -43,7 +44,7 @@ def make_toy(folder: Path, texts: list[str], layers: tuple[int, ...], effort: Ef
 
     It holds a model and a tokenizer of transformers, and layer_<L>/ of SAELens.
     """
-    made_with = [texts, layers, effort, SEED, *map(version, ("torch", "transformers", "sae-lens"))]
+    made_with = [texts, layers, effort, VERSION, *map(version, ("torch", "transformers", "sae-lens"))]
     place = folder / f"tiny-{hash_of(made_with)[:12]}"
     if place.is_dir():
         return place

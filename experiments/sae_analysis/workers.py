@@ -115,7 +115,7 @@ def end_with(parent: int) -> None:
 
 
 def on_ray(batches: list[Batch], settings: Settings, toy: Path | None) -> Iterator[Result]:
-    """One worker of Ray for each of --devices, or for each GPU of the cluster, or one on a CPU."""
+    """A worker of Ray for each of --devices, or on --device, or for each GPU of the cluster, or on a CPU."""
     import ray
 
     paths = f"{EXPERIMENTS}:{ROOT}"
@@ -127,7 +127,8 @@ def on_ray(batches: list[Batch], settings: Settings, toy: Path | None) -> Iterat
     )
     try:
         gpus = int(ray.cluster_resources().get("GPU", 0))
-        devices = settings.devices or ("cuda",) * gpus or ("cpu",)
+        chosen = () if settings.device == "auto" else (settings.device,)
+        devices = settings.devices or chosen or ("cuda",) * gpus or ("cpu",)
         kinds = [device.partition(":")[0] for device in devices]  # Ray shows a worker its own GPU alone
         remote: Any = ray.remote(RayWorker)
         workers = [

@@ -64,7 +64,8 @@ def test_the_files_domain_counts(tmp_path):
         (lambda rows: [rows[0] | {"prompt": " "}], "index 0: 'prompt' is empty"),
         (lambda rows: [rows[0] | {"fact": 3}], "index 0: 'fact' is empty or no text"),
         (lambda rows: [rows[0], rows[1], rows[0]], "index 2: id 'entity_001' stands twice"),
-        (lambda rows: [rows[0] | {"id": "logical_001"}], "'logical_001' stands in .* and again in"),
+        (lambda rows: [rows[0] | {"id": "logical_001"}], "index 0: id 'logical_001' stands in .* too"),
+        (lambda rows: [rows[0] | {"complexity": [1]}], "'complexity' is neither"),
     ],
 )
 def test_samples_that_cannot_be_used_are_refused_with_file_and_index(tmp_path, change, reason):

@@ -23,6 +23,7 @@ from sae_analysis.samples import FILES, read_samples
 from sae_analysis.settings import parse_settings, parser_of
 from sae_analysis.summary import as_text, compare
 from sae_analysis.workers import ranges
+from sae_lens import JumpReLUSAE, JumpReLUSAEConfig
 
 BATCHED, SEQUENTIAL = "06_comprehensive_analysis_parallel.py", "06_comprehensive_analysis.py"
 
@@ -53,8 +54,12 @@ def test_a_run_of_the_toy_writes_its_files_and_says_that_it_is_a_toy(run, tiny, 
     assert log.count("TOY MODEL") == 2
     assert re.search(r"Progress: 9/9 samples \| Rate: \d+\.\d samples/sec \| ETA: 0s", log)
     assert re.search(r"Seconds: .*tokenise .*forward .*sae .*geometry .*write", log)
-    assert {"tokenise", "forward", "sae", "geometry", "write", "load", "total"} <= set(manifest["seconds"])
-    assert manifest["peak_memory"]["host"] > 2**26
+    assert {"tokenise", "forward", "sae", "geometry", "write", "load", "measuring"} <= set(
+        manifest["seconds"]
+    )
+    assert manifest["peak_memory"]["host"] > 2**26 and manifest["settings"]["sae_release"] == ""
+    assert "TOY" in pl.read_parquet_metadata(folder / "metrics.parquet")["warning"]
+    assert set(pl.read_csv(folder / "summary.csv")["model"]) == {"tiny"}
 
 
 def test_columns_have_the_names_of_the_original(run):
@@ -78,7 +83,9 @@ def test_columns_have_the_names_of_the_original(run):
     assert set(table.columns) - set(expected) == {
         f"residual_consistency_{end}" for end in ("fact", "hall", "diff")
     }
-    for name, sign in (("centroid_drift", 1), ("axis_twist", 1), ("entropy", 1), ("stability", -1)):
+    signs = {"centroid_drift": 1, "axis_twist": 1, "entropy": 1, "stability": -1}
+    signs |= {"cross_layer_consistency": -1, "residual_consistency": -1}
+    for name, sign in signs.items():
         differences = sign * (table[f"{name}_hall"] - table[f"{name}_fact"])
         assert (differences - table[f"{name}_diff"]).abs().max() < 1e-12
 
@@ -113,6 +120,7 @@ def test_files_of_the_original_are_read_as_they_are(run, tmp_path):
         (["--sae-release", "gemma-scope-2b-pt-res-canonical"], r"layer_1|cannot load"),
         (["--resume", "/nowhere"], "no manifest of a run"),
         (["--domains", "entity", "entity"], "named twice"),
+        (["--model", "tiny", "--sae-release", "a"], "the toy has its own SAEs"),
     ],
 )
 def test_what_cannot_be_done_ends_with_status_2_and_one_line(run, wrong, reason, monkeypatch):
@@ -120,6 +128,21 @@ def test_what_cannot_be_done_ends_with_status_2_and_one_line(run, wrong, reason,
     status, folder, log = run(BATCHED, "--max-samples", "4", *wrong)
     assert status == 2 and folder is None
     assert re.search(reason, log.splitlines()[-1])
+
+
+def test_damaged_saes_and_saes_of_unequal_width_are_refused(run, toy, tmp_path):
+    for name in ("damaged", "unequal"):
+        shutil.copytree(toy, tmp_path / name)
+    (tmp_path / "damaged" / "layer_2" / "sae_weights.safetensors").write_bytes(b"12345678901234567890")
+    config = json.loads((toy / "layer_3" / "cfg.json").read_text()) | {"d_sae": 256}
+    sae = JumpReLUSAE(JumpReLUSAEConfig.from_dict(config))
+    sae.save_model(tmp_path / "unequal" / "layer_3")
+    for name, reason in (
+        ("damaged", "cannot load the SAE layer_2"),
+        ("unequal", "unequal numbers of features"),
+    ):
+        status, _, log = run(BATCHED, "--max-samples", "4", "--sae-release", str(tmp_path / name))
+        assert status == 2 and reason in log, name
 
 
 def test_layers_that_the_toy_lacks_are_refused(run, tiny):
@@ -189,9 +212,27 @@ def test_a_resumed_run_keeps_its_settings_and_its_model(run, toy, tmp_path, monk
     (stopped,) = (tmp_path / "runs").iterdir()
     status, _, log = run(BATCHED, "--resume", str(stopped), "--seed", "7", model=[])
     assert status == 2 and "--seed differs from the run's (42)" in log
+    with pytest.raises(SystemExit):  # no abbreviation, which would pass by the comparison
+        run(BATCHED, "--resum", str(stopped), "--seed", "7", model=[])
+    monkeypatch.setattr(runs, "MEASURES_VERSION", 0)
+    status, _, log = run(BATCHED, "--resume", str(stopped), model=[])
+    assert status == 2 and "the versions of this run changed" in log
+    monkeypatch.undo()
     (model / "config.json").touch()
     status, _, log = run(BATCHED, "--resume", str(stopped), model=[])
     assert status == 2 and "the model of this run changed" in log
+
+
+def test_a_resumed_run_refuses_samples_that_changed(run, tmp_path, monkeypatch):
+    shutil.copytree(DATA, tmp_path / "data")
+    monkeypatch.setattr(program, "write_results", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError):
+        run(BATCHED, "--max-samples", "4", "--data-dir", str(tmp_path / "data"))
+    (stopped,) = (tmp_path / "runs").iterdir()
+    path = tmp_path / "data" / FILES["entity"]
+    path.write_text(path.read_text().replace("Canberra", "Perth"))
+    status, _, log = run(BATCHED, "--resume", str(stopped), model=[])
+    assert status == 2 and "the samples of this run changed" in log
 
 
 def test_a_run_that_was_killed_goes_on_where_it_stopped(flags, run, tmp_path):
@@ -320,7 +361,12 @@ def test_differences_without_spread_and_single_samples_are_dealt_with():
     found = compare(table([0.5] * 5, 5), LAYERS)
     assert set(found["p"]) == {1.0} and set(found["cohens_d"]) == {0.0}
     found = compare(table([1.5] * 5, 5), LAYERS)
-    assert found.filter(pl.col("measure") == "centroid_drift")["p_holm"][0] == 0
+    assert found.filter(pl.col("measure") == "centroid_drift")["mean_difference"][0] == 1
+    assert set(found["p_holm"]) == {1.0}  # equal differences have no spread to test against
+    original = table([0.1, 0.5, 0.4], 3).drop(
+        [f"residual_consistency_{end}" for end in ("fact", "hall", "diff")]
+    )
+    assert compare(original, LAYERS).height == 20
     assert compare(table([0.5], 1), LAYERS).is_empty()
     assert "nothing is compared" in as_text(compare(table([0.5], 1), LAYERS))[0]
 
@@ -369,9 +415,9 @@ def test_the_benchmark_compares_versions_and_recommends_a_size(flags, capsys, mo
     assert re.search(r"batch 8 .*\nRecommended here: --batch-size [48]", out)
     assert benchmark.main(["--data-dir", "/nowhere", *flags]) == 2
     assert "ended with status 2: cannot read" in capsys.readouterr().err
-    sequential, small, large = (benchmark.Timing(seconds, 0, 0, 0) for seconds in (8, 2.08, 2))
+    sequential, small, large = (benchmark.Timing(20, seconds, 0, 0, 0) for seconds in (8, 2.08, 2))
     timings = {"sequential": sequential, "batch 4": small, "batch 8": large}
-    lines = benchmark.table(timings, 20)
+    lines = benchmark.table(timings)
     assert "4.0x" in lines[3] and lines[-1].endswith("--batch-size 4")  # within 5 % of the best
 
 

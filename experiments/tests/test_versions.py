@@ -146,13 +146,14 @@ def test_fault_4_the_noise_is_that_of_the_seed_and_the_sample(reader):
     assert row["centroid_drift_diff"] == row["axis_twist_diff"] == 0
 
 
-def test_fault_5_a_batch_that_fails_ends_the_run(run, monkeypatch):
+def test_fault_5_a_batch_that_fails_ends_the_run(run, monkeypatch, tmp_path):
     def broken(self, batch):
         raise ValueError("broken")
 
     monkeypatch.setattr(Measurer, "measure_at_once", broken)
     with pytest.raises(ValueError, match="broken"):
         run("06_comprehensive_analysis_parallel.py", "--max-samples", "4")
+    assert not list(tmp_path.rglob("metrics.parquet"))
 
 
 def test_fault_5_a_batch_too_large_for_memory_is_halved_and_it_is_said(
@@ -210,12 +211,37 @@ def test_a_model_that_does_not_fit_is_said_in_a_line(settings, monkeypatch):
 # --- measures in their place
 
 
-def test_noise_draws_are_averaged(reader):
+def test_noise_draws_are_averaged(reader, monkeypatch):
     few = SAMPLES[:5]
-    draws = [batched(reader, 8, few, Measurer(reader, 42, k)) for k in (1, 8)]
-    values = [row["stability_fact"] for row in draws[1].values()]
-    assert len({round(8 * value, 6) for value in values}) > 1 and all(0 < value <= 1 for value in values)
-    assert draws[0] != draws[1]
+    together = batched(reader, 8, few, Measurer(reader, 42, 3))
+    alone = []
+    for draw in range(3):
+        one = lambda *what, draw=draw: noise_of(what[0], what[1], 3, what[3])[draw : draw + 1]
+        monkeypatch.setattr(batches, "noise_of", one)
+        alone.append(batched(reader, 8, few, Measurer(reader, 42, 1)))
+    for sample_id, row in together.items():
+        for name in ("stability_fact", "stability_hall"):
+            assert row[name] == pytest.approx(sum(rows[sample_id][name] for rows in alone) / 3)
+    assert len({rows["stability_hall"] for found in alone for rows in found.values()}) > 1
+
+
+def test_an_sae_that_remembers_its_last_input_is_decoded_before_it_encodes_noise(reader, monkeypatch):
+    """SAELens's SAEs with layer_norm decode with the norm of what they encoded last."""
+    sae, plain, last = reader.saes[0], reader.saes[0].encode, []
+
+    def encode(x):
+        last[:] = [x.norm(dim=1, keepdim=True)]
+        return plain(x)
+
+    monkeypatch.setattr(sae, "encode", encode)
+    monkeypatch.setattr(sae, "decode", lambda f: f @ sae.W_dec * last[0])
+    few = SAMPLES[:3]
+    rows = batched(reader, 8, few)
+    for sample in few:
+        z = noise_of(42, sample.id, 2, reader.width)
+        assert_equal(
+            {sample.id: rows[sample.id]}, {sample.id: sequential.measure_sample(reader, sample, z, Clock())}
+        )
 
 
 def test_a_text_without_features_has_zeros_and_no_shape(reader, monkeypatch):
@@ -231,12 +257,12 @@ def test_a_text_without_features_has_zeros_and_no_shape(reader, monkeypatch):
     )
 
 
-def test_a_residual_stream_that_is_not_finite_ends_the_run(reader, monkeypatch):
-    monkeypatch.setattr(
-        reader, "residuals", lambda tokens, count=None: [torch.full((len(tokens), 64), torch.inf)] * 3
-    )
+def test_a_residual_stream_that_is_not_finite_ends_the_run(settings):
+    broken = load(settings, None)
+    with torch.no_grad():
+        broken.model.original_model.lm_head.weight[7] = torch.inf  # tied to the embedding of token 7
     with pytest.raises(AnalysisError, match=r"layer 1 is not finite"):
-        batched(reader, 8, SAMPLES[:2])
+        broken.residuals([[1, 7, 5]], 1)
 
 
 def test_bfloat16_moves_numbers_a_little(reader, one_by_one, monkeypatch):
