@@ -63,7 +63,7 @@ def analyse(argv: list[str] | None, description: str, measure: Callable[[Work], 
     parser = parser_of(description, batched)
     resumed = resumed_folder(argv)
     before = read_manifest(resumed) if resumed else {}
-    settings = parse_settings(parser, argv, before.get("settings", {}))
+    settings = parse_settings(parser, argv, before)
     if before.get("status") == "finished":
         log.info(f"{resumed} is finished: nothing is left to do")
         return

@@ -167,7 +167,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         manifest = None
     settings = manifest.get("settings") if isinstance(manifest, dict) else None
     known = {field.name for field in dataclasses.fields(Settings)} - set(FREE)
-    if not isinstance(settings, dict) or set(settings) != known or not {"model", "samples"} <= set(manifest):
+    if (
+        not isinstance(settings, dict)
+        or set(settings) != known
+        or not {"model", "samples", "free_settings"} <= set(manifest)
+    ):
         raise InputError(
             f"{folder} has no manifest of a run of this version: give the folder of a run that was stopped"
         )

@@ -104,9 +104,15 @@ def whole(least: int):
     return number
 
 
-def parse_settings(parser: argparse.ArgumentParser, argv: list[str] | None, made_with: dict) -> Settings:
-    """The command line over the settings that a resumed run was made with. Raises InputError."""
+def parse_settings(parser: argparse.ArgumentParser, argv: list[str] | None, manifest: dict) -> Settings:
+    """The command line over the settings in the manifest of a resumed run ({}: a new run). Raises InputError.
+
+    The batch size is taken too: with another one a CPU's last digits differ.
+    """
+    made_with = manifest.get("settings", {})
     parser.set_defaults(**made_with)
+    if manifest:
+        parser.set_defaults(batch_size=manifest["free_settings"]["batch_size"])
     values = vars(parser.parse_args(argv))
     typed = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(values, ...))))
     if values["model"] == TINY and not made_with:

@@ -186,7 +186,7 @@ def test_a_run_that_failed_goes_on_where_it_stopped(run, monkeypatch):
     with (stopped / runs.PART).open("ab") as file:
         file.write(b'{"sample_id": "cut o')
     monkeypatch.setattr(runs.Run, "add", add)
-    status, _, log = run(BATCHED, "--resume", str(stopped), "--batch-size", "4", model=[])
+    status, _, log = run(BATCHED, "--resume", str(stopped), model=[])
     assert status == 0 and re.search(r"Resumed: \d+ of 40 samples are finished", log)
     assert content(stopped) == content(whole)
     status, _, log = run(BATCHED, "--resume", str(stopped), model=[])
