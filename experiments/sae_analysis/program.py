@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import signal
 import sys
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from typing import Any, NamedTuple
 
 import polars as pl
 
+from ablation.log import close_log
 from checkpointing import Held, Refused, replacing
 
 from . import EXPERIMENTS, AnalysisError, InputError
@@ -45,6 +47,7 @@ def main(argv: list[str] | None, description: str, measure: Callable[[Work], Any
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         analyse(argv, description, measure, batched)
+        close_log()
         return 0
     except (InputError, Refused) as error:
         message, status = str(error), 2
@@ -53,7 +56,12 @@ def main(argv: list[str] | None, description: str, measure: Callable[[Work], Any
     except AnalysisError as error:
         message, status = str(error), 1
     except KeyboardInterrupt:
-        message, status = "stopped; --resume with the run's folder goes on", 128 + signal.SIGINT
+        message, status = "stopped: --resume goes on with a run that has begun", 128 + signal.SIGINT
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        message, status = f"cannot write ({error.strerror}): make room, then --resume the run", 1
+    close_log()
     print(message, file=sys.stderr)
     return status
 

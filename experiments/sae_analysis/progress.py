@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from ablation.log import duration
+from ablation.log import LineHandler, duration
 
 log = logging.getLogger("sae_analysis")
 
@@ -18,20 +18,10 @@ INTERVAL = 5.0  # seconds between lines
 
 
 def log_to_stdout() -> None:
-    """Send messages to stdout, as whole lines."""
-    handler = logging.StreamHandler(sys.stdout)
-    handler.setFormatter(LevelFormatter())
-    log.handlers[:] = [handler]
+    """Send messages to stdout, as whole lines; a log that cannot be written costs no sample."""
+    log.handlers[:] = [LineHandler()]
     log.setLevel(logging.INFO)
     log.propagate = False
-
-
-class LevelFormatter(logging.Formatter):
-    """Puts WARNING before warnings."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        """The line of a message."""
-        return ("WARNING: " if record.levelno >= logging.WARNING else "") + super().format(record)
 
 
 class Progress:

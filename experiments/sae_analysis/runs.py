@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import platform
 import shlex
@@ -23,9 +24,10 @@ from typing import Any
 import polars as pl
 import torch
 
-from checkpointing import hash_of, holding, replacing, utc_now, write_json
+from checkpointing import hash_of, holding, replacing, utc_now, write_bytes, write_json
 
 from . import AnalysisError, InputError
+from .progress import log
 from .rows import columns
 from .samples import FILES
 from .settings import FREE, TINY, Settings
@@ -49,21 +51,27 @@ class Run:
         write_json(self.folder / "manifest.json", self.manifest, indent=2)
 
     def read_part(self) -> None:
-        """Read the rows of a run that was stopped; a line that was cut off is removed."""
+        """Read the rows of a run that was stopped; damaged lines are dropped and measured again."""
         path = self.folder / PART
         content = path.read_bytes() if path.exists() else b""
-        whole = content[: content.rfind(b"\n") + 1]
-        if len(whole) < len(content):
-            os.truncate(path, len(whole))
-        for line in whole.splitlines():
-            row = json.loads(line)
-            self.rows[row["sample_id"]] = row
+        names, dropped = set(columns(tuple(self.manifest["settings"]["layers"]))), 0
+        for line in content.splitlines():
+            try:
+                row = json.loads(line)
+            except ValueError:
+                row = None
+            if isinstance(row, dict) and set(row) == names and not not_finite(row):
+                self.rows[row["sample_id"]] = row
+            else:
+                dropped += 1
+        if dropped:
+            log.warning(f"{dropped} damaged lines of {path} are dropped; their samples are measured again")
+            write_bytes(path, b"".join(json.dumps(row).encode() + b"\n" for row in self.rows.values()))
 
     def add(self, rows: list[dict]) -> None:
         """Keep finished rows on disk. Raises AnalysisError for a number that is none."""
         for row in rows:
-            wrong = [name for name, value in row.items() if isinstance(value, float) and value - value != 0]
-            if wrong:
+            if wrong := not_finite(row):
                 raise AnalysisError(f"sample {row['sample_id']}: {wrong[0]} is not finite")
             self.rows[row["sample_id"]] = row
         with (self.folder / PART).open("ab") as file:
@@ -82,6 +90,11 @@ class Run:
             warning = {"warning": self.manifest["warning"]} if "warning" in self.manifest else {}
             table.write_parquet(temporary, metadata=warning)
         return table
+
+
+def not_finite(row: dict) -> list[str]:
+    """The columns of a row that hold NaN or infinity."""
+    return [name for name, value in row.items() if isinstance(value, float) and not math.isfinite(value)]
 
 
 @contextlib.contextmanager
@@ -107,9 +120,9 @@ def opened(settings: Settings, identity: dict, samples: dict) -> Iterator[Run]:
             if isinstance(error, InputError) and not run.rows and not settings.resume:
                 shutil.rmtree(folder)  # nothing was begun
                 raise
-            run.write_manifest(
-                status="stopped", ended=utc_now(), reason=f"{type(error).__name__}: {error}"[:500]
-            )
+            reason = f"{type(error).__name__}: {error}"[:500]
+            with contextlib.suppress(OSError):  # the disk may be full; the first error is the one to report
+                run.write_manifest(status="stopped", ended=utc_now(), reason=reason)
             raise
         run.manifest.pop("reason", None)
         run.write_manifest(status="finished", ended=utc_now())

@@ -65,7 +65,7 @@ def read_domain(folder: Path, domain: str) -> list[Sample]:
     """The samples of a domain's file. Raises InputError."""
     path = folder / FILES[domain]
     try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
+        rows = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
         reason = " ".join(str(error).split())
         raise InputError(f"cannot read {path}: {reason}; give --data-dir or leave out the domain") from None
@@ -89,8 +89,29 @@ def sample_of(row: Any, domain: str, where: str) -> Sample:
     if missing:
         raise InputError(f"{where} has no '{missing[0]}': add it")
     for key in ("id", *TEXTS):
-        if not isinstance(row[key], (str, int) if key == "id" else str) or not str(row[key]).strip():
+        kinds = (str, int) if key == "id" else str
+        if not isinstance(row[key], kinds) or isinstance(row[key], bool) or not str(row[key]).strip():
             raise InputError(f"{where}: '{key}' is empty or no text: give one")
-    if not isinstance(row["complexity"], (str, int, float)):
-        raise InputError(f"{where}: 'complexity' is neither a number nor a text: give one")
+        if not is_unicode(str(row[key])):
+            raise InputError(
+                f"{where}: '{key}' holds half of a surrogate pair, which is no character: remove it"
+            )
+    if not is_complexity(row["complexity"]):
+        raise InputError(f"{where}: 'complexity' is neither a finite number nor a text: give one")
     return Sample(str(row["id"]), domain, row["complexity"], *(row[key] for key in TEXTS))
+
+
+def is_unicode(text: str) -> bool:
+    """True if a text can be written as UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def is_complexity(value: Any) -> bool:
+    """True for a text, and for a number that a column of 64 bits holds."""
+    if isinstance(value, str):
+        return is_unicode(value)
+    return isinstance(value, (int, float)) and abs(value) < 2**63  # false for NaN

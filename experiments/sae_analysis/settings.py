@@ -84,7 +84,10 @@ def parser_of(description: str, batched: bool) -> argparse.ArgumentParser:
     runs = EXPERIMENTS / "06_comprehensive_analysis" / "runs"
     add("--output-dir", default=str(runs), help="a run gets a folder YYYYMMDD_HHMMSS in it")
     add(
-        "--resume", default="", metavar="RUN", help="folder of a run that was stopped; its settings are taken"
+        "--resume",
+        default="",
+        metavar="RUN",
+        help="folder of a run that was stopped; its settings are taken, but not its devices",
     )
     if batched:
         add("--batch-size", type=whole(1), default=8, help="samples; three texts each")
@@ -140,6 +143,8 @@ def check(settings: Settings) -> None:
     layers = settings.layers
     if len(layers) < 3 or list(layers) != sorted(set(layers)):
         raise InputError(f"--layers {' '.join(map(str, layers))}: give three or more, ascending")
+    if not settings.output_dir:
+        raise InputError("--output-dir is empty: give a folder")
     if len(set(settings.domains)) < len(settings.domains):
         raise InputError("--domains: a domain is named twice")
     if settings.load_in_8bit and importlib.util.find_spec("bitsandbytes") is None:
@@ -170,6 +175,8 @@ def resolve_device(name: str) -> str:
 def resumed_folder(argv: list[str] | None) -> Path | None:
     """The folder that --resume names, before anything else is read."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--resume", default="")
+    parser.add_argument("--resume")
     named = parser.parse_known_args(argv)[0].resume
+    if named == "":
+        raise InputError("--resume is empty: give the folder of a run")
     return Path(named) if named else None

@@ -66,6 +66,10 @@ def test_the_files_domain_counts(tmp_path):
         (lambda rows: [rows[0], rows[1], rows[0]], "index 2: id 'entity_001' stands twice"),
         (lambda rows: [rows[0] | {"id": "logical_001"}], "index 0: id 'logical_001' stands in .* too"),
         (lambda rows: [rows[0] | {"complexity": [1]}], "'complexity' is neither"),
+        (lambda rows: [rows[0] | {"complexity": float("nan")}], "'complexity' is neither"),
+        (lambda rows: [rows[0] | {"complexity": 10**40}], "'complexity' is neither"),
+        (lambda rows: [rows[0] | {"id": True}], "'id' is empty or no text"),
+        (lambda rows: [rows[0] | {"fact": "\ud800"}], "'fact' holds half of a surrogate pair"),
     ],
 )
 def test_samples_that_cannot_be_used_are_refused_with_file_and_index(tmp_path, change, reason):
@@ -74,6 +78,11 @@ def test_samples_that_cannot_be_used_are_refused_with_file_and_index(tmp_path, c
     path.write_text(json.dumps(change(json.loads(path.read_text()))))
     with pytest.raises(InputError, match=reason):
         read_samples(tmp_path / "data")
+
+
+def test_a_file_that_begins_with_a_byte_order_mark_is_read(tmp_path):
+    (tmp_path / FILES["entity"]).write_bytes(b"\xef\xbb\xbf" + (DATA / FILES["entity"]).read_bytes())
+    assert len(read_samples(tmp_path, ["entity"])) == 50
 
 
 def test_a_missing_or_broken_file_is_refused(tmp_path):

@@ -1,5 +1,6 @@
 """The commands: folders, files, exit statuses, stopped runs, several processes, the Hub's cache."""
 
+import errno
 import json
 import os
 import re
@@ -120,6 +121,7 @@ def test_files_of_the_original_are_read_as_they_are(run, tmp_path):
         (["--sae-release", "gemma-scope-2b-pt-res-canonical"], r"layer_1|cannot load"),
         (["--resume", "/nowhere"], "no manifest of a run"),
         (["--domains", "entity", "entity"], "named twice"),
+        (["--resume", ""], "--resume is empty"),
         (["--model", "tiny", "--sae-release", "a"], "the toy has its own SAEs"),
     ],
 )
@@ -184,10 +186,11 @@ def test_a_run_that_failed_goes_on_where_it_stopped(run, monkeypatch):
     manifest = json.loads((stopped / "manifest.json").read_text())
     assert manifest["status"] == "stopped" and "disk full" in manifest["reason"]
     with (stopped / runs.PART).open("ab") as file:
-        file.write(b'{"sample_id": "cut o')
+        file.write(b'5\n\n{"sample_id": "entity_050"}\n{"sample_id": "cut o')
     monkeypatch.setattr(runs.Run, "add", add)
     status, _, log = run(BATCHED, "--resume", str(stopped), model=[])
     assert status == 0 and re.search(r"Resumed: \d+ of 40 samples are finished", log)
+    assert "WARNING: 4 damaged lines" in log
     assert content(stopped) == content(whole)
     status, _, log = run(BATCHED, "--resume", str(stopped), model=[])
     assert status == 0 and "is finished" in log
@@ -233,6 +236,19 @@ def test_a_resumed_run_refuses_samples_that_changed(run, tmp_path, monkeypatch):
     path.write_text(path.read_text().replace("Canberra", "Perth"))
     status, _, log = run(BATCHED, "--resume", str(stopped), model=[])
     assert status == 2 and "the samples of this run changed" in log
+
+
+def test_a_full_disk_is_one_line_and_the_run_goes_on(run, monkeypatch, tmp_path):
+    add = runs.Run.add
+
+    def full(self, rows):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(runs.Run, "add", full)
+    status, stopped, log = run(BATCHED, "--max-samples", "4")
+    assert status == 1 and "make room, then --resume the run" in log.splitlines()[-1]
+    monkeypatch.setattr(runs.Run, "add", add)
+    assert run(BATCHED, "--resume", str(stopped), model=[])[0] == 0
 
 
 def test_a_run_that_was_killed_goes_on_where_it_stopped(flags, run, tmp_path):
@@ -397,6 +413,14 @@ def test_the_dashboard_is_drawn_from_a_folder_and_from_a_table(run, tmp_path, ca
     for wrong in (tmp_path / "nowhere", tmp_path / "other.parquet"):
         assert visualise.main([str(wrong)]) == 2
     assert "give a table of experiment 6" in capsys.readouterr().err
+    table = pl.read_parquet(folder / "metrics.parquet")
+    wrong = {"text": pl.lit("a"), "none": pl.lit(None, pl.Float64), "nan": pl.lit(float("nan"))}
+    for kind, value in wrong.items():
+        table.with_columns(entropy_fact=value).write_parquet(tmp_path / f"{kind}.parquet")
+        assert visualise.main([str(tmp_path / f"{kind}.parquet")]) == 2, kind
+    assert "entropy_fact does not hold a number in every row" in capsys.readouterr().err
+    table.drop("l1_fact_shape_class").write_parquet(tmp_path / "other.parquet")
+    assert visualise.main([str(tmp_path / "other.parquet")]) == 2
 
 
 def test_the_benchmark_compares_versions_and_recommends_a_size(flags, capsys, monkeypatch):
