@@ -227,9 +227,9 @@ def test_learners_that_share_training_rows_are_judged_as_promised():
 @pytest.mark.slow
 def test_nine_representations_are_judged_together_as_promised():
     world_of = simulation.FoldWorld(rows=200, lost=0.4)
-    none = simulation.simulate_family(world_of, 0, 80, seed=6)
-    some = simulation.simulate_family(world_of, 3, 80, seed=6)
-    limit = 0.05 + 3 * math.sqrt(0.05 * 0.95 / 80)
+    none = simulation.simulate_family(world_of, 0, 150, seed=6)
+    some = simulation.simulate_family(world_of, 3, 150, seed=6)
+    limit = 0.05 + 3 * math.sqrt(0.05 * 0.95 / 150)
     for found in (none, some):
         assert found["wrong by max-T"] <= limit and found["together"] >= 1 - limit
     assert some["found by max-T"] >= some["found by Holm"] > 0.3
