@@ -167,7 +167,7 @@ class Clock:
 
     def add(self, stage: str, seconds: float) -> None:
         """Add seconds to a stage."""
-        self.by_stage[stage] += seconds
+        self.by_stage[stage] = self.by_stage.get(stage, 0.0) + seconds
 
     @property
     def seconds(self) -> dict[str, float]:

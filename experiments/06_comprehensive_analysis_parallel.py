@@ -24,7 +24,8 @@ def measure(work: program.Work) -> None:
 
     def counted():
         for batch, measured, seconds in results(missing, settings, work.toy):
-            work.clock.add(seconds)
+            for stage, value in seconds.items():
+                work.clock.add(stage, value)
             yield batch, measured
             progress.advance(len(run.rows) - progress.done, len(batch))
 

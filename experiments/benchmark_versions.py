@@ -7,7 +7,6 @@ and writing the results are left out of the seconds, because they do not grow wi
 
 import argparse
 import json
-import logging
 import statistics
 import subprocess
 import sys
@@ -113,7 +112,6 @@ def main(argv: list[str] | None = None) -> int:
     values, flags = parser.parse_known_args(argv)
     if {"--devices", "--ray"} & set(flags):
         parser.error("--devices and --ray are not timed: loading cannot be told from measuring there")
-    logging.disable(logging.INFO)
     try:
         with tempfile.TemporaryDirectory() as folder:
             flags += [] if values.full else ["--max-samples", str(QUICK)]

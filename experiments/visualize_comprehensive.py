@@ -25,9 +25,8 @@ def visualise(run: Path, output: Path | None) -> list[Path]:
     layers = layers_of(table)
     check(table, layers, file)
     manifest: dict = {}
-    with contextlib.suppress(
-        InputError
-    ):  # a table of another program: the title says that its model is unknown
+    # A table of another program has no manifest of ours: the title says that its model is unknown.
+    with contextlib.suppress(InputError):
         manifest = read_manifest(file.parent)
     comparison = compare(table, tuple(layers))
     print("\n".join([*as_text(comparison), *([manifest["warning"]] if "warning" in manifest else [])]))

@@ -7,8 +7,8 @@ one, and on a CPU a text gives the same residual vector in a batch as alone.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -49,7 +49,7 @@ class Measured(NamedTuple):
     residual_consistency: float = 0.0
 
 
-def plan(samples: list[Sample], tokenise: Any, batch_size: int) -> list[Batch]:
+def plan(samples: list[Sample], tokenise: Callable[[str], list[int]], batch_size: int) -> list[Batch]:
     """The batches of all samples, short texts first: as many texts at most as batch_size samples have."""
     groups: dict[tuple[int, bool], Batch] = {}
     for number, sample in enumerate(samples):

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from checkpointing import replacing
 
 from .rows import COMPLETIONS, PAIRED, measures
-from .summary import LEVEL
+from .summary import LEVEL, half_interval
 
 COLOURS = {"fact": "#2b6cb0", "hall": "#d9822b"}
 NAMES = {"fact": "fact", "hall": "hallucination"}
@@ -112,15 +112,11 @@ def shape_classes(ax: Axes, table: pl.DataFrame, layers: list[int]) -> None:
 
 def by_domain(ax: Axes, table: pl.DataFrame, name: str, heading: str, unit: str) -> None:
     """Means of a measure with 95 % intervals (t), a pair for each domain."""
-    import scipy.stats
-
     domains = table["domain"].unique(maintain_order=True).to_list()
     for text, shift in zip(COMPLETIONS, (-OFFSET, OFFSET), strict=True):
         for place, domain in enumerate(domains):
             values = table.filter(pl.col("domain") == domain)[f"{name}_{text}"].to_numpy().astype(float)
-            half = 0.0
-            if len(values) > 1:
-                half = scipy.stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values))
+            half = half_interval(values) if len(values) > 1 else 0.0
             ax.errorbar(place + shift, values.mean(), yerr=half, fmt="o", color=COLOURS[text], capsize=3)
     ax.set_xticks(range(len(domains)), domains)
     ax.set_ylabel(unit)

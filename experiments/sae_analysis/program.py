@@ -18,7 +18,7 @@ from . import EXPERIMENTS, AnalysisError, InputError
 from .language_model import describe
 from .progress import Clock, Progress, log, log_to_stdout, peak_memory
 from .runs import Run, describe_samples, opened, read_manifest
-from .samples import Sample, read_samples
+from .samples import Sample, read_samples, spread
 from .settings import TINY, Settings, parse_settings, parser_of, resolve_device, resumed_folder
 from .summary import as_text, compare
 from .toy import LAYERS as TOY_DEPTH
@@ -78,7 +78,7 @@ def analyse(argv: list[str] | None, description: str, measure: Callable[[Work], 
     clock = Clock(resolve_device(settings.device))
     folder = Path(settings.data_dir)
     every = read_samples(folder, settings.domains)
-    samples = read_samples(folder, settings.domains, settings.max_samples)
+    samples = spread(every, settings.max_samples)
     if not samples:
         raise InputError(f"no samples in {folder}: give another --data-dir or --domains")
     toy = toy_of(settings, every)
@@ -120,7 +120,7 @@ def write_results(run: Run, samples: list[Sample], settings: Settings) -> None:
 
 def report(run: Run, clock: Clock) -> None:
     """Log where the results are and where the time went."""
-    seconds = {stage: round(value, 2) for stage, value in clock.seconds.items()}
+    seconds = {stage: round(value, 2) for stage, value in clock.by_stage.items()}
     run.write_manifest(seconds=seconds, peak_memory=peak_memory())
     log.info("Seconds: " + ", ".join(f"{stage} {value:.2f}" for stage, value in seconds.items()))
     if "warning" in run.manifest:

@@ -10,7 +10,10 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+from ablation import log as program_log
 from ablation.log import LineHandler, duration
+
+from .samples import TEXTS
 
 log = logging.getLogger("sae_analysis")
 
@@ -51,8 +54,9 @@ class Progress:
         """Samples done, rate, and time to go; the rate counts texts, which are finished more evenly."""
         elapsed = max(time.monotonic() - self.started, 1e-9)
         rate = self.texts_done / elapsed
+        samples = rate / len(TEXTS)
         left = duration((self.texts - self.texts_done) / rate) if rate else "unknown"
-        return f"Progress: {self.done}/{self.total} samples | Rate: {rate / 3:.1f} samples/sec | ETA: {left}"
+        return f"Progress: {self.done}/{self.total} samples | Rate: {samples:.1f} samples/sec | ETA: {left}"
 
     def __enter__(self) -> Progress:
         return self
@@ -62,30 +66,22 @@ class Progress:
             self.bar.close()
 
 
-class Clock:
-    """Seconds by stage: `with clock("forward"):`."""
+class Clock(program_log.Clock):
+    """Seconds by stage of the work on a device."""
 
     def __init__(self, device: str = "cpu"):
-        self.device = device
-        self.seconds: dict[str, float] = {}
+        super().__init__()
+        self.by_stage, self.device = {}, device
 
     @contextlib.contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
         """Add the seconds of a `with` block to a stage; waits until the GPU has finished it."""
-        began = time.perf_counter()
-        try:
+        with super().__call__(stage):
             yield
-        finally:
             if self.device.startswith("cuda"):
                 import torch
 
                 torch.cuda.synchronize(self.device)
-            self.add({stage: time.perf_counter() - began})
-
-    def add(self, seconds: dict[str, float]) -> None:
-        """Add seconds of stages."""
-        for stage, value in seconds.items():
-            self.seconds[stage] = self.seconds.get(stage, 0.0) + value
 
 
 def peak_memory() -> dict[str, int]:

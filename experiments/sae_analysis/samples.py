@@ -39,10 +39,8 @@ class Sample(NamedTuple):
         return self.prompt, f"{self.prompt} {self.fact}", f"{self.prompt} {self.hallucination}"
 
 
-def read_samples(folder: Path, domains: Iterable[str] = FILES, most: int = 0) -> list[Sample]:
-    """The samples of some domains, file by file; at most `most` of all, spread over the domains in turn, if
-    `most` > 0. Raises InputError.
-    """
+def read_samples(folder: Path, domains: Iterable[str] = FILES) -> list[Sample]:
+    """The samples of some domains, file by file. Raises InputError."""
     by_domain = [read_domain(folder, domain) for domain in domains]
     seen: dict[str, str] = {}
     for samples in by_domain:
@@ -53,12 +51,18 @@ def read_samples(folder: Path, domains: Iterable[str] = FILES, most: int = 0) ->
                     f"{FILES[seen[sample.id]]} too: give every sample an id of its own"
                 )
             seen[sample.id] = sample.domain
-    if most <= 0:
-        return [sample for samples in by_domain for sample in samples]
-    longest = max(map(len, by_domain), default=0)
-    in_turn = [samples[i] for i in range(longest) for samples in by_domain if i < len(samples)]
-    chosen = {sample.id for sample in in_turn[:most]}
-    return [sample for samples in by_domain for sample in samples if sample.id in chosen]
+    return [sample for samples in by_domain for sample in samples]
+
+
+def spread(samples: list[Sample], most: int) -> list[Sample]:
+    """At most `most` samples, taken from the domains in turn, in the order given; all if `most` is 0."""
+    count: dict[str, int] = {}  # samples of a domain so far
+    rank: dict[str, int] = {}  # of a sample within its domain
+    for sample in samples:
+        rank[sample.id] = count[sample.domain] = count.get(sample.domain, -1) + 1
+    in_turn = sorted(samples, key=lambda sample: rank[sample.id])
+    chosen = {sample.id for sample in in_turn[: most or None]}
+    return [sample for sample in samples if sample.id in chosen]
 
 
 def read_domain(folder: Path, domain: str) -> list[Sample]:

@@ -15,13 +15,13 @@ TINY = "tiny"
 # The default of --layers for the toy, which has four layers.
 TOY_LAYERS = (1, 2, 3)
 DTYPES = ("float32", "bfloat16", "float16")
-# Settings that no number depends on: a run may be resumed with others.
+# Settings that change rounding at most: a run may be resumed with others.
 FREE = ("batch_size", "device", "devices", "ray", "output_dir", "resume")
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What an analysis does. The fields of FREE change no number, or rounding at most."""
+    """What an analysis does."""
 
     data_dir: str
     domains: tuple[str, ...]

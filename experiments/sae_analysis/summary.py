@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import polars as pl
 
 from .rows import measures
@@ -19,7 +20,6 @@ def compare(table: pl.DataFrame, layers: tuple[int, ...]) -> pl.DataFrame:
     can be tested: d is 0 and p is 1. Comparisons of fewer than two samples are left out. Source: Holm (1979),
     by statsmodels; the test by SciPy.
     """
-    import numpy as np
     import scipy.stats
     from statsmodels.stats.multitest import multipletests
 
@@ -33,7 +33,7 @@ def compare(table: pl.DataFrame, layers: tuple[int, ...]) -> pl.DataFrame:
             if len(differences) < 2:
                 continue
             mean, sd = differences.mean(), differences.std(ddof=1)
-            half = scipy.stats.t.ppf(0.975, len(differences) - 1) * sd / np.sqrt(len(differences))
+            half = half_interval(differences)
             # Differences that are all equal, up to rounding, have no spread to test against.
             constant = sd <= 1e-12 * max(abs(mean), 1e-300)
             p = 1.0 if constant else scipy.stats.ttest_1samp(differences, 0).pvalue
@@ -55,6 +55,13 @@ def compare(table: pl.DataFrame, layers: tuple[int, ...]) -> pl.DataFrame:
         )
     p_holm = multipletests([row["p"] for row in rows], method="holm")[1]
     return pl.DataFrame([row | {"p_holm": p} for row, p in zip(rows, p_holm.tolist(), strict=True)])
+
+
+def half_interval(values: np.ndarray) -> float:
+    """Half of the 95 % interval (t) of the mean of two or more values."""
+    import scipy.stats
+
+    return float(scipy.stats.t.ppf(0.975, len(values) - 1) * scipy.stats.sem(values))
 
 
 def as_text(comparison: pl.DataFrame) -> list[str]:

@@ -21,6 +21,8 @@ from torch import Tensor
 
 from checkpointing import hash_of
 
+from .language_model import tokenise
+
 log = logging.getLogger("sae_analysis")
 
 VERSION = 1  # raise it when the toy is made in another way
@@ -69,9 +71,7 @@ def make_toy(folder: Path, texts: list[str], layers: tuple[int, ...], effort: Ef
 def build(folder: Path, texts: list[str], layers: tuple[int, ...], effort: Effort) -> None:
     """Train tokenizer, model and SAEs, and write them."""
     tokenizer = train_tokenizer(texts)
-    rows = [
-        [tokenizer.bos_token_id, *tokenizer(text, add_special_tokens=False)["input_ids"]] for text in texts
-    ]
+    rows = [tokenise(tokenizer, text) for text in texts]
     tokens = torch.full((len(rows), max(map(len, rows))), tokenizer.pad_token_id)
     for i, row in enumerate(rows):
         tokens[i, : len(row)] = torch.tensor(row)
@@ -161,7 +161,7 @@ def residuals(model: Any, tokens: Tensor, layers: tuple[int, ...]) -> list[Tenso
 
 
 def train_sae(x: Tensor, layer: int, steps: int) -> Any:
-    """A JumpReLU SAE of vectors (N, width), trained by SAELens to about twenty active features a text."""
+    """A JumpReLU SAE of vectors (N, width), trained by SAELens to about forty active features a text."""
     from sae_lens import JumpReLUTrainingSAE, JumpReLUTrainingSAEConfig, LoggingConfig, SAETrainer
     from sae_lens.config import SAETrainerConfig
 

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from . import EXPERIMENTS, ROOT, AnalysisError
 from .batches import Batch, Measured, Measurer
 from .progress import Clock, log_to_stdout
-from .settings import Settings
+from .settings import Settings, resolve_device
 
 
 class Task(NamedTuple):
@@ -36,13 +36,13 @@ _measurers: dict[Task, Measurer] = {}  # of this process, so that a model is loa
 
 def measure(task: Task, batch: Batch) -> Result:
     """Measure a batch in this process, which loads the model for its first."""
-    clock = Clock()
+    clock = Clock(resolve_device(task.device))
     if task not in _measurers:
         with clock("load"):
             _measurers[task] = loaded(task)
     measurer = _measurers[task]
-    measurer.clock.seconds = clock.seconds
-    return batch, measurer.measure(batch), clock.seconds
+    measurer.clock = clock
+    return batch, measurer.measure(batch), clock.by_stage
 
 
 def loaded(task: Task) -> Measurer:

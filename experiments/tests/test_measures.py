@@ -9,7 +9,7 @@ import scipy.stats
 import torch
 from conftest import DATA
 from sae_analysis import InputError, measures
-from sae_analysis.samples import FILES, read_samples
+from sae_analysis.samples import FILES, read_samples, spread
 
 # --- samples
 
@@ -33,9 +33,9 @@ def test_there_are_fifty_samples_a_domain_whose_completions_are_of_like_length()
 
 
 def test_some_samples_are_spread_over_the_domains():
-    few = read_samples(DATA, most=6)
+    few = spread(read_samples(DATA), 6)
     assert [sample.domain for sample in few].count("entity") == 2 and len(few) == 6
-    assert {sample.domain for sample in read_samples(DATA, ["logical"], 3)} == {"logical"}
+    assert {sample.domain for sample in spread(read_samples(DATA, ["logical"]), 3)} == {"logical"}
 
 
 def test_the_files_domain_counts(tmp_path):

@@ -20,7 +20,7 @@ import transformers
 from conftest import DATA, EXPERIMENTS, LAYERS, script
 from sae_analysis import program, runs
 from sae_analysis.random_gemma import ACTIVE, make_random
-from sae_analysis.samples import FILES, read_samples
+from sae_analysis.samples import FILES, read_samples, spread
 from sae_analysis.settings import parse_settings, parser_of
 from sae_analysis.summary import as_text, compare
 from sae_analysis.workers import ranges
@@ -313,7 +313,7 @@ def test_gemma_and_gemma_scope_are_found_in_the_hubs_cache(tmp_path):
         (folder / "refs" / "main").write_text("a" * 40)
         return folder / "snapshots" / ("a" * 40)
 
-    texts = [text for sample in read_samples(DATA, most=40) for text in sample.texts]
+    texts = [text for sample in spread(read_samples(DATA), 40) for text in sample.texts]
     from sae_analysis.toy import gemma, train_tokenizer
 
     tokenizer = train_tokenizer(texts)

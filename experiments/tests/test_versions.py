@@ -13,9 +13,9 @@ from sae_analysis.language_model import load
 from sae_analysis.noise import noise_of
 from sae_analysis.progress import Clock
 from sae_analysis.rows import columns
-from sae_analysis.samples import read_samples
+from sae_analysis.samples import read_samples, spread
 
-SAMPLES = read_samples(DATA, most=48)
+SAMPLES = spread(read_samples(DATA), 48)
 sequential = script("06_comprehensive_analysis.py")
 
 
