@@ -4,33 +4,39 @@ A reader sees a file's old content or its new one, never a part. Every file carr
 made it and a hash of what it holds; both are checked before it is used. NumPy and safetensors are imported
 where arrays are written or read, so that --status answers at once. (Over 400 lines, because the guarantees
 hold together: whoever changes how a file is written must see who reads it.)
+
+Tests end the process at a named moment of a write through the environment: see `crash_point`.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
+import glob
 import io
 import json
 import logging
 import os
+import re
 import shutil
+import signal
 import socket
+import stat
 import time
-import zipfile
-import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import filelock
 import xxhash
 
+from ablation.stopping import cleaners, unstoppable
+
 if TYPE_CHECKING:
     import numpy as np
 
 log = logging.getLogger("visual_ablation")
 
-FORGOTTEN = 3600  # seconds after which another machine's hidden .tmp file counts as left by a killed process
 # Seconds: a file touched less than this before it was hashed could change again at the same time stamp.
 SETTLED = 2.0
 
@@ -41,6 +47,22 @@ class Refused(Exception):
 
 class Held(Exception):
     """Another process holds the output folder; exit status 3."""
+
+
+class CannotWrite(OSError):
+    """The disk does not take a file: it is full, read-only, or the folder is gone. `errno` says which."""
+
+    @classmethod
+    def to(cls, path: Path, error: OSError) -> CannotWrite:
+        """The error of writing to a path, in one line."""
+        if isinstance(error, CannotWrite):
+            return error
+        raised = cls(error.errno, error.strerror or str(error))
+        raised.filename = str(path)
+        return raised
+
+    def __str__(self) -> str:
+        return f"cannot write {self.filename}: {self.strerror}"
 
 
 # --- files
@@ -57,40 +79,92 @@ def hash_of(value: Any) -> str:
     return xxhash.xxh3_128(canonical(value) if plain else value).hexdigest()
 
 
+being_written: set[Path] = set()  # hidden files of this process, to be removed if it is ended
+
+
+def remove_unfinished() -> None:
+    """Remove the hidden files that this process is writing."""
+    for path in list(being_written):
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)
+
+
+cleaners.append(remove_unfinished)
+
+
+@contextlib.contextmanager
+def writing_to(path: Path) -> Iterator[None]:
+    """Raise CannotWrite, which names the path, for an OSError of the block."""
+    try:
+        yield
+    except OSError as error:
+        raise CannotWrite.to(path, error) from error
+
+
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A hidden path beside `path` to write to, for the block of a `with` statement.
 
-    If the block ends without an error, the hidden file is synced to disk and takes the place of `path`.
+    If the block ends without an error, the hidden file is synced to disk and takes the place of `path`;
+    otherwise the old file is whole. A signal waits for that. The folder must be there: one that was removed
+    is not made again, half empty. Raises CannotWrite.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for leftover in path.parent.glob(f".{path.name}.*.tmp"):
-        if is_abandoned(leftover):
-            leftover.unlink(missing_ok=True)
     temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        sync(temporary)
-        os.replace(temporary, path)
-        sync(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with unstoppable():
+        being_written.add(temporary)
+        try:
+            with writing_to(path):
+                for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+                    if is_abandoned(leftover):
+                        leftover.unlink(missing_ok=True)
+            crash_point("before", temporary)
+            yield temporary
+            crash_point("half", temporary)
+            with writing_to(path):
+                sync(temporary)
+                crash_point("written", temporary)
+                os.replace(temporary, path)
+                crash_point("renamed", temporary)
+                sync(path.parent)
+        finally:
+            with contextlib.suppress(OSError):  # the folder is gone, and the file with it
+                temporary.unlink(missing_ok=True)
+            being_written.discard(temporary)
+
+
+CRASH = "VISUAL_ABLATION_CRASH"  # for tests: "<moment> <n>" kills the process at the n-th such moment
+crash_moments: dict[str, int] = {}  # how often each has been passed
+
+
+def crash_point(moment: str, temporary: Path | None = None) -> None:
+    """Kill this process, as kill -9 does, if the environment asks for it at this moment.
+
+    Moments of a write: before, half (the hidden file is cut in two), written, renamed; and of an experiment:
+    cached (between the cache and the first checkpoint), committed (between a cell's checkpoint and its
+    event).
+    """
+    wanted = os.environ.get(CRASH, "").split()
+    if not wanted or wanted[0] != moment:
+        return
+    crash_moments[moment] = crash_moments.get(moment, 0) + 1
+    if crash_moments[moment] == int(wanted[1]):
+        if moment == "half" and temporary is not None:
+            os.truncate(temporary, temporary.stat().st_size // 2)
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def is_abandoned(temporary: Path) -> bool:
-    """True if the process that was writing a temporary file is gone,
-    or was on another machine and is long silent.
-    """
+    """True if the process of this machine that was writing a temporary file is gone."""
     pid = temporary.name.split(".")[-2]
+    if not temporary.name.endswith(f".{socket.gethostname()}.{pid}.tmp"):
+        return False  # another machine's, which may be at work
     try:
-        if temporary.name.endswith(f".{socket.gethostname()}.{pid}.tmp"):
-            os.kill(int(pid), 0)
-            return False
-        return time.time() - temporary.stat().st_mtime > FORGOTTEN
+        os.kill(int(pid), 0)
     except ProcessLookupError:
         return True
-    except (OSError, ValueError):  # another user's process; gone meanwhile; not a name of ours
+    except (OSError, ValueError, OverflowError):  # another user's process; not a name of ours
         return False
+    return False
 
 
 def sync(path: Path) -> None:
@@ -102,10 +176,43 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def make_folder(path: Path) -> None:
+    """Make a folder and those above it. Raises CannotWrite."""
+    with writing_to(path):
+        path.mkdir(parents=True, exist_ok=True)
+
+
 def write_bytes(path: Path, content: bytes) -> None:
-    """Replace a file as a whole."""
-    with replacing(path) as temporary:
+    """Replace a file as a whole. Raises CannotWrite."""
+    with replacing(path) as temporary, writing_to(path):
         temporary.write_bytes(content)
+
+
+def read_bytes(path: Path) -> bytes:
+    """The content of a file. Raises OSError, at once, for a folder, a pipe or a device in its place."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    with open(descriptor, "rb") as file:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError("it is no file")
+        return file.read()
+
+
+def parse_json(content: bytes) -> dict:
+    """The JSON object in a file that this program wrote.
+
+    Raises ValueError for anything else: other values, NaN, values nested too deeply.
+    """
+
+    def refuse(constant: str):
+        raise ValueError(f"{constant} is no number of JSON")
+
+    try:
+        value = json.loads(content, parse_constant=refuse)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"it holds {type(value).__name__}, not an object")
+    return value
 
 
 def write_json(path: Path, value: Any, indent: int | None = None) -> None:
@@ -113,45 +220,58 @@ def write_json(path: Path, value: Any, indent: int | None = None) -> None:
     write_bytes(path, (json.dumps(value, indent=indent, allow_nan=False) + "\n").encode())
 
 
-def read_json(path: Path) -> dict:
-    """A JSON object that this program wrote to be added to; {} if there is none.
+def with_checksum(value: dict) -> dict:
+    """A JSON object with its own hash under `checksum`."""
+    return {**value, "checksum": hash_of(value)}
 
-    A damaged file is logged and counts as none, because all that is needed is written anew.
+
+def read_own(path: Path) -> dict:
+    """A JSON object that this program wrote with `with_checksum`, or before there were checksums.
+
+    {} if there is no such file. Raises OSError or ValueError if it is damaged.
     """
     try:
-        return json.loads(path.read_bytes())
+        value = parse_json(read_bytes(path))
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError) as error:
-        log.warning(f"{path} is not readable and is written anew: {error}")
-        return {}
+    if "checksum" in value and value.pop("checksum") != hash_of(value):
+        raise ValueError("its content does not match its hash")
+    return value
 
 
 def append_event(path: Path, **event) -> None:
     """Append a line of JSON with the time in UTC.
-    After a line that was cut off, a new line is begun first.
+
+    After a line that was cut off, a new line is begun first. Raises CannotWrite.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("ab+") as file:
+    with unstoppable(), writing_to(path), path.open("ab+") as file:
         whole = file.tell() == 0 or (file.seek(-1, os.SEEK_END), file.read(1))[1] == b"\n"
         line = json.dumps({"time": utc_now(), **event})
         file.write(f"{'' if whole else chr(10)}{line}\n".encode())
 
 
 def read_events(path: Path) -> list[dict]:
-    """The whole lines of a file that `append_event` wrote; a line that a kill cut off is left out."""
+    """The whole lines of a file that `append_event` wrote; what a kill or a disk damaged is left out."""
     events = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            events.append(json.loads(line))
-        except ValueError:
-            continue
+    try:
+        lines = read_bytes(path).splitlines()
+    except OSError:
+        return []
+    for line in lines:
+        with contextlib.suppress(ValueError):
+            event = parse_json(line)
+            time.strptime(str(event.get("time")), TIME)
+            if isinstance(event.get("event"), str):
+                events.append(event)
     return events
+
+
+TIME = "%Y-%m-%dT%H:%M:%SZ"
 
 
 def utc_now() -> str:
     """The time as 2026-01-31T12:00:00Z."""
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    return time.strftime(TIME, time.gmtime())
 
 
 # --- the identity of a data set's content
@@ -181,15 +301,16 @@ def identify(
     stamps, now = file_stamps(files), time.time_ns()
     memory = cache_dir / "identities" / f"{hash_of([stamps, scope])}.json"
     with contextlib.suppress(
-        OSError, ValueError, KeyError, TypeError
+        OSError, ValueError, KeyError
     ):  # absent or damaged: computed anew, the same value
-        remembered = json.loads(memory.read_text())
+        remembered = parse_json(read_bytes(memory))
         if remembered["check"] == hash_of([remembered["identity"], stamps, scope]):
             return remembered["identity"], True
     identity = compute()
     newest = max(max(mtime, ctime) for _, _, mtime, ctime, _ in stamps)
     if newest < now - SETTLED * 1e9 and file_stamps(files) == stamps:
         try:
+            make_folder(memory.parent)
             write_json(
                 memory, {"identity": identity, "check": hash_of([identity, stamps, scope]), "files": stamps}
             )
@@ -223,42 +344,79 @@ class FeatureCache:
         """What the features depend on."""
         return self.source | {"representation": representation} | self.description_of(representation)
 
-    def load(self, representation: str) -> tuple[np.ndarray | None, str]:
-        """Features (N, L*k) float32; or None and the reason:
+    def load(self, representation: str, shape: tuple[int, int]) -> tuple[np.ndarray | None, str]:
+        """Features (N, L*k) float32 of that shape; or None and the reason:
         '' if there is no file, else what is wrong with it.
         """
-        from safetensors import SafetensorError, safe_open
-
         path = self.path(representation)
-        if not path.exists():
+        if not os.path.lexists(path):
             return None, ""
         try:
-            with safe_open(path, framework="numpy") as file:
-                made_with = json.loads(file.metadata()["description"])
-                features = file.get_tensor("features")
-        except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+            arrays, made_with = read_arrays(path)
+        except (OSError, ValueError) as error:
             return None, f"unreadable ({error})"
-        payload = made_with.pop("payload", None)
         if made_with != self.description(representation):
             return None, "made by another version or with other options"
-        return (
-            (features, "") if payload == hash_of(features) else (None, "its content does not match its hash")
-        )
+        features = arrays.get("features")
+        if features is None or features.shape != shape or features.dtype != "float32":
+            return None, "of another shape"
+        return features, ""
 
     def save(self, representation: str, features: np.ndarray) -> None:
-        """Write the features of a representation. Raises OSError if the disk does not take them."""
-        from safetensors import SafetensorError
-        from safetensors.numpy import save_file
-
+        """Write the features of a representation. Raises CannotWrite if the disk does not take them."""
         path = self.path(representation)
-        description = self.description(representation) | {"payload": hash_of(features)}
-        with locked(path), replacing(path) as temporary:
-            try:
-                save_file(
-                    {"features": features}, temporary, metadata={"description": json.dumps(description)}
-                )
-            except SafetensorError as error:  # safetensors reports a full disk so
-                raise OSError(str(error)) from error
+        make_folder(path.parent)
+        with locked(path):
+            write_arrays(path, {"features": features}, self.description(representation))
+
+
+def write_arrays(path: Path, arrays: dict[str, np.ndarray], made_with: dict) -> None:
+    """Write arrays as safetensors, with what they depend on and a hash of each. Raises CannotWrite."""
+    import numpy as np
+    from safetensors import SafetensorError
+    from safetensors.numpy import save_file
+
+    arrays = {name: np.asarray(x, order="C") for name, x in arrays.items()}
+    description = json.dumps({**made_with, "payload": hash_of_arrays(arrays)})
+    with replacing(path) as temporary, writing_to(path):
+        try:
+            save_file(arrays, temporary, metadata={"description": description})
+            os.chmod(temporary, 0o666 & ~UMASK)  # safetensors makes it readable for its owner alone
+        except SafetensorError as error:  # safetensors reports a full disk so
+            code = re.search(r"os error (\d+)", str(error))
+            raise OSError(int(code.group(1)) if code else 0, str(error)) from error
+
+
+def read_arrays(path: Path) -> tuple[dict[str, np.ndarray], dict]:
+    """The arrays that `write_arrays` wrote, and what they depend on.
+
+    Raises OSError or ValueError if the file is not whole.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():  # a pipe would block the reader
+        raise OSError("it is no file")
+    try:
+        with safe_open(path, framework="numpy") as file:
+            made_with = parse_json((file.metadata() or {}).get("description", "").encode())
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
+    except (SafetensorError, TypeError, KeyError) as error:
+        raise ValueError(str(error)) from error
+    if made_with.pop("payload", None) != hash_of_arrays(arrays):
+        raise ValueError("its content does not match its hash")
+    return arrays, made_with
+
+
+def hash_of_arrays(arrays: dict[str, np.ndarray]) -> str:
+    """A hash of the arrays with their names and shapes; of a single one, of its values alone."""
+    if len(arrays) == 1:
+        return hash_of(*arrays.values())
+    return hash_of([[name, str(x.dtype), list(x.shape), hash_of(x)] for name, x in sorted(arrays.items())])
+
+
+os.umask(
+    UMASK := os.umask(0o077)
+)  # the process's mask of file permissions: it can only be read by setting it
 
 
 # --- locks
@@ -271,12 +429,14 @@ def lock_path(path: Path) -> Path:
 
 @contextlib.contextmanager
 def locked(path: Path, wait: bool = True) -> Iterator[None]:
-    """Hold the lock of a file that is going to be written.
+    """Hold the lock of a file that is going to be written. Its folder must be there.
 
     Without `wait` it raises Held at once if another process has the lock. Where the file system has no locks
-    it goes on without and logs a warning: files stay whole, work may be done twice.
+    it goes on without and logs a warning: files stay whole, work may be done twice. The lock of a process
+    that is gone is free.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.parent.is_dir():  # filelock would make it
+        raise CannotWrite.to(path, FileNotFoundError(errno.ENOENT, "its folder is gone"))
     lock = filelock.FileLock(lock_path(path))
     try:
         try:
@@ -301,20 +461,37 @@ def holding(folder: Path) -> Iterator[None]:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_bytes(folder / ".writable", b"")
-        (folder / ".writable").unlink(missing_ok=True)
+        refuse_unwritable(folder)
     except OSError as error:
         raise Refused(
             f"cannot write to {folder}: {error.strerror or error}; choose another --output-dir"
         ) from None
+    holder = folder / ".folder.holder"
     with contextlib.ExitStack() as stack:
         try:
             stack.enter_context(locked(folder / "folder", wait=False))
         except Held:
             raise Held(
-                f"another process holds {folder}: wait for it, or choose another --output-dir"
+                f"another process holds {folder}{named_holder(holder)}: wait for it, or choose another "
+                "--output-dir"
             ) from None
+        write_bytes(holder, f"pid {os.getpid()} on {socket.gethostname()}".encode())
         yield
+
+
+def named_holder(holder: Path) -> str:
+    """The process that holds a folder, in brackets; '' if it left no word."""
+    try:
+        return f" ({read_bytes(holder).decode(errors='replace')[:300]})"
+    except OSError:
+        return ""
+
+
+def refuse_unwritable(folder: Path) -> None:
+    """Write a hidden file to a folder and remove it. Raises OSError if that is not possible."""
+    probe = folder / ".writable"
+    write_bytes(probe, b"x")
+    probe.unlink(missing_ok=True)
 
 
 def is_held(folder: Path) -> bool:
@@ -368,49 +545,57 @@ def differences(made_with: dict, requested: dict) -> list[str]:
     return phrases
 
 
-class UnfinishedRuns:
-    """The finished runs of a cell that is not finished, a file each, in a hidden folder of the output folder.
+class Unfinished:
+    """Parts of something that is not finished (the runs of a cell, blocks of features), in files of a hidden
+    folder.
 
-    `made_with` describes what the cell's numbers depend on; runs of another cell by that name are not used.
+    `made_with` describes what its numbers depend on: parts that were made otherwise are not used.
     """
 
-    def __init__(self, folder: Path, cell: str, made_with: dict):
-        self.folder = folder / ".unfinished" / cell
-        self.fingerprint = hash_of(made_with)
+    def __init__(self, folder: Path, name: str, made_with: dict):
+        self.folder = folder / ".unfinished" / name
+        self.made_with = {"fingerprint": hash_of(made_with)}
 
-    def path(self, number: int) -> Path:
-        """The file of a run."""
-        return self.folder / f"run{number}.npz"
+    def path(self, name: str) -> Path:
+        """The file of a part."""
+        return self.folder / f"{name}.safetensors"
 
-    def load(self, number: int) -> dict[str, np.ndarray] | None:
-        """The arrays of a run; None if there is none, if its file is damaged, or if it was made otherwise."""
-        import numpy as np
-
+    def load(self, name: str) -> dict[str, np.ndarray] | None:
+        """The arrays of a file; None if there is none, if it is damaged, or if it was made otherwise."""
+        path = self.path(name)
+        if not os.path.lexists(path):
+            return None
         try:
-            with np.load(self.path(number), allow_pickle=False) as arrays:
-                return dict(arrays) if str(arrays["fingerprint"]) == self.fingerprint else None
-        except FileNotFoundError:
+            arrays, made_with = read_arrays(path)
+        except (OSError, ValueError) as error:
+            log.info(f"{path} is damaged and not used: {error}")
             return None
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-            log.info(f"{self.path(number)} is damaged and its run is trained again: {error}")
-            return None
+        return arrays if made_with == self.made_with else None
 
-    def save(self, number: int, arrays: dict[str, np.ndarray]) -> None:
-        """Write the arrays of a run."""
-        import numpy as np
-
-        buffer = io.BytesIO()
-        content: dict[str, Any] = {**arrays, "fingerprint": np.array(self.fingerprint)}
-        np.savez_compressed(buffer, **content)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        write_bytes(self.path(number), buffer.getvalue())
+    def save(self, name: str, arrays: dict[str, np.ndarray]) -> None:
+        """Write arrays. Raises CannotWrite."""
+        if self.folder.parent.parent.is_dir():  # it is not made again if it is gone
+            make_folder(self.folder)
+        write_arrays(self.path(name), arrays, self.made_with)
 
     def remove(self) -> None:
-        """Remove the files, once the cell is finished."""
-        if self.folder.exists():
-            shutil.rmtree(self.folder)
-            with contextlib.suppress(OSError):  # other cells are unfinished
-                self.folder.parent.rmdir()
+        """Remove the files, once the whole is finished."""
+        remove_tree(self.folder)
+        with contextlib.suppress(OSError):  # others are unfinished
+            self.folder.parent.rmdir()
+
+
+def remove_tree(path: Path) -> None:
+    """Remove a file or a folder, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+FILES = ("results.json", "results.txt", "manifest.json", "events.jsonl", "report.html")
+FOLDERS = ("checkpoints", "predictions")
+LATER_FOLDERS = ("set_aside", ".unfinished", "figures", "tables", "tensorboard")  # made when they are needed
 
 
 class ResultStore:
@@ -442,14 +627,14 @@ class ResultStore:
 
         Raises OSError or ValueError.
         """
-        record = json.loads(self.path(name).read_bytes())
-        if not isinstance(record, dict) or "checksum" not in record:
+        record = parse_json(read_bytes(self.path(name)))
+        if "checksum" not in record:
             raise ValueError("no checksum")
         if record["checksum"] != hash_of({k: v for k, v in record.items() if k != "checksum"}):
             raise ValueError("its content does not match its hash")
         if record["cell"] != name:
             raise ValueError(f"it is the checkpoint of {record['cell']}")
-        if record["predictions_hash"] != hash_of(self.predictions_path(name).read_bytes()):
+        if record["predictions_hash"] != hash_of(read_bytes(self.predictions_path(name))):
             raise ValueError("its predictions do not match their hash")
         return record
 
@@ -457,19 +642,20 @@ class ResultStore:
         """Of a finished cell by part: row numbers and labels (n,), predictions (R, n)."""
         import numpy as np
 
-        with np.load(self.predictions_path(name), allow_pickle=False) as arrays:
+        content = io.BytesIO(read_bytes(self.predictions_path(name)))
+        with np.load(content, allow_pickle=False) as arrays:
             return dict(arrays)
 
     def state(self, name: str, requested: dict) -> State:
         """Whether the cell is finished, and was made with what `requested` describes."""
-        if not self.path(name).exists():
+        if not os.path.lexists(self.path(name)):
             return State("missing")
         try:
             record = self.load(name)
         except FileNotFoundError:
-            return State("damaged", "its predictions are missing")
-        except (OSError, ValueError, KeyError, RecursionError) as error:
-            return State("damaged", str(error) or type(error).__name__)
+            return State("damaged", "one of its files is missing")
+        except (OSError, ValueError, KeyError) as error:
+            return State("damaged", " ".join(str(error).split()) or type(error).__name__)
         # Cells that were made before there were other kinds of split, or folds, do not speak of them.
         older = {"split_kind": "random", "folds": 0, "partitions": 1}
         made_with = older | record.get("asked", {}) | record["made_with"]
@@ -484,6 +670,7 @@ class ResultStore:
         arrays: dict[str, Any] = {**predictions, "fingerprint": np.array(hash_of(made_with))}
         np.savez_compressed(buffer, **arrays)
         write_bytes(self.predictions_path(name), buffer.getvalue())
+        crash_point("between")
         record = {
             **record,
             "cell": name,
@@ -493,21 +680,54 @@ class ResultStore:
         }
         write_json(self.path(name), {**record, "checksum": hash_of(record)})
 
+    def check(self) -> None:
+        """Raise Refused for a file where a folder belongs, a folder or pipe where a file belongs, and for a
+        folder that cannot be written to.
+        """
+        for name in FILES:
+            path = self.folder / name
+            if os.path.lexists(path) and not path.is_file() and not is_dangling(path):
+                raise Refused(f"{path} is no file: move it away, or choose another --output-dir")
+        for name in (*FOLDERS, *LATER_FOLDERS):
+            path = self.folder / name
+            if os.path.lexists(path) and not path.is_dir():
+                raise Refused(f"{path} is no folder: move it away, or choose another --output-dir")
+            try:
+                if path.is_dir():
+                    refuse_unwritable(path)
+            except OSError as error:
+                raise Refused(f"{error}; choose another --output-dir") from None
+
+    def prepare(self) -> None:
+        """Make the folders of checkpoints and predictions, in an output folder that is there.
+
+        They are made once: one that is removed later is missed, and not made again. Raises CannotWrite.
+        """
+        for name in FOLDERS:
+            with writing_to(self.folder / name):
+                (self.folder / name).mkdir(exist_ok=True)
+
     def set_aside(self, name: str, reason: str) -> Path:
         """Move a cell's files to set_aside/, with the reason beside them. Returns the checkpoint's new path.
 
-        Call it under the cell's lock.
+        Call it under the cell's lock. Raises CannotWrite.
         """
-        folder = self.folder / "set_aside"
-        folder.mkdir(exist_ok=True)
-        number = 1
-        while (target := folder / f"{name}.{number}.json").exists():
-            number += 1
-        write_bytes(target.with_suffix(".txt"), f"{reason}\n".encode())
-        os.replace(self.path(name), target)
-        if self.predictions_path(name).exists():
+        target = self.set_aside_path(self.path(name), reason)
+        if os.path.lexists(self.predictions_path(name)):
             os.replace(self.predictions_path(name), target.with_suffix(".npz"))
-        sync(self.checkpoints)
+        return target
+
+    def set_aside_path(self, path: Path, reason: str) -> Path:
+        """Move a file, or whatever is in its place, to set_aside/ with the reason. Returns its new path."""
+        folder = self.folder / "set_aside"
+        with writing_to(folder):
+            folder.mkdir(exist_ok=True)
+            number = 1
+            while os.path.lexists(target := folder / f"{path.stem}.{number}{path.suffix}"):
+                number += 1
+            write_bytes(target.with_name(f"{path.stem}.{number}.txt"), f"{reason}\n".encode())
+            os.replace(path, target)
+            sync(path.parent)
         return target
 
     @contextlib.contextmanager
@@ -540,4 +760,39 @@ class ResultStore:
                     target = self.set_aside(name, f"{state.kind}: {state.why}")
                 new_path = target.relative_to(self.folder)
                 lines.append(f"Set aside {state.kind} checkpoint {name} ({state.why}) as {new_path}")
-        return lines
+        return lines + self.clear_foreign(requested)
+
+    def clear_foreign(self, known: Collection[str]) -> list[str]:
+        """Set aside what is no checkpoint of a cell; returns one line for each file that was moved."""
+        foreign = []
+        for path in sorted(self.checkpoints.glob("*")):
+            if not path.name.startswith(".") and not (path.suffix == ".json" and path.stem in known):
+                try:
+                    if path.suffix != ".json":
+                        raise ValueError("it is no checkpoint")
+                    self.load(path.stem)  # a cell of other settings, such as another file's layer sets
+                except (OSError, ValueError, KeyError) as error:
+                    foreign.append((path, f"damaged: {' '.join(str(error).split())}"))
+        for path in sorted(self.predictions.glob("*")):
+            if path.suffix == ".npz" and not path.is_file():
+                foreign.append((path, "damaged: it is no file"))
+        moved = [(path, reason, self.set_aside_path(path, reason)) for path, reason in foreign]
+        return [
+            f"Set aside {path.relative_to(self.folder)} ({reason}) as {target.relative_to(self.folder)}"
+            for path, reason, target in moved
+        ]
+
+    def read_own(self, name: str) -> dict:
+        """A file of this folder as `read_own` gives it; one that is damaged is set aside, and {} returned."""
+        path = self.folder / name
+        try:
+            return read_own(path)
+        except (OSError, ValueError) as error:
+            target = self.set_aside_path(path, f"damaged: {error}").relative_to(self.folder)
+            log.warning(f"{name} is damaged ({error}): set aside as {target}, and made anew")
+            return {}
+
+
+def is_dangling(path: Path) -> bool:
+    """True for a link to nothing."""
+    return path.is_symlink() and not path.exists()

@@ -5,8 +5,9 @@ Describes every layer of a collection of LoRAs by nine representations, trains a
 seeds, once with all layers and once with the visual ones, and reports the drop in accuracy. Rerun the same
 command to resume.
 
-Exit status: 0 every cell is finished; 1 a cell failed, the others ran; 2 bad input or settings; 3 another
-process holds the output folder; 129, 130, 143 ended by SIGHUP, SIGINT, SIGTERM.
+Exit status: 0 every cell is finished; 1 a cell failed, the others ran, or the disk takes no results; 2 bad
+input or settings; 3 another process holds the output folder; 129, 130, 131, 143 ended by SIGHUP, SIGINT,
+SIGQUIT, SIGTERM.
 """
 
 # Modules that import torch or datasets are imported in the functions that use them: --help, --status and
@@ -14,26 +15,25 @@ process holds the output folder; 129, 130, 143 ended by SIGHUP, SIGINT, SIGTERM.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import errno
 import logging
 import sys
-import traceback
-from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from ablation.analysis_plan import announce_plan
 from ablation.cells import Cell, cells_named, groups_of
 from ablation.command_line import Actions, find_device, parse_command_line, typed_command
-from ablation.log import Clock, Progress, close_log, describe_error, handle_signals, log_to_stdout
-from ablation.provenance import announce, announce_finished, write_manifest
+from ablation.failures import announce_failures, logging_errors, noting_failures, noting_the_end
+from ablation.fields import InputError
+from ablation.log import Clock, Progress, close_log, log_to_stdout, visible
+from ablation.provenance import RUNNING, announce, announce_finished, write_manifest
 from ablation.results import header_of, save_results
 from ablation.selection import possible_cells
-from ablation.settings import InputError, Settings
+from ablation.settings import Settings
 from ablation.sources import resolve_name
 from ablation.status import print_plan, print_progress_summary, print_status, watch_status
-from checkpointing import Held, Refused, ResultStore, UnfinishedRuns, holding
+from ablation.stopping import STOPPED, handle_signals, name_of_stop, signals_winning
+from checkpointing import CannotWrite, Held, Refused, ResultStore, Unfinished, crash_point, holding
 
 if TYPE_CHECKING:
     from ablation.context import Context, Ledger
@@ -46,24 +46,31 @@ def main(argv: list[str] | None = None) -> int:
     """Run the program with these arguments (default: those of the process). Returns the exit status."""
     log_to_stdout()
     try:
-        settings, actions = parse_command_line(argv, __doc__)
-        if actions.status:
-            return watch_status(settings) if actions.watch else print_status(settings)
-        if actions.dry_run:
-            return print_plan(settings)
-        resolve_name(settings.dataset)  # a name that means nothing must leave no folder behind
-        if actions.tensorboard:
-            from ablation.tensorboard import check_installed
+        with signals_winning():
+            return answer(argv)
+    except (InputError, Refused, Held, CannotWrite) as error:
+        print(f"error: {visible(str(error))}", file=sys.stderr, flush=True)
+        return {Held: 3, CannotWrite: 1}.get(type(error), 2)
+    except SystemExit:
+        if name_of_stop():
+            log.info(f"Stopped by {name_of_stop()}: {STOPPED}")
+        raise
 
-            check_installed()
-        with holding(settings.output_folder):
-            return run_experiment(settings, actions)
-    except (InputError, Refused) as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2
-    except Held as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return 3
+
+def answer(argv: list[str] | None) -> int:
+    """Answer a question, or run the experiment. Returns the exit status."""
+    settings, actions = parse_command_line(argv, __doc__)
+    if actions.status:
+        return watch_status(settings) if actions.watch else print_status(settings)
+    if actions.dry_run:
+        return print_plan(settings)
+    resolve_name(settings.dataset)  # a name that means nothing must leave no folder behind
+    if actions.tensorboard:
+        from ablation.tensorboard import check_installed
+
+        check_installed()
+    with holding(settings.output_folder):
+        return run_experiment(settings, actions)
 
 
 # --- the experiment
@@ -76,15 +83,18 @@ def run_experiment(settings: Settings, actions: Actions) -> int:
     context = open_context(settings, actions)
     cells, skipped = possible_cells(context.settings, context.data)
     ledger = open_ledger(context, cells, skipped)
-    features, ledger.failures = load_or_extract(context, ledger.missing)  # each weight is read once
-    page = LivePage(context, ledger)
-    for group in groups_of(ledger.missing):  # a cell and its audits share the trained runs
-        computable = [cell for cell in group if cell not in ledger.failures]
-        with noting_failures(context, ledger, computable):
-            run_group(context, ledger, computable, features)
-        announce_failures(context, ledger, group)
-        page.show(group)
-    return finish(context, ledger)
+    with noting_the_end(context, ledger):
+        features, ledger.failures = load_or_extract(context, ledger.missing)  # each weight is read once
+        context.store.prepare()
+        crash_point("cached")
+        page = LivePage(context, ledger)
+        for group in groups_of(ledger.missing):  # a cell and its audits share the trained runs
+            computable = [cell for cell in group if cell not in ledger.failures]
+            with noting_failures(context, ledger, computable):
+                run_group(context, ledger, computable, features)
+            announce_failures(context, ledger, group)
+            page.show(group)
+        return finish(context, ledger)
 
 
 def open_context(settings: Settings, actions: Actions) -> Context:
@@ -96,8 +106,10 @@ def open_context(settings: Settings, actions: Actions) -> Context:
     clock = Clock()
     device = find_device(settings.device)
     settings = dataclasses.replace(settings, training=resolve_training(settings.training, device))
+    store = ResultStore(settings.output_folder)
+    store.check()
     data = load(settings, device, clock)
-    return Context(settings, actions, device, data, ResultStore(settings.output_folder), clock)
+    return Context(settings, actions, device, data, store, clock)
 
 
 def open_ledger(context: Context, cells: list[Cell], skipped: dict[Cell, str]) -> Ledger:
@@ -122,6 +134,7 @@ def open_ledger(context: Context, cells: list[Cell], skipped: dict[Cell, str]) -
     print_progress_summary(cells, ledger.missing)
     cells_to_run = [cell.name for cell in ledger.missing]
     announce(store.folder, "started", command=typed_command(), cells=cells_to_run, plan=plan)
+    write_manifest(context, ledger, None, RUNNING)
     return ledger
 
 
@@ -140,11 +153,12 @@ def run_group(context: Context, ledger: Ledger, cells: list[Cell], features: Fea
         names = " + ".join(cell.name for cell in cells)
         log.info(f"\n[{number}/{len(ledger.cells)}] {names}: {prepared.task.features.shape[1]} columns")
         made_with = {cell.name: ledger.inputs[cell] for cell in cells}
-        kept = UnfinishedRuns(store.folder, cells[0].trained.name, made_with)
+        kept = Unfinished(store.folder, cells[0].trained.name, made_with)
         with context.clock("training"):
             trained = train_cell(context, prepared, kept)
         for cell in cells:
             record = save_cell(context, cell, prepared, trained, ledger.inputs[cell])
+            crash_point("committed")
             announce_finished(store.folder, cell, record)
         kept.remove()
 
@@ -160,7 +174,7 @@ def finish(context: Context, ledger: Ledger) -> int:
             log.error(f"{cell.name} FAILED: {ledger.failures[cell]}")
     text = save_results(context, ledger)
     status = 1 if ledger.failures else 0
-    write_manifest(context, ledger, status)
+    write_manifest(context, ledger, status, "failed cells" if status else "finished")
     announce(store.folder, "ended", status=status, seconds=context.clock.seconds)
     if context.actions.report and store.names():
         with logging_errors("the report"), Progress(None, "writing the report"):
@@ -174,43 +188,6 @@ def finish(context: Context, ledger: Ledger) -> int:
     page = f" and {store.folder / 'report.html'}" if context.actions.report else ""
     log.info(f"Results: {store.folder / 'results.txt'}{page}")
     return status
-
-
-# --- failures
-
-
-def is_out_of_space(error: Exception) -> bool:
-    """True if the disk is full, or the user's quota."""
-    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-
-
-@contextlib.contextmanager
-def noting_failures(context: Context, ledger: Ledger, cells: list[Cell]) -> Iterator[None]:
-    """Log an error, and note it as the failure of those of the cells that were not saved before it.
-
-    After an error the later cells are computed; on a full disk they fail too.
-    """
-
-    def unsaved(cells: list[Cell]) -> list[Cell]:
-        return [cell for cell in cells if context.store.state(cell.name, ledger.inputs[cell]).kind != "done"]
-
-    try:
-        yield
-    except Exception as error:
-        log.error(traceback.format_exc().rstrip())
-        lost = dict.fromkeys(unsaved(cells), describe_error(error))
-        if is_out_of_space(error):
-            lost = dict.fromkeys(unsaved(ledger.missing), "not run: no space left for its results") | lost
-        for cell, reason in lost.items():
-            ledger.failures.setdefault(cell, reason)
-
-
-def announce_failures(context: Context, ledger: Ledger, cells: list[Cell]) -> None:
-    """Log and announce the cells of a group that failed, whenever that was."""
-    for cell in cells:
-        if cell in ledger.failures:
-            log.error(f"{cell.name} FAILED: {ledger.failures[cell]}")
-            announce(context.store.folder, "failed", cell=cell.name, error=ledger.failures[cell])
 
 
 # --- the page while cells run
@@ -247,15 +224,6 @@ class LivePage:
                 from ablation.tensorboard import log_curves
 
                 log_curves(store.folder, {cell: record for cell, record in records.items() if not cell.audit})
-
-
-@contextlib.contextmanager
-def logging_errors(what: str, remedy: str = "scripts/report.py makes it anew") -> Iterator[None]:
-    """Log an error with its traceback and go on; results are not affected."""
-    try:
-        yield
-    except Exception as error:
-        log.error(f"{what} could not be written: {describe_error(error)}; {remedy}\n{traceback.format_exc()}")
 
 
 if __name__ == "__main__":

@@ -14,14 +14,15 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from ablation.catalogue import ATTENTION_KINDS, GROUP_COLUMN, METADATA_COLUMNS, PARTS
+from ablation.catalogue import ATTENTION_KINDS, METADATA_COLUMNS, PARTS
+from ablation.columns import Columns, numeric_columns, refuse_columns
 from ablation.controls import labels_for
+from ablation.fields import InputError
 from ablation.layers import Layers, is_layer
 from ablation.reading import WeightReader, layout_of
-from ablation.settings import InputError, Settings
+from ablation.settings import Settings
 from ablation.sources import open_dataset
 from ablation.splits import Split, SplitSpec, fold_splits, split_rows, split_spec
-from ablation.survey import is_number
 from checkpointing import file_stamps, identify
 
 if TYPE_CHECKING:
@@ -30,14 +31,6 @@ if TYPE_CHECKING:
 log = logging.getLogger("visual_ablation")
 
 FEWER_SEED = 0  # of the choice of fewer training rows
-
-
-class Columns(NamedTuple):
-    """Names of the columns that are no weights. `metadata` are those asked for besides METADATA_COLUMNS."""
-
-    label: str = "category_label"
-    group: str = ""
-    metadata: tuple[str, ...] = ()
 
 
 class View(NamedTuple):
@@ -98,7 +91,11 @@ class SourceFiles:
 
     def refuse_changes(self) -> None:
         """Raise InputError if a file was written to since `identify`."""
-        if file_stamps(self.paths) != self.stamps:
+        try:
+            unchanged = file_stamps(self.paths) == self.stamps
+        except OSError:  # a file is gone
+            unchanged = False
+        if not unchanged:
             raise InputError(
                 "the files of the data set changed while they were read: run again when nothing writes to "
                 "them"
@@ -207,7 +204,8 @@ def collect_rows(
         dataset._indices is not None
     ):  # after select or shuffle the Arrow buffers hold other rows, or another order
         dataset = dataset.flatten_indices()
-    refuse_missing_columns(dataset.column_names, name, columns)
+    types = dict(zip(dataset.column_names, dataset.data.schema.types, strict=True))
+    refuse_columns(types, name, columns)
     dataset = dataset.with_format("torch", device=device)
     labels, classes = encode_labels(dataset, columns.label, name)
     names = sorted(filter(is_layer, dataset.column_names))
@@ -227,28 +225,8 @@ def collect_rows(
         first=make_view(labels, spec, groups),
         files=SourceFiles([entry["filename"] for entry in dataset.cache_files]),
         groups=groups,
-        metadata=read_metadata(dataset, name, columns),
+        metadata=read_metadata(dataset, columns),
     )
-
-
-def refuse_missing_columns(names: list[str], name: str, columns: Columns) -> None:
-    """Raise InputError for a data set without layers, label column or requested group column."""
-    others = [column for column in names if not is_layer(column)]
-    if len(others) == len(names):
-        raise InputError(
-            f"data set '{name}' has no LoRA layer: expected columns such as '...lora.down.weight', "
-            f"found {', '.join(names[:5])}"
-        )
-    if columns.label not in names:
-        raise InputError(
-            f"data set '{name}' has no column '{columns.label}': give --label-column, one of "
-            f"{', '.join(others) or '(none)'}"
-        )
-    if columns.group not in ("", GROUP_COLUMN, *names):
-        raise InputError(
-            f"data set '{name}' has no column '{columns.group}': give --group-column, one of "
-            f"{', '.join(others)}"
-        )
 
 
 def encode_labels(dataset: Dataset, column: str, name: str) -> tuple[np.ndarray, list[str | int]]:
@@ -264,12 +242,7 @@ def encode_labels(dataset: Dataset, column: str, name: str) -> tuple[np.ndarray,
     if stored.null_count:
         row = int(np.argmax(stored.is_null().to_numpy()))
         raise InputError(f"column '{column}', row {row}: null: every row needs a label")
-    kind = stored.type
-    if not (pa.types.is_integer(kind) or pa.types.is_string(kind) or pa.types.is_large_string(kind)):
-        raise InputError(
-            f"column '{column}' holds {kind}: labels are strings, integers or ClassLabel; give --label-column"
-        )
-    values = stored.to_pylist()  # the formatter's NumPy would drop trailing NULs and wrap uint64
+    values = values_of(stored, column)
     occurring = sorted(set(values))
     feature = dataset.features[column]
     is_class_label = isinstance(feature, ClassLabel)
@@ -285,32 +258,41 @@ def encode_labels(dataset: Dataset, column: str, name: str) -> tuple[np.ndarray,
     return np.array([position[value] for value in values], dtype=np.int64), classes
 
 
+def values_of(stored: pa.ChunkedArray, column: str) -> list:
+    """The values of a column. Raises InputError for text that is no UTF-8, naming the row.
+
+    The formatter's NumPy would drop trailing NULs and wrap uint64.
+    """
+    try:
+        return stored.to_pylist()
+    except UnicodeDecodeError:
+        for row, value in enumerate(stored):
+            try:
+                value.as_py()
+            except UnicodeDecodeError as error:
+                raise InputError(
+                    f"column '{column}', row {row}: its text is no UTF-8 ({error.reason} at byte "
+                    f"{error.start}): repair that row"
+                ) from None
+        raise
+
+
 def encode_groups(dataset: Dataset, column: str) -> np.ndarray:
     """Group numbers (N,). A row without a group is a group by itself."""
     numbers: dict = {}
     keys = [
         json.dumps(value, default=str) if value is not None else ("row", row)
-        for row, value in enumerate(dataset.data.column(column).to_pylist())
+        for row, value in enumerate(values_of(dataset.data.column(column), column))
     ]
     return np.array([numbers.setdefault(key, len(numbers)) for key in keys])
 
 
-def read_metadata(dataset: Dataset, name: str, columns: Columns) -> dict[str, np.ndarray]:
+def read_metadata(dataset: Dataset, columns: Columns) -> dict[str, np.ndarray]:
     """The numeric columns of METADATA_COLUMNS that are there,
     and those asked for; (N,) float64 each, NaN for a null.
-
-    Raises InputError for a column that was asked for and is not there, not numeric, or the label.
     """
-    others = [column for column in dataset.column_names if not is_layer(column) and column != columns.label]
-    numeric = [column for column in others if is_number(dataset.data.column(column).type)]
-    for column in columns.metadata:
-        if column not in numeric:
-            is_label = column == columns.label
-            problem = "is not numeric" if column in others else "is the label" if is_label else "is not there"
-            raise InputError(
-                f"--metadata-columns {column} {problem} in data set '{name}': use "
-                f"{', '.join(numeric) or 'none'}"
-            )
+    types = dict(zip(dataset.column_names, dataset.data.schema.types, strict=True))
+    numeric = numeric_columns(types, columns.label)
     metadata = {}
     for column in dict.fromkeys([*METADATA_COLUMNS, *columns.metadata]):
         if column in numeric:

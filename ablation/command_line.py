@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
+import re
 import shlex
 import sys
 from dataclasses import dataclass
@@ -15,8 +16,11 @@ import yaml
 
 from ablation.catalogue import DIVIDING, EMBEDDED, EMBEDDED_FOLDS, THOROUGH
 from ablation.conversion import build_settings, convert
-from ablation.settings import InputError, Settings, TrainingSettings, flag, setting_fields
+from ablation.fields import InputError, flag, shortened_text
+from ablation.settings import Settings, TrainingSettings, setting_fields
+from checkpointing import read_bytes
 
+CONFIG_BYTES = 20_000  # of a --config file; YAML of this size is read in less than a second
 SECTIONS = {  # of --help; every setting stands in one of them
     "data": ("dataset", "data_split", "revision", "label_column", "group_column", "metadata_columns"),
     "what is computed": (
@@ -226,21 +230,34 @@ class UniqueKeyLoader(yaml.SafeLoader):
 
     def construct_mapping(self, node, deep=False):
         """A mapping, after a check of its keys."""
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        repeated = [key for i, key in enumerate(keys) if key in keys[:i]]
-        if repeated:
-            raise yaml.constructor.ConstructorError(
-                None, None, f"'{repeated[0]}' stands twice", node.start_mark
-            )
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node) if isinstance(key_node, yaml.ScalarNode) else None
+            if key is None:
+                self.refuse("a key is a name", key_node)
+            if key in seen:
+                self.refuse(f"'{key}' stands twice", key_node)
+            seen.add(key)
         return super().construct_mapping(node, deep)
+
+    def refuse(self, problem: str, node: yaml.Node) -> NoReturn:
+        """Raise the error that names a place in the file."""
+        raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
 
 
 def read_yaml(path: str) -> dict[str, Any]:
     """The settings in a YAML file, unchecked. Raises InputError if it cannot be read or is not a mapping."""
     try:
-        with open(path, encoding="utf-8") as file:
-            values = yaml.load(file, UniqueKeyLoader)  # a SafeLoader makes plain objects only
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        content = read_bytes(Path(path))
+        if len(content) > CONFIG_BYTES:
+            raise InputError(
+                f"cannot read --config {path}: it has {len(content):,} bytes, a file of settings at most "
+                f"{CONFIG_BYTES:,}"
+            )
+        values = yaml.load(content.decode(), UniqueKeyLoader)  # a SafeLoader makes plain objects only
+    except RecursionError:
+        raise InputError(f"cannot read --config {path}: it is nested too deeply") from None
+    except (OSError, ValueError, yaml.YAMLError) as error:
         raise InputError(f"cannot read --config {path}: {' '.join(str(error).split())}") from None
     if values is None:
         return {}
@@ -254,24 +271,23 @@ def find_device(name: str) -> str:
     """The device that a setting names; `auto` is cuda if there is one.
     Raises InputError if it is not there.
     """
+    if name in ("cpu", "cpu:0"):
+        return "cpu"
+    match = re.fullmatch(r"auto|cuda(?::([0-9]{1,3}))?", name)
+    if match is None:
+        raise InputError(f"unknown --device '{shortened_text(name)}': use auto, cpu, cuda or cuda:N")
     # Without this setting cuBLAS may sum in another order when a command is run again.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     import torch
 
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda"):
-        raise InputError(f"unknown --device '{name}': use auto, cpu, cuda or cuda:N")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+    if int(match.group(1) or 0) >= torch.cuda.device_count():
         raise InputError(
             f"--device {name} is not there: torch sees {torch.cuda.device_count()} CUDA devices; use cpu or "
             "auto"
         )
-    return name
+    return name if match.group(1) is None else f"cuda:{int(match.group(1))}"
 
 
 def typed_command() -> str:

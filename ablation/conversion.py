@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from ablation.catalogue import AUTO
-from ablation.settings import InputError, Settings, TrainingSettings, flag, setting_fields
+from ablation.fields import InputError, ShortRepr, flag, shortened_text
+from ablation.settings import Settings, TrainingSettings, setting_fields
 
 
 def build_settings(values: Mapping[str, Any], source: str = "the command line") -> Settings:
@@ -19,9 +21,10 @@ def build_settings(values: Mapping[str, Any], source: str = "the command line") 
     known = setting_fields()
     for name in values:
         if name not in known:
-            close = difflib.get_close_matches(str(name), known, n=1)
+            text = shortened_text(name)
+            close = difflib.get_close_matches(text, known, n=1)
             hint = f"did you mean '{close[0]}'?" if close else "known: " + ", ".join(known)
-            raise InputError(f"unknown setting '{name}' in {source}: {hint}")
+            raise InputError(f"unknown setting '{text}' in {source}: {hint}")
     training = {f.name for f in dataclasses.fields(TrainingSettings)}
     try:
         converted = {name: convert(known[name], value) for name, value in values.items()}
@@ -54,16 +57,20 @@ def convert(f: dataclasses.Field, value: Any) -> Any:
         return CONVERTERS[str(f.type)](value, f)
     except (TypeError, ValueError, OverflowError):
         raise InputError(
-            f"{flag(f.name)} {value!r} is not {TYPE_NAMES[str(f.type)]}: {f.metadata['help']}"
+            f"{flag(f.name)} {ShortRepr().repr(value)} is not {TYPE_NAMES[str(f.type)]}: {f.metadata['help']}"
         ) from None
 
 
 def to_int(value: Any, f: dataclasses.Field) -> int:
-    """10, '10' or 10.0 as 10; exact for text of any length."""
-    if isinstance(value, bool) or float(value) != int(float(value)):
+    """10, '10' or 10.0 as 10, exactly."""
+    if isinstance(value, bool):
         raise ValueError
-    if isinstance(value, str) and value.lstrip("+-").isdigit():
-        return int(value)
+    if isinstance(value, int):
+        return value
+    if isinstance(value, str) and re.fullmatch(r"\s*[+-]?[0-9]+\s*", value):
+        return int(value[:4000])  # Python reads at most 4,300 digits; these are beyond any range
+    if float(value) != int(float(value)):
+        raise ValueError
     return int(float(value))
 
 
@@ -92,18 +99,31 @@ def to_patterns(value: Any, f: dataclasses.Field) -> dict[str, tuple[str, ...]]:
     """A mapping of names to a pattern or a list of patterns."""
     if not isinstance(value, dict):
         raise ValueError
-    return {
-        str(name): (patterns,) if isinstance(patterns, str) else tuple(map(str, patterns))
-        for name, patterns in value.items()
-    }
+    return {name_text(name): names_in(patterns) for name, patterns in value.items()}
 
 
 def to_names(value: Any, f: dataclasses.Field) -> tuple[str, ...]:
     """A name or a list of names, in which the names of groups are replaced by the group's members."""
-    names = (value,) if isinstance(value, str) else tuple(map(str, value))
+    names = names_in(value)
     groups = f.metadata["groups"]
     expanded = [member for name in names for member in groups.get(name, (name,))]
     return tuple(dict.fromkeys(expanded) if groups.keys() & set(names) else expanded)
+
+
+def names_in(value: Any) -> tuple[str, ...]:
+    """A name, or a list of names, as names. Raises ValueError for anything else, such as lists in a list."""
+    if isinstance(value, (str, int, float)):
+        return (name_text(value),)
+    if not isinstance(value, (list, tuple)):
+        raise ValueError
+    return tuple(map(name_text, value))
+
+
+def name_text(value: Any) -> str:
+    """A name as text; YAML reads some as numbers. Raises ValueError for what is no name."""
+    if not isinstance(value, (str, int, float)) or isinstance(value, bool):
+        raise ValueError
+    return str(value)
 
 
 CONVERTERS = {

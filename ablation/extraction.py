@@ -7,7 +7,7 @@ import logging
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import NamedTuple
 
@@ -20,6 +20,7 @@ from ablation.catalogue import SPECS
 from ablation.collection import LoraCollection
 from ablation.reading import BLOCK_ROWS, ReadAhead
 from ablation.training import one_thread_a_core
+from checkpointing import CannotWrite, Unfinished
 
 log = logging.getLogger("visual_ablation")
 
@@ -71,11 +72,14 @@ class Request:
         return stop - start if self.audit is None else len(self.audit.rows_in(start, stop))
 
 
-def extract_features(request: Request, on_layers: OnLayers = lambda layers: None) -> Extracted:
+def extract_features(
+    request: Request, on_layers: OnLayers = lambda layers: None, kept: Unfinished | None = None
+) -> Extracted:
     """Every requested representation of all rows, block of rows by block of rows.
 
     `on_layers(amount)` is told how many layers are done; a block of rows counts as its share of a layer. An
-    exception of one representation is returned, and the others go on.
+    exception of one representation is returned, and the others go on. `kept` has the blocks that an earlier
+    command computed, and gets those of this one.
     """
     data = request.data
     features = {
@@ -89,8 +93,14 @@ def extract_features(request: Request, on_layers: OnLayers = lambda layers: None
     for start in starts:
         stop = min(start + BLOCK_ROWS, data.num_rows)
         left = {name: width for name, width in request.widths.items() if name not in errors}
-        block = Block(Request(data, left, request.sketch_size, request.audit), start, stop, seconds)
-        block.extract(lambda layers: on_layers(layers / len(starts)))
+        block = Block(replace(request, widths=left), start, stop, seconds)
+        known = (kept.load(f"rows{start}") if kept else None) or {}
+        if known.keys() >= left.keys():
+            block.features |= {name: torch.from_numpy(known[name]) for name in left}
+            on_layers(len(data.layers) / len(starts))
+        else:
+            block.extract(lambda layers: on_layers(layers / len(starts)))
+            keep_block(kept, block)
         errors |= block.errors
         for name in left.keys() - block.errors.keys():
             features[name][done : done + block.num_rows] = block.features[name]
@@ -101,6 +111,17 @@ def extract_features(request: Request, on_layers: OnLayers = lambda layers: None
     reading = wall * seconds.read / (seconds.read + seconds.describe or 1)
     flat = {name: x.flatten(1) for name, x in features.items() if name not in errors}
     return Extracted(flat, errors, reading, wall - reading)
+
+
+def keep_block(kept: Unfinished | None, block: Block) -> None:
+    """Keep a block's features. A disk that does not take them is logged, and the pass goes on."""
+    computed = {name: x.numpy() for name, x in block.features.items() if name not in block.errors}
+    if kept is None or not computed:
+        return
+    try:
+        kept.save(f"rows{block.start}", computed)
+    except CannotWrite as error:
+        log.warning(f"rows {block.start}..{block.stop} would be computed again after a kill: {error}")
 
 
 @dataclass

@@ -7,6 +7,7 @@ error and uses that representations are correlated.
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -14,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import scipy.stats
 
-from ablation.estimators import LEVEL, POWER, RESAMPLING_SEED, holm
+from ablation.estimators import LEVEL, MANY_UNITS, POWER, RESAMPLING_SEED, holm
 from ablation.samples import Sample
 
 JOINT_FLIPS = 9999  # random signs of the joint test
@@ -40,10 +41,20 @@ def joint_flips(sums: np.ndarray, seed: int = RESAMPLING_SEED) -> np.ndarray:
 
     The same signs for all representations keep their correlation. The first line has the observed signs.
     """
-    signs = np.random.default_rng(seed).choice((-1.0, 1.0), (JOINT_FLIPS, sums.shape[1]))
+    units = sums.shape[1]
+    draw = drawn_signs if units <= MANY_UNITS else draw_signs
+    signs = draw(JOINT_FLIPS, units, seed).astype(np.float64)
     flipped = np.vstack([sums.sum(1), signs @ sums.T])
     size = np.sqrt((sums**2).sum(1))
     return np.divide(flipped, size, out=np.zeros_like(flipped), where=size > 0)
+
+
+def draw_signs(flips: int, units: int, seed: int) -> np.ndarray:
+    """Random signs (B, G) of the units."""
+    return np.random.default_rng(seed).choice(np.array((-1, 1), np.int8), (flips, units))
+
+
+drawn_signs = functools.lru_cache(maxsize=1)(draw_signs)  # the same for every comparison on the same rows
 
 
 # Of an entry whose rows or groups are too few for any claim.

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+import math
+import os
+import shutil
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -15,9 +18,11 @@ from ablation.catalogue import SPECS, components_of
 from ablation.cells import Cell
 from ablation.collection import LoraCollection, View
 from ablation.extraction import Request, extract_features
+from ablation.fields import InputError
 from ablation.log import Progress, describe_error
 from ablation.reading import BLOCK_ROWS
-from checkpointing import FeatureCache
+from ablation.task import TrainingError
+from checkpointing import CannotWrite, FeatureCache, Unfinished, hash_of, locked, make_folder
 
 if TYPE_CHECKING:
     from ablation.context import Context
@@ -91,19 +96,19 @@ def positions_of(cell: Cell, data: LoraCollection) -> list[int]:
 
 
 def refuse_non_finite_features(x: Tensor, cell: Cell, data: LoraCollection) -> None:
-    """Raise ValueError for the first value of x (N, D) that is not finite, naming layer and row."""
+    """Raise TrainingError for the first value of x (N, D) that is not finite, naming layer and row."""
     finite = x.isfinite()
     if finite.all():
         return
     row, column = (~finite).nonzero()[0].tolist()
     spec = SPECS[cell.representation]
     if spec.fitted:
-        raise ValueError(f"feature {column} of row {row} is {x[row, column]}")
+        raise TrainingError(f"feature {column} of row {row} is {x[row, column]}")
     positions = positions_of(cell, data)
     place, column_of_layer = divmod(column, x.shape[1] // len(positions))
     layers = data.layers
     names = layers.names if spec.source == "layer" else [module.name for module in layers.modules]
-    raise ValueError(
+    raise TrainingError(
         f"feature {column_of_layer} of layer '{names[positions[place]]}', row {row}, is {x[row, column]}"
     )
 
@@ -119,17 +124,8 @@ def load_or_extract(context: Context, cells: list[Cell]) -> tuple[Features, dict
     # An audit's change is measured against the features of the unchanged rows, so those are needed too.
     needed = {name for audit in ("", *audits) for name in extracted_names(cells, audit)}
     names = [name for name in SPECS if name in needed]
-    cache = open_cache(context)
-    if cache:
-        load_cached(context, cache, names, features)
-    absent = [name for name in names if name not in features.computed]
-    if absent:
-        log.info(f"Computing {', '.join(absent)}")
-        computed, errors = extract_logged(context, absent)
-        failures |= failures_of(cells, errors)
-        features.computed |= computed
-        if cache:
-            save_cached(context, cache, computed)
+    errors = extract_absent(context, names, features)
+    failures |= failures_of(cells, errors)
     for name in audits:
         data, settings = context.data, context.settings
         tested = np.arange(data.num_rows) if settings.folds else data.split.test
@@ -141,6 +137,72 @@ def load_or_extract(context: Context, cells: list[Cell]) -> tuple[Features, dict
             features.changed[name], errors = extract_logged(context, names, audit)
             failures = failures_of([cell for cell in cells if cell.audit == name], errors) | failures
     return features, failures
+
+
+def extract_absent(context: Context, names: list[str], features: Features) -> dict[str, Exception]:
+    """Put `names` into `features.computed`, from the cache or from a pass over the weights.
+    Returns the errors of those that failed.
+    """
+    cache = open_cache(context)
+    if cache is None:
+        return extract_to(features, context, names, None)
+    stored = [name for name in names if os.path.lexists(cache.path(name))]
+    load_cached(context, cache, stored, features)
+    if features.computed.keys() >= set(names):
+        return {}
+    with locked(cache.folder / "features"):  # of several commands that share the cache one does the work
+        late = [name for name in names if name not in stored and os.path.lexists(cache.path(name))]
+        load_cached(context, cache, late, features)
+        absent = [name for name in names if name not in features.computed]
+        kept = kept_blocks(context, cache, absent)
+        errors = extract_to(features, context, absent, kept)
+        computed = {name: features.computed[name] for name in absent if name not in errors}
+        save_cached(context, cache, computed)
+        if kept:
+            kept.remove()
+    return errors
+
+
+def kept_blocks(context: Context, cache: FeatureCache, names: list[str]) -> Unfinished | None:
+    """Where blocks of rows are kept until the pass over the weights is finished; None for a single block.
+
+    Raises InputError if the disk has no room for the features.
+    """
+    size = sum(4 * math.prod(shape_of(context, name)) for name in names)
+    free = shutil.disk_usage(cache.folder).free
+    if size > free:
+        raise InputError(
+            f"the feature cache needs {size / 1e9:.2f} GB, {cache.folder} has {free / 1e9:.2f} GB free: make "
+            "room, give another --cache-dir, or --no-cache-features"
+        )
+    if not names or context.data.num_rows <= BLOCK_ROWS:
+        return None
+    if 2 * size > free:
+        log.warning(
+            f"blocks of features are not kept while others are computed: that needs {2 * size / 1e9:.2f} GB"
+        )
+        return None
+    made_with = {name: cache.description(name) for name in names}
+    return Unfinished(cache.folder, hash_of(made_with)[:16], made_with)
+
+
+def extract_to(
+    features: Features, context: Context, names: list[str], kept: Unfinished | None
+) -> dict[str, Exception]:
+    """Put features from a pass over the weights into `features.computed`. Returns the errors."""
+    if not names:
+        return {}
+    log.info(f"Computing {', '.join(names)}")
+    computed, errors = extract_logged(context, names, kept=kept)
+    features.computed |= computed
+    return errors
+
+
+def shape_of(context: Context, name: str) -> tuple[int, int]:
+    """Rows and columns of a representation's features of all layers or modules."""
+    layers = context.data.layers
+    count = len(layers if SPECS[name].source == "layer" else layers.modules)
+    return context.data.num_rows, count * context.settings.width_of(name)
 
 
 def extracted_names(cells: list[Cell], audit: str) -> list[str]:
@@ -162,7 +224,7 @@ def failures_of(cells: list[Cell], errors: dict[str, Exception]) -> dict[Cell, s
 
 
 def extract_logged(
-    context: Context, names: list[str], audit: Audit | None = None
+    context: Context, names: list[str], audit: Audit | None = None, kept: Unfinished | None = None
 ) -> tuple[dict[str, Tensor], dict[str, Exception]]:
     """Features of every row, or of an audit's changed rows,
     and the errors; with a line and times in the log.
@@ -171,7 +233,7 @@ def extract_logged(
     widths = {name: settings.width_of(name) for name in names}
     request = Request(data, widths, settings.sketch_size, audit)
     with Progress(len(data.layers), "layers") as progress:
-        extracted = extract_features(request, progress.advance)
+        extracted = extract_features(request, progress.advance, kept)
     context.clock.add("read", extracted.reading)
     context.clock.add("features", extracted.computing)
     data.files.refuse_changes()
@@ -186,7 +248,7 @@ def extract_logged(
 
 
 def open_cache(context: Context) -> FeatureCache | None:
-    """The feature cache of this data set, or None if the settings want none."""
+    """The feature cache of this data set; None if the settings want none, or its folder cannot be made."""
     settings, data = context.settings, context.data
     if settings.cache_folder is None:
         return None
@@ -194,7 +256,13 @@ def open_cache(context: Context) -> FeatureCache | None:
     def description_of(name: str) -> dict:
         return {"version": SPECS[name].version, **settings.options_of(name)}
 
-    return FeatureCache(settings.cache_folder, data.files.identity, data.layers.names, description_of)
+    cache = FeatureCache(settings.cache_folder, data.files.identity, data.layers.names, description_of)
+    try:
+        make_folder(cache.folder)
+    except CannotWrite as error:
+        log.warning(f"features are not cached: {error}")
+        return None
+    return cache
 
 
 def load_cached(context: Context, cache: FeatureCache, names: list[str], features: Features) -> None:
@@ -203,7 +271,7 @@ def load_cached(context: Context, cache: FeatureCache, names: list[str], feature
     """
     with context.clock("features"), Progress(None, "loading cached features"):
         for name in names:
-            x, problem = cache.load(name)
+            x, problem = cache.load(name, shape_of(context, name))
             if problem:
                 log.warning(f"cached features of {name} are not used: {problem}; computing them again")
             elif x is not None:

@@ -16,7 +16,8 @@ from ablation.catalogue import (
     components_of,
 )
 from ablation.cells import Cell
-from ablation.settings import InputError, Settings
+from ablation.fields import InputError
+from ablation.settings import Settings
 from ablation.splits import split_spec
 from checkpointing import hash_of
 

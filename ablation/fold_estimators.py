@@ -97,10 +97,11 @@ def variance_of_runs(D: np.ndarray, runs: np.ndarray) -> tuple[float, float, flo
     else:
         deviations = D - D.mean(0)
         sums = np.bincount(index.ravel(), deviations.ravel(), minlength=count)
-        together = np.zeros((count, count))
+        together = np.zeros((count, count))  # rows that two runs both tested, each in its round
         for first in index:
             for second in index:
-                np.add.at(together, (first, second), 1.0)
+                pairs = np.bincount(first * count + second, minlength=count**2)
+                together += pairs.reshape(count, count)
         adjusted = np.diag(sizes.astype(float)) - together / m
         runs_dof = int(np.linalg.matrix_rank(adjusted, hermitian=True))
         rest_dof = n * (m - 1) - runs_dof

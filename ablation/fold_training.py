@@ -9,15 +9,13 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from typing import NamedTuple
 
-import numpy as np
 import torch
 
+from ablation.kept_runs import keep_run, kept_runs
 from ablation.settings import TrainingSettings
 from ablation.task import Listener, Run, Task, TrainedRuns
 from ablation.training import one_thread_a_core
-from checkpointing import UnfinishedRuns
-
-PREDICTED = "predicted_"  # before the name of some rows, in the file of an unfinished run
+from checkpointing import Unfinished
 
 
 class FoldRun(NamedTuple):
@@ -45,7 +43,7 @@ def runs_by_round(folds: int, partitions: int, settings: TrainingSettings) -> li
     ]
 
 
-def train_folds(plan: FoldPlan, kept: UnfinishedRuns, listener: Listener) -> TrainedRuns:
+def train_folds(plan: FoldPlan, kept: Unfinished, listener: Listener) -> TrainedRuns:
     """Train the runs of the plan that `kept` does not have: on a CPU one a core, on a GPU one by one."""
     finished: dict[int, tuple[Run, int]] = {}
 
@@ -53,10 +51,10 @@ def train_folds(plan: FoldPlan, kept: UnfinishedRuns, listener: Listener) -> Tra
         finished[number] = run, width
         listener.on_run(run, len(finished))
 
-    stored = {one: arrays for one in plan.runs if (arrays := kept.load(one.number)) is not None}
-    for one, arrays in stored.items():
-        note(one.number, run_of(arrays), int(arrays["trained_dim"]))
-    missing = [one for one in plan.runs if one not in stored]
+    stored = kept_runs(kept, [one.number for one in plan.runs])
+    for number, (run, width) in stored.items():
+        note(number, run, width)
+    missing = [one for one in plan.runs if one.number not in stored]
     # As many for the last runs as for all, so that a run's rounding does not depend on how many are missing.
     most = len(plan.runs) if torch.device(plan.device).type == "cpu" else 1
     workers = min(torch.get_num_threads(), most)
@@ -67,7 +65,7 @@ def train_folds(plan: FoldPlan, kept: UnfinishedRuns, listener: Listener) -> Tra
             one, trained = pending.pop(future), future.result()
             (run,) = trained.runs
             run.fold, run.seed = one.fold, one.seed
-            kept.save(one.number, arrays_of(run, trained.trained_dim))
+            keep_run(kept, one.number, run, trained.trained_dim)
             note(one.number, run, trained.trained_dim)
 
     with one_thread_a_core(workers) as pool:
@@ -80,29 +78,3 @@ def train_folds(plan: FoldPlan, kept: UnfinishedRuns, listener: Listener) -> Tra
             collect(wait(pending, return_when=FIRST_COMPLETED).done)
     runs = [finished[one.number] for one in plan.runs]
     return TrainedRuns([run for run, _ in runs], max(width for _, width in runs))
-
-
-def arrays_of(run: Run, trained_dim: int) -> dict[str, np.ndarray]:
-    """A run as arrays, for its file."""
-    predictions = {f"{PREDICTED}{rows}": classes for rows, classes in run.predictions.items()}
-    curves = {name: np.array(getattr(run, name)) for name in ("train_loss", "val_accuracy", "learning_rate")}
-    numbers = {name: np.array(getattr(run, name)) for name in ("seed", "best_epoch", "seconds", "fold")}
-    return {**predictions, **curves, **numbers, "trained_dim": np.array(trained_dim)}
-
-
-def run_of(arrays: dict[str, np.ndarray]) -> Run:
-    """The run that `arrays_of` wrote."""
-    return Run(
-        seed=int(arrays["seed"]),
-        best_epoch=int(arrays["best_epoch"]),
-        train_loss=arrays["train_loss"].tolist(),
-        val_accuracy=arrays["val_accuracy"].tolist(),
-        learning_rate=arrays["learning_rate"].tolist(),
-        predictions={
-            name.removeprefix(PREDICTED): classes
-            for name, classes in arrays.items()
-            if name.startswith(PREDICTED)
-        },
-        seconds=float(arrays["seconds"]),
-        fold=int(arrays["fold"]),
-    )

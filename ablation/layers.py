@@ -15,7 +15,8 @@ from typing import NamedTuple
 import numpy as np
 
 from ablation.catalogue import CONTROL_SETS, LAYER_SETS, group_of
-from ablation.settings import InputError
+from ablation.fields import InputError
+from ablation.settings import Settings
 
 RANDOM_HALF_SEED = 0
 
@@ -232,3 +233,12 @@ def sd15_shapes(rank: int) -> list[tuple[str, int, int]]:
                     shapes.append((f"{path}.down.weight", rank, inputs))
                     shapes.append((f"{path}.up.weight", channels, rank))
     return sorted(shapes)
+
+
+def refuse_empty_layer_sets(layers: Layers, settings: Settings) -> None:
+    """Raise InputError for a layer set of --layer-sets that keeps no layer of the data set."""
+    for layer_set in expand_layer_sets(settings.layer_sets, layers.names, settings.random_halves):
+        if not layers.positions(layer_set):
+            raise InputError(
+                f"data set '{settings.dataset}' has no layer for --layer-sets {layer_set}: leave it out"
+            )

@@ -9,9 +9,9 @@ import time
 import numpy as np
 
 from ablation.collection import LoraCollection, load_collection
-from ablation.layers import expand_layer_sets
+from ablation.layers import refuse_empty_layer_sets
 from ablation.log import Clock, Progress
-from ablation.settings import InputError, Settings
+from ablation.settings import Settings
 from ablation.splits import split_names, split_spec
 
 log = logging.getLogger("visual_ablation")
@@ -37,11 +37,7 @@ def load(settings: Settings, device: str, clock: Clock) -> LoraCollection:
         log.warning(
             "ten rows or fewer: train, validation and test are the same rows, so accuracies mean nothing"
         )
-    for layer_set in expand_layer_sets(settings.layer_sets, data.layers.names, settings.random_halves):
-        if not data.layers.positions(layer_set):
-            raise InputError(
-                f"data set '{settings.dataset}' has no layer for --layer-sets {layer_set}: leave it out"
-            )
+    refuse_empty_layer_sets(data.layers, settings)
     with clock("read"):
         hash_weights(data, settings)
     return data

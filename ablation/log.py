@@ -1,17 +1,19 @@
-"""What the user sees while cells are computed: lines, progress, seconds by stage; and how signals end it."""
+"""What the user sees while cells are computed: lines, progress, seconds by stage."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
 import os
-import signal
+import socket
 import sys
 import threading
 import time
+import unicodedata
 from collections.abc import Iterator
 from typing import Any
 
+from ablation.stopping import end_if_stopped
 from checkpointing import utc_now
 
 log = logging.getLogger("visual_ablation")
@@ -36,7 +38,7 @@ class LineHandler(logging.StreamHandler):
             prefix = f"({LineHandler.lost_lines} lines of the log could not be written)\n{prefix}"
         try:
             with tqdm.external_write_mode(file=sys.stdout):
-                print(prefix + record.getMessage(), file=sys.stdout, flush=True)
+                print(prefix + visible(record.getMessage()), file=sys.stdout, flush=True)
             LineHandler.lost_lines = 0
         except OSError:
             LineHandler.lost_lines += 1
@@ -65,6 +67,23 @@ def close_log() -> None:
 def describe_error(error: BaseException) -> str:
     """An exception in one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+def visible(text: str) -> str:
+    """Text from data, with characters escaped that a reader cannot see or that move what stands beside them:
+    control characters, marks of direction, halves of surrogate pairs. Line breaks and tabs stay.
+    """
+    if text.isascii() and text.isprintable():
+        return text
+    return "".join(c if c in "\n\t" or unicodedata.category(c) not in UNSEEN else escape(c) for c in text)
+
+
+UNSEEN = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")  # categories of Unicode
+
+
+def escape(character: str) -> str:
+    """A character as its code, such as x1b after a backslash."""
+    return character.encode("unicode_escape", "backslashreplace").decode()
 
 
 # --- progress
@@ -154,6 +173,7 @@ class Clock:
     def __init__(self):
         self.began = time.perf_counter()
         self.started = utc_now()
+        self.command = f"{socket.gethostname()}-{os.getpid()}-{time.monotonic_ns()}"  # no other has this
         self.by_stage = dict.fromkeys(("load", "read", "features", "training"), 0.0)
 
     @contextlib.contextmanager
@@ -173,35 +193,3 @@ class Clock:
     def seconds(self) -> dict[str, float]:
         """Seconds of every stage so far, and in total."""
         return {**self.by_stage, "total": time.perf_counter() - self.began}
-
-
-# --- signals
-
-stopped_by: int | None = None
-
-
-def handle_signals() -> None:
-    """End with 128 + signal, locks released and temporary files removed;
-    an ignored SIGHUP (nohup) stays ignored.
-    """
-    for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
-        if signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, stop)
-
-
-def stop(number: int, frame) -> None:
-    """The handler of a signal."""
-    global stopped_by
-    stopped_by = number
-    name = signal.Signals(number).name
-    log.info(f"Stopped by {name}: finished cells are kept, rerun the same command to resume")
-    end_if_stopped()
-
-
-def end_if_stopped() -> None:
-    """Raise SystemExit if a signal asked for it.
-
-    It is called again as work goes on, because some libraries drop every exception while they are imported.
-    """
-    if stopped_by is not None:
-        raise SystemExit(128 + stopped_by)

@@ -6,6 +6,7 @@ Suffixes name the axes: R runs, B rows of a batch, N rows, D features, H hidden 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -99,27 +100,36 @@ def batches(order: Tensor, batch_size: int) -> list[Tensor]:
     return list(parts if parts[-1].shape[-1] > 1 else parts[:-1])
 
 
-def dropout_factors(seed: int, batch_size: int, settings: TrainingSettings, like: Tensor) -> Iterator[Tensor]:
-    """Endless dropout factors of a run, (L, B, H) for each step,
+def dropout_factors(
+    seed: int, batch_size: int, settings: TrainingSettings, like: Tensor, steps: int = 0
+) -> Iterator[Tensor]:
+    """Endless dropout factors of a run, (L, B, H) for each step after the first `steps`,
     L hidden layers: 0 for a dropped unit, else 1/(1-p).
 
     They have the device and dtype of `like`. On a CPU each unit takes 32 bits of PCG64, which is exact to
     1e-10 and twelve times faster than torch's Bernoulli numbers.
     """
     shape, keep = (DROPOUT_STEPS, HIDDEN_LAYERS, batch_size, settings.hidden_dim), 1 - settings.dropout
-    if like.device.type == "cpu":
+    blocks, rest = divmod(steps, DROPOUT_STEPS)
+
+    def drawn_by_pcg() -> Iterator[Tensor]:
         bits = np.random.PCG64(stream_seed(seed, "dropout"))
         words = -(-math.prod(shape) // 2)  # of 64 bits
+        bits.advance(blocks * words)
         while True:
             kept = bits.random_raw(words).view(np.uint32)[: math.prod(shape)] < round(keep * 2**32)
             yield from torch.from_numpy(kept).view(shape).to(like.dtype).mul_(1 / keep)
-    generator = torch.Generator(like.device).manual_seed(stream_seed(seed, "dropout"))
-    while True:
-        yield from (
-            torch.empty(shape, dtype=like.dtype, device=like.device)
-            .bernoulli_(keep, generator=generator)
-            .mul_(1 / keep)
-        )
+
+    def drawn_by_torch() -> Iterator[Tensor]:
+        generator = torch.Generator(like.device).manual_seed(stream_seed(seed, "dropout"))
+        for number in itertools.count():
+            kept = torch.empty(shape, dtype=like.dtype, device=like.device)
+            kept.bernoulli_(keep, generator=generator)
+            if number >= blocks:
+                yield from kept.mul_(1 / keep)
+
+    drawn = drawn_by_pcg() if like.device.type == "cpu" else drawn_by_torch()
+    return itertools.islice(drawn, rest, None)
 
 
 # --- the model

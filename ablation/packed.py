@@ -7,16 +7,17 @@ classes, L hidden layers.
 
 from __future__ import annotations
 
-import contextlib
-import functools
+import logging
 import time
-import warnings
 from collections.abc import Callable, Iterator
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ablation.cuda_graphs import Replayed, record_graph
+from ablation.kept_runs import run_arrays, run_of
 from ablation.mlp import (
     EVAL_ROWS,
     AdamState,
@@ -35,8 +36,12 @@ from ablation.mlp import (
 )
 from ablation.settings import TrainingSettings
 from ablation.task import Listener, Run
+from checkpointing import Unfinished
 
-WARM_UP = 2  # ordinary steps before one is recorded as a CUDA graph
+log = logging.getLogger("visual_ablation")
+
+KEEP_SECONDS = 180.0  # between two times that a pack at work is kept on disk
+PLATEAU = ("best", "num_bad_epochs", "cooldown_counter", "last_epoch")  # state of ReduceLROnPlateau
 
 
 class Pack:
@@ -175,95 +180,18 @@ class PackedEpoch:
         self.total_R += loss_R.detach() * B
 
 
-class Replayed:
-    """A function of tensors that returns nothing, recorded as a CUDA graph and replayed.
-
-    Launching the hundred kernels of a step takes longer than their work. The first WARM_UP calls are
-    ordinary, on the stream that is recorded later. After them the arguments are copied to where the recorded
-    kernels read them. A function that cannot be recorded runs kernel by kernel, with the same numbers and a
-    warning.
-    """
-
-    def __init__(
-        self,
-        function: Callable[..., None],
-        record: Callable[[Callable[[], None], torch.device], Callable[[], None]],
-    ):
-        self.function, self.record = function, record
-        self.calls = 0
-        self.places: list[Tensor] = []
-        self.replay: Callable[[], None] | None = None
-
-    def __call__(self, *arguments: Tensor) -> None:
-        """Run the function, or replay it, on these tensors."""
-        self.calls += 1
-        device = arguments[0].device
-        if self.calls <= WARM_UP:
-            with side_stream(device):
-                self.function(*arguments)
-            return
-        if self.replay is None:
-            self.places = [argument.clone() for argument in arguments]
-            run = functools.partial(self.function, *self.places)
-            try:
-                self.replay = self.record(run, device)
-            except torch.OutOfMemoryError:
-                raise
-            except RuntimeError as error:  # recording runs no kernel, so nothing has to be undone
-                warnings.warn(
-                    f"a training step is not recorded as a CUDA graph and runs kernel by kernel: {error}",
-                    stacklevel=2,
-                )
-                self.replay = run
-        for place, argument in zip(self.places, arguments, strict=True):
-            place.copy_(argument)
-        self.replay()
-
-
-@functools.cache
-def recording_stream(device: torch.device) -> torch.cuda.Stream:
-    """The one stream that records:
-    each stream of a device that multiplies matrices keeps memory for itself.
-    """
-    return torch.cuda.Stream(device)
-
-
-@contextlib.contextmanager
-def side_stream(device: torch.device) -> Iterator[None]:
-    """Run the block on a GPU's recording stream,
-    after all earlier work and before all later work; no effect on a CPU.
-    """
-    if device.type != "cuda":
-        yield
-        return
-    stream, present = recording_stream(device), torch.cuda.current_stream(device)
-    stream.wait_stream(present)
-    with torch.cuda.stream(stream):  # makes its device the present one, too
-        yield
-    present.wait_stream(stream)
-
-
-def record_graph(function: Callable[[], None], device: torch.device) -> Callable[[], None]:
-    """Record the kernels of a function as a CUDA graph; returns the function that replays it."""
-    graph = torch.cuda.CUDAGraph()
-    with side_stream(device), warnings.catch_warnings():
-        warnings.simplefilter("error")  # an empty graph, which would train nothing, is only warned of
-        with torch.cuda.graph(graph, stream=recording_stream(device)):
-            function()
-    return graph.replay
-
-
-def train_packed(data: Prepared, settings: TrainingSettings, listener: Listener) -> list[Run]:
+def train_packed(
+    data: Prepared, settings: TrainingSettings, listener: Listener, kept: Unfinished | None = None
+) -> list[Run]:
     """Train all runs together. A run that stops leaves the pack; each run's time is the pack's divided by R.
 
     The host waits for the device between epochs, and when a step is recorded, but not within the steps of an
-    epoch.
+    epoch. The pack is kept every KEEP_SECONDS, and goes on from there after a kill with the same numbers.
     """
-    start = time.perf_counter()
     training = PackedTraining(data, settings)
-    training.train(listener)
+    training.train(listener, kept)
     predictions = data.predict(training.best_pack().predict)
-    seconds = (time.perf_counter() - start) / len(training.runs)
+    seconds = training.seconds() / len(training.runs)
     for r, run in enumerate(training.runs):
         run.predictions = {part: classes_RN[r] for part, classes_RN in predictions.items()}
         run.seconds = seconds
@@ -277,6 +205,7 @@ class PackedTraining:
     """
 
     def __init__(self, data: Prepared, settings: TrainingSettings):
+        self.began = time.perf_counter()
         self.settings = settings
         self.runs = [Run(seed) for seed in settings.seeds]
         self.alive = list(range(len(self.runs)))
@@ -289,15 +218,32 @@ class PackedTraining:
         self.best = {name: tensor.clone() for name, tensor in self.pack.state().items()}
         self.schedulers = [new_scheduler(settings) for _ in self.runs]
         self.orders = [batch_order(run.seed) for run in self.runs]
-        batch_size, like = min(settings.batch_size, len(self.x_train)), self.pack.parameters["0.bias"]
-        self.dropouts = [dropout_factors(run.seed, batch_size, settings, like) for run in self.runs]
+        self.dropouts = [self.dropout_of(run) for run in self.runs]
 
-    def train(self, listener: Listener) -> None:
+    def dropout_of(self, run: Run) -> Iterator[Tensor]:
+        """The dropout factors of a run's next steps."""
+        batch_size, like = min(self.settings.batch_size, len(self.x_train)), self.pack.parameters["0.bias"]
+        steps = len(run.train_loss) * len(batches(self.y_train, self.settings.batch_size))
+        return dropout_factors(run.seed, batch_size, self.settings, like, steps)
+
+    def seconds(self) -> float:
+        """Seconds since training began, without those between a kill and the command that went on."""
+        return time.perf_counter() - self.began
+
+    def train(self, listener: Listener, kept: Unfinished | None = None) -> None:
         """Train until every run has stopped."""
+        arrays = kept.load("pack") if kept else None
+        if arrays is not None:
+            self.restore(arrays)
+            log.info(f"An earlier command trained {max(len(run.train_loss) for run in self.runs)} epochs")
+        last_kept = time.monotonic()
         epoch = PackedEpoch(self.pack, self.x_train, self.y_train, self.weights_C)
         try:
             while self.alive:
                 self.train_epoch(epoch, listener)
+                if kept and time.monotonic() - last_kept >= KEEP_SECONDS:
+                    kept.save("pack", self.arrays())
+                    last_kept = time.monotonic()
                 staying = [
                     i for i, r in enumerate(self.alive) if not has_stopped(self.runs[r], self.settings)
                 ]
@@ -327,6 +273,48 @@ class PackedTraining:
         if improved:
             for name, tensor in self.pack.state().items():
                 self.best[name][[alive[position] for position in improved]] = tensor[improved]
+
+    # --- kept on disk
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Parameters, BatchNorm statistics and Adam's state of the pack, and each run's best, by name."""
+        adam = {
+            f"{kind}.{i}": x
+            for kind in AdamState._fields
+            for i, x in enumerate(getattr(self.pack.adam, kind))
+        }
+        best = {f"best.{name}": tensor for name, tensor in self.best.items()}
+        return self.pack.state() | adam | best
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Everything that the next epochs depend on."""
+        arrays = {name: tensor.cpu().numpy() for name, tensor in self.tensors().items()}
+        for r, run in enumerate(self.runs):
+            state = self.schedulers[r].state_dict()
+            arrays[f"run{r}.plateau"] = np.array(
+                [learning_rate_of(self.schedulers[r]), *map(state.get, PLATEAU)]
+            )
+            arrays[f"run{r}.order"] = self.orders[r].get_state().numpy()
+            arrays |= {f"run{r}.{name}": array for name, array in run_arrays(run).items()}
+        return arrays | {"alive": np.array(self.alive), "pack_seconds": np.array(self.seconds())}
+
+    @torch.no_grad()
+    def restore(self, arrays: dict[str, np.ndarray]) -> None:
+        """Go on from what `arrays` returned."""
+        self.alive = arrays["alive"].tolist()
+        self.pack.keep(self.alive)
+        for name, tensor in self.tensors().items():
+            tensor.copy_(torch.from_numpy(arrays[name]))
+        for r in range(len(self.runs)):
+            prefix = f"run{r}."
+            own = {name.removeprefix(prefix): x for name, x in arrays.items() if name.startswith(prefix)}
+            rate, *state = own["plateau"].tolist()
+            self.schedulers[r].load_state_dict(dict(zip(PLATEAU, state, strict=True)))
+            self.schedulers[r].optimizer.param_groups[0]["lr"] = rate
+            self.orders[r].set_state(torch.from_numpy(own["order"]))
+            self.runs[r] = run_of(own)
+        self.dropouts = [self.dropout_of(run) for run in self.runs]
+        self.began -= float(arrays["pack_seconds"])
 
     def best_pack(self) -> Pack:
         """The pack with every run as it was in its best epoch."""

@@ -12,7 +12,16 @@ from typing import TYPE_CHECKING, Any
 
 from ablation.analysis_plan import analysis_plan
 from ablation.command_line import typed_command
-from checkpointing import append_event, hash_of, read_json, utc_now, write_json
+from checkpointing import (
+    CannotWrite,
+    append_event,
+    file_stamps,
+    hash_of,
+    read_own,
+    utc_now,
+    with_checksum,
+    write_json,
+)
 
 if TYPE_CHECKING:
     from ablation.cells import Cell
@@ -47,21 +56,29 @@ def made_on(device: str) -> dict[str, Any]:
     return {"time": utc_now(), "machine": machine(device), "versions": versions()}
 
 
-def write_manifest(context: Context, ledger: Ledger, status: int) -> None:
+RUNNING = "not ended"  # of an experiment at work, or ended by a kill
+
+
+def write_manifest(context: Context, ledger: Ledger, status: int | None, ended: str) -> None:
     """Write manifest.json, if cells ran or there is none yet.
-    Manifests of earlier commands are kept in `earlier`.
+
+    `ended` says how the command ended, `status` is its exit status, None where it has none. It is written
+    when the cells begin, and again at the end. Manifests of earlier commands are kept in `earlier`.
     """
     path = context.store.folder / "manifest.json"
     if not ledger.missing and path.exists():
         return
-    previous = read_json(path)
-    earlier = [*previous.pop("earlier", []), previous] if previous else []
-    write_json(path, {**manifest(context, ledger, status), "earlier": earlier}, indent=2)
+    previous = context.store.read_own("manifest.json")
+    earlier = previous.pop("earlier", [])
+    if previous and previous.get("process") != context.clock.command:
+        earlier = [*earlier, previous]
+    made = {**manifest(context, ledger, status), "ended": ended, "earlier": earlier}
+    write_json(path, with_checksum(made), indent=2)
 
 
-def manifest(context: Context, ledger: Ledger, status: int) -> dict[str, Any]:
+def manifest(context: Context, ledger: Ledger, status: int | None) -> dict[str, Any]:
     """What this command ran, on what, how long (seconds by stage)."""
-    data = context.data
+    data, store = context.data, context.store
     return {
         "command": typed_command(),
         "settings": dataclasses.asdict(context.settings),
@@ -69,24 +86,51 @@ def manifest(context: Context, ledger: Ledger, status: int) -> dict[str, Any]:
             "dataset": context.settings.dataset,
             "identity": data.files.identity,
             "files": data.files.paths,
+            "stamps": data.files.stamps,
         },
         "analysis_plan": hash_of(analysis_plan(context.settings, data)),
-        "cells_run": [cell.name for cell in ledger.missing if cell not in ledger.failures],
+        "cells_run": [
+            cell.name
+            for cell in ledger.missing
+            if cell not in ledger.failures and store.path(cell.name).exists()
+        ],
         "cells_failed": {cell.name: error for cell, error in ledger.failures.items()},
         "exit_status": status,
         "started": context.clock.started,
+        "process": context.clock.command,
         "seconds": context.clock.seconds,
         "versions": versions(),
         "machine": machine(context.device),
     }
 
 
+def changed_files(folder: Path) -> list[str]:
+    """Files of the data set that changed, moved or were touched since the last command in a folder."""
+    try:
+        data = read_own(folder / "manifest.json").get("data", {})
+        before = dict(zip(data["files"], data["stamps"], strict=True))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # damaged, or of an earlier version
+        return []
+    changed = []
+    for file, stamp in before.items():
+        try:
+            (now,) = file_stamps([file])
+        except OSError:
+            now = None
+        if now != stamp:
+            changed.append(file)
+    return changed
+
+
 # --- events.jsonl
 
 
 def announce(folder: Path, event: str, **fields) -> None:
-    """Append an event to the output folder's events.jsonl."""
-    append_event(folder / "events.jsonl", event=event, **fields)
+    """Append an event to the output folder's events.jsonl. If that fails it is logged: results go on."""
+    try:
+        append_event(folder / "events.jsonl", event=event, **fields)
+    except CannotWrite as error:
+        log.warning(f"the event '{event}' is lost: {error}")
 
 
 def announce_finished(folder: Path, cell: Cell, record: dict) -> None:

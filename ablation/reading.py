@@ -22,8 +22,8 @@ import torch
 import xxhash
 from torch import Tensor
 
+from ablation.fields import InputError
 from ablation.layers import ColumnLayout, Layers
-from ablation.settings import InputError
 
 if TYPE_CHECKING:
     from datasets import Dataset

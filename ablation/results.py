@@ -15,7 +15,7 @@ from ablation.cells import Cell
 from ablation.results_text import results_text
 from ablation.scores import mean_and_std, with_derived_scores
 from ablation.splits import split_spec
-from checkpointing import hash_of, read_json, write_bytes, write_json
+from checkpointing import ResultStore, hash_of, read_own, with_checksum, write_bytes, write_json
 
 if TYPE_CHECKING:
     from ablation.context import Context, Ledger
@@ -95,20 +95,21 @@ def save_results(context: Context, ledger: Ledger) -> str:
     left_out = [cell.name for cell, state in states.items() if state.kind == "stale"]
     if left_out:
         log.warning(f"left out of the results, made with other settings: {', '.join(left_out)}")
+    earlier = earlier_results(store)
     skipped = {
         cell: reason
-        for cell, reason in earlier_entries(store.folder, "skipped_cells", "reason").items()
+        for cell, reason in entries_of(earlier, "skipped_cells", "reason").items()
         if cell not in ledger.inputs
     }
     failed = {
         cell: error
-        for cell, error in earlier_entries(store.folder, "failed_cells", "error").items()
+        for cell, error in entries_of(earlier, "failed_cells", "error").items()
         if cell not in records
     }
-    header = header_of(context) | inference_of(context, records)
+    header = header_of(context) | inference_of(context, records, earlier)
     results = collect(records, failed | ledger.failures, skipped | ledger.skipped, header)
     text = results_text(results)
-    write_json(store.folder / "results.json", results, indent=2)
+    write_json(store.folder / "results.json", with_checksum(results), indent=2)
     write_bytes(store.folder / "results.txt", text.encode())
     return text
 
@@ -133,9 +134,9 @@ def header_of(context: Context) -> dict[str, Any]:
     }
 
 
-def inference_of(context: Context, records: dict[Cell, dict]) -> dict[str, Any]:
+def inference_of(context: Context, records: dict[Cell, dict], old: dict[str, Any]) -> dict[str, Any]:
     """`inference` and `verdict`:
-    those of results.json if they were made from the same predictions, else new ones.
+    those of `old` results if they were made from the same predictions, else new ones.
     """
     settings, data = context.settings, context.data
     kind = split_spec(settings, "").resolved(data.groups is not None).kind
@@ -143,7 +144,6 @@ def inference_of(context: Context, records: dict[Cell, dict]) -> dict[str, Any]:
     groups = None if data.groups is None else hash_of(data.groups)
     predictions = {cell.name: record["predictions_hash"] for cell, record in records.items()}
     made_from = hash_of([INFERENCE_VERSION, *margin, kind, overlap, groups, predictions])
-    old = read_json(context.store.folder / "results.json")
     kept = {key: old.get(key) for key in INFERENCE_KEYS}
     if kept["inference_made_from"] == made_from and old.get("inference_check") == hash_of(kept):
         return kept | {"inference_check": old["inference_check"]}
@@ -158,8 +158,34 @@ def inference_of(context: Context, records: dict[Cell, dict]) -> dict[str, Any]:
     return made | {"inference_check": hash_of(made)}
 
 
-def earlier_entries(folder: Path, key: str, text: str) -> dict[Cell, str]:
-    """What an earlier command reported under a key of results.json: cells, and the field `text` of each."""
-    entries = read_json(folder / "results.json").get(key, [])
-    by_cell = {Cell.named(entry["cell"]): entry[text] for entry in entries}
+def earlier_results(store: ResultStore) -> dict[str, Any]:
+    """results.json as an earlier command left it, or {}. A damaged one is set aside: checkpoints have it all
+    but the cells that failed.
+    """
+    results = store.read_own("results.json")
+    try:
+        for key, text in (("skipped_cells", "reason"), ("failed_cells", "error")):
+            entries_of(results, key, text)
+    except (TypeError, KeyError, AttributeError):
+        path = store.folder / "results.json"
+        log.warning(f"{path} is not as this program writes it: it is set aside, and made anew")
+        store.set_aside_path(path, "damaged: its entries are not as this program writes them")
+        return {}
+    return results
+
+
+def entries_of(results: dict[str, Any], key: str, text: str) -> dict[Cell, str]:
+    """What is under a key of results.json: cells, and the field `text` of each.
+
+    Raises TypeError, KeyError or AttributeError if it is not as this program writes it.
+    """
+    by_cell = {Cell.named(entry["cell"]): entry[text] for entry in results.get(key, [])}
     return {cell: reported for cell, reported in by_cell.items() if cell is not None}
+
+
+def reported_entries(folder: Path, key: str, text: str) -> dict[Cell, str]:
+    """`entries_of` a folder's results.json, which is only looked at: of a damaged one nothing."""
+    try:
+        return entries_of(read_own(folder / "results.json"), key, text)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return {}

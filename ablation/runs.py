@@ -17,14 +17,15 @@ from ablation.context import Context
 from ablation.features import Features, refuse_non_finite_features
 from ablation.fingerprints import data_settings
 from ablation.fold_training import FoldPlan, FoldRun, runs_by_round, train_folds
-from ablation.log import Progress, end_if_stopped
+from ablation.log import Progress
 from ablation.provenance import made_on
 from ablation.scores import audit_record, cell_record, prediction_arrays, run_scores, variant_arrays
 from ablation.settings import TrainingSettings
 from ablation.splits import Split
+from ablation.stopping import end_if_stopped
 from ablation.task import Listener, Run, Task, TrainedRuns
 from ablation.training import train_runs
-from checkpointing import UnfinishedRuns
+from checkpointing import Unfinished
 
 log = logging.getLogger("visual_ablation")
 
@@ -43,7 +44,7 @@ class PreparedCells(NamedTuple):
 
 
 def prepare_cells(context: Context, cells: list[Cell], features: Features) -> PreparedCells:
-    """The columns of cells that share their trained runs. Raises ValueError if a feature is not finite."""
+    """The columns of cells that share their trained runs. Raises TrainingError if a feature is not finite."""
     cell = cells[0].trained
     audits = [features.audits[audited.audit] for audited in cells if audited.audit]
     view = context.view_of(cell)
@@ -82,10 +83,10 @@ def prepare_cells(context: Context, cells: list[Cell], features: Features) -> Pr
     return PreparedCells(cell, view, task, task_of, changes, audited)
 
 
-def train_cell(context: Context, prepared: PreparedCells, kept: UnfinishedRuns) -> TrainedRuns:
+def train_cell(context: Context, prepared: PreparedCells, kept: Unfinished) -> TrainedRuns:
     """Train the runs of a cell, with a line in the log for each run.
 
-    `kept` are the finished runs of a cross-validation that was ended.
+    `kept` has what an earlier command trained of it, and gets what this one trains.
     """
     cell, task, settings = prepared.cell, prepared.task, context.settings.training
     planned = planned_runs(context, prepared)
@@ -111,7 +112,7 @@ def train_cell(context: Context, prepared: PreparedCells, kept: UnfinishedRuns) 
             from ablation.classifiers import TRAINERS
 
             return TRAINERS[cell.own_classifier](task, listener)
-        return train_runs(task, settings, context.device, listener)
+        return train_runs(task, settings, context.device, listener, None if planned else kept)
 
     with Progress(count, "runs") as progress:
         listener = Listener(on_run, on_epoch)

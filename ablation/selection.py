@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 from ablation.catalogue import CONTROL_SETS, MAIN_COMPARISON, METADATA_COLUMNS, SPECS, group_of
 from ablation.cells import Cell, cells_of
 from ablation.controls import control_cells
+from ablation.fields import InputError
 from ablation.layers import expand_layer_sets
-from ablation.settings import InputError, Settings
+from ablation.settings import Settings
 from ablation.splits import split_names
 
 if TYPE_CHECKING:

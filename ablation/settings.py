@@ -10,7 +10,6 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from ablation.catalogue import (
     AUDITS,
@@ -29,60 +28,26 @@ from ablation.catalogue import (
     SPECS,
     SPLITS,
 )
+from ablation.fields import MANY, InputError, Range, flag, is_utf8, setting, shortened_text
 
-
-class InputError(Exception):
-    """Bad input or settings. The message is one line that names the value, the choice and the remedy.
-
-    It ends the program with exit status 2.
-    """
-
-
-@dataclass(frozen=True)
-class Range:
-    """An interval of numbers; `open_low` and `open_high` leave out its ends."""
-
-    low: float = -math.inf
-    high: float = math.inf
-    open_low: bool = False
-    open_high: bool = False
-
-    def __contains__(self, value) -> bool:
-        above = value > self.low if self.open_low else value >= self.low
-        return above and (value < self.high if self.open_high else value <= self.high)
-
-    def __str__(self) -> str:
-        if self.high == math.inf:
-            return f"{'above' if self.open_low else 'at least'} {self.low:g}"
-        left, right = "(" if self.open_low else "[", ")" if self.open_high else "]"
-        return f"in {left}{self.low:g}, {self.high:g}{right}"
-
-
-def setting(default, help: str, allowed: Range | tuple[str, ...] | None = None, groups=None) -> Any:
-    """A dataclass field with its help text and its allowed values.
-
-    `allowed` is a Range, a tuple of choices, or None for any value of the field's type. `groups` maps names
-    to the several choices that each of them stands for.
-    """
-    metadata = {"help": help, "allowed": allowed, "groups": groups or {}}
-    if isinstance(default, dict):
-        return field(default_factory=lambda: dict(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
+LONGEST_NAME = 60  # characters of a layer set's name, which becomes a part of file names
 
 
 @dataclass(frozen=True)
 class TrainingSettings:
     """Everything about training that can change a number in results.json."""
 
-    num_runs: int = setting(10, "runs, with seeds seed .. seed + num_runs - 1", Range(1))
+    num_runs: int = setting(10, "runs, with seeds seed .. seed + num_runs - 1", Range(1, 100_000))
     seed: int = setting(42, "seed of the first run: initial weights, batch order, dropout", Range(0, 2**31))
-    hidden_dim: int = setting(512, "units in each of the three hidden layers", Range(1))
+    hidden_dim: int = setting(512, "units in each of the three hidden layers", Range(1, 65_536))
     dropout: float = setting(0.5, "probability of zeroing a hidden unit", Range(0, 1, open_high=True))
-    batch_size: int = setting(64, "rows a step (BatchNorm needs two)", Range(2))
+    batch_size: int = setting(64, "rows a step (BatchNorm needs two)", Range(2, MANY))
     learning_rate: float = setting(1e-3, "Adam's first learning rate", Range(0, open_low=True))
     weight_decay: float = setting(1e-4, "L2 penalty added to the gradient", Range(0))
-    max_epochs: int = setting(300, "epochs at most", Range(1))
-    patience: int = setting(15, "epochs without a new best validation accuracy before a run stops", Range(1))
+    max_epochs: int = setting(300, "epochs at most", Range(1, MANY))
+    patience: int = setting(
+        15, "epochs without a new best validation accuracy before a run stops", Range(1, MANY)
+    )
     trainer: str = setting(
         "auto",
         "train one model after another, or all runs as one pack; auto: packed on a GPU, sequential on a CPU",
@@ -151,12 +116,12 @@ class Settings:
         0,
         "cross-validation: every row is tested once in each of so many folds; 0: one split of 70/10/20; "
         "without this flag 5 for the embedded digits",
-        Range(0),
+        Range(0, MANY),
     )
     repeats: int = setting(
         0,
         "partitions of the rows into folds, over which the runs are spread; 0: each run of a fold its own",
-        Range(0),
+        Range(0, 100_000),
     )
     num_splits: int = setting(
         1,
@@ -179,7 +144,7 @@ class Settings:
     audit: tuple[str, ...] = setting(
         (), "score the trained runs on test rows whose weights are changed", tuple(AUDITS)
     )
-    audit_rows: int = setting(0, "test rows that an audit changes, at most; 0: all", Range(0))
+    audit_rows: int = setting(0, "test rows that an audit changes, at most; 0: all", Range(0, MANY))
     controls: tuple[str, ...] = setting(
         (),
         "cells that should not read the class as the weights do, or that show what else reads it; also all: "
@@ -199,7 +164,7 @@ class Settings:
         (), "shares of the training rows to train on too, such as 0.25 0.5 1: does the drop depend on them?"
     )
     sketch_size: int = setting(16, "rows and columns of product_sketch", Range(1, 64))
-    pca_components: int = setting(128, "components of pca and kernel_pca, at most", Range(1))
+    pca_components: int = setting(128, "components of pca and kernel_pca, at most", Range(1, MANY))
     split_seed: int = setting(42, "seed of the 70/10/20 split", Range(0, 2**32, open_high=True))
     output_dir: str = setting("visual-ablation-results", "folder that gets visual_ablation_<data set>/")
     cache_features: bool = setting(True, "keep the computed features on disk")
@@ -209,6 +174,7 @@ class Settings:
 
     def __post_init__(self):
         check_fields(self)
+        check_texts(self)
         check_lists(self)
         check_named_layer_sets(self.named_layer_sets)
         check_layer_sets(self)
@@ -271,11 +237,6 @@ class Settings:
         return Path(self.cache_dir).expanduser() if self.cache_features else None
 
 
-def flag(name: str) -> str:
-    """The command-line flag of a setting."""
-    return "--" + name.replace("_", "-")
-
-
 def setting_fields() -> dict[str, dataclasses.Field]:
     """Every setting by name, in the order of --help."""
     fields = (*dataclasses.fields(Settings), *dataclasses.fields(TrainingSettings))
@@ -289,15 +250,35 @@ def check_fields(settings: Settings | TrainingSettings) -> None:
     """Raise InputError unless every field of the dataclass has an allowed value."""
     for f in dataclasses.fields(settings):
         allowed, value = f.metadata.get("allowed"), getattr(settings, f.name)
-        if isinstance(allowed, Range) and not (math.isfinite(value) and value in allowed):
+        if isinstance(allowed, Range) and not (value in allowed and abs(value) < math.inf):
             raise InputError(
-                f"{flag(f.name)} {value} is out of range: use a value {allowed} ({f.metadata['help']})"
+                f"{flag(f.name)} {shortened_text(value)} is out of range: use a value {allowed} "
+                f"({f.metadata['help']})"
             )
         if isinstance(allowed, tuple):
             for choice in value if isinstance(value, tuple) else (value,):
                 if choice not in allowed:
                     choices = ", ".join([*f.metadata["groups"], *allowed])
-                    raise InputError(f"unknown {flag(f.name)} '{choice}': use {choices}")
+                    raise InputError(f"unknown {flag(f.name)} '{shortened_text(choice)}': use {choices}")
+
+
+def check_texts(settings: Settings) -> None:
+    """Raise InputError for a name that cannot be written to a file as UTF-8, or that holds a NUL."""
+    for f in dataclasses.fields(settings):
+        value = getattr(settings, f.name)
+        for text in value if isinstance(value, tuple) else (value,):
+            if isinstance(text, str) and "\0" in text:
+                raise InputError(f"{flag(f.name)} {shortened_text(text)!r} holds a NUL: leave it out")
+            if isinstance(text, str) and not is_utf8(text):
+                raise InputError(
+                    f"{flag(f.name)} {shortened_text(text)!r} cannot be written as UTF-8: rename it, or set "
+                    "PYTHONUTF8=1 if it is UTF-8, because this process reads names in another encoding"
+                )
+    if not is_utf8(settings.short_name):
+        raise InputError(
+            f"--dataset {settings.dataset}: the name of that folder, {settings.short_name!r}, cannot be "
+            "written as UTF-8: rename it"
+        )
 
 
 def check_lists(settings: Settings) -> None:
@@ -307,7 +288,7 @@ def check_lists(settings: Settings) -> None:
         if not isinstance(chosen, tuple):
             continue
         if len(set(chosen)) < len(chosen):
-            raise InputError(f"{flag(f.name)} names one twice: {' '.join(chosen)}")
+            raise InputError(f"{flag(f.name)} names one twice: {shortened_text(' '.join(chosen))}")
         if not chosen and f.name in ("representations", "layer_sets", "split"):
             raise InputError(f"{flag(f.name)} names nothing")
 
@@ -316,6 +297,11 @@ def check_named_layer_sets(named: Mapping[str, tuple[str, ...]]) -> None:
     """Raise InputError unless each name can stand in a file's name and has at least one pattern."""
     taken = [*LAYER_SETS, *LAYER_SET_GROUPS, *CONTROL_SETS]
     for name, patterns in named.items():
+        if len(name) > LONGEST_NAME:
+            raise InputError(
+                f"named_layer_sets: '{shortened_text(name)}' is too long for a file's name: use at most "
+                f"{LONGEST_NAME} characters"
+            )
         if not re.fullmatch(r"[A-Za-z][A-Za-z0-9-]*(_[A-Za-z0-9-]+)*", name) or name in taken:
             raise InputError(
                 f"named_layer_sets: '{name}' is no name for a layer set: use letters, digits, - and _, and "
@@ -372,8 +358,8 @@ def check_fractions(shares: tuple[str, ...]) -> None:
             percent = math.nan
         if not (1 <= percent <= 100 and math.isclose(percent, round(percent), abs_tol=1e-6)):
             raise InputError(
-                f"--train-fractions {share} is no share of the training rows: use numbers such as 0.25, at "
-                "most 1, in whole percents"
+                f"--train-fractions {shortened_text(share)} is no share of the training rows: use numbers "
+                "such as 0.25, at most 1, in whole percents"
             )
 
 
@@ -383,6 +369,6 @@ def check_layer_sets(settings: Settings) -> None:
     for layer_set in settings.layer_sets:
         if layer_set not in known:
             raise InputError(
-                f"unknown --layer-sets '{layer_set}': use {', '.join(known)}, "
+                f"unknown --layer-sets '{shortened_text(layer_set)}': use {', '.join(known)}, "
                 "or name one in named_layer_sets of a --config file"
             )

@@ -9,7 +9,8 @@ from typing import NamedTuple
 import numpy as np
 
 from ablation.catalogue import AUTO
-from ablation.settings import InputError, Settings
+from ablation.fields import InputError
+from ablation.settings import Settings
 
 SMALLEST_SPLIT = 11  # with fewer rows, train = val = test
 VAL_SHARE = 1 / 8  # of the rows that a fold does not test

@@ -14,15 +14,18 @@ from pathlib import Path
 from ablation.analysis_plan import expectation, tested_rows
 from ablation.catalogue import AUDITS, LAYER_SET_GROUPS, METADATA_COLUMNS, SPECS, components_of
 from ablation.cells import Cell
+from ablation.columns import Columns, numeric_columns, refuse_columns
+from ablation.command_line import find_device
 from ablation.fingerprints import requested_inputs
-from ablation.layers import expand_layer_sets
+from ablation.layers import Layers, expand_layer_sets, refuse_empty_layer_sets
 from ablation.log import duration
-from ablation.results import earlier_entries
+from ablation.provenance import changed_files
+from ablation.results import reported_entries
 from ablation.selection import list_cells
 from ablation.settings import Settings
 from ablation.splits import SMALLEST_SPLIT
 from ablation.survey import Survey, survey
-from checkpointing import ResultStore, State, is_held, read_events, read_json
+from checkpointing import ResultStore, State, is_held, read_events, read_own
 
 log = logging.getLogger("visual_ablation")
 
@@ -63,17 +66,26 @@ def cell_states(settings: Settings, layers: list[str] | None = None) -> dict[Cel
     layer_sets = list(settings.layer_sets)
     if set(layer_sets) & set(LAYER_SET_GROUPS):
         if layers is None:
-            layers = read_json(store.folder / "results.json").get("layer_names", [])
+            layers = reported_layers(store.folder)
         layer_sets = expand_layer_sets(settings.layer_sets, layers, settings.random_halves)
     if "by_block" in settings.layer_sets and not any(name.startswith("by_block.") for name in layer_sets):
         log.info(
             "The blocks of --layer-sets by_block are not known before the first run: they are not counted"
         )
-    skipped = earlier_entries(store.folder, "skipped_cells", "reason")
+    skipped = reported_entries(store.folder, "skipped_cells", "reason")
     if settings.metadata_columns:  # they may not have been named when the cell was skipped
         skipped.pop(METADATA_CELL, None)
     cells = [cell for cell in list_cells(settings, layer_sets) if cell not in skipped]
     return {cell: store.state(cell.name, requested_inputs(settings, cell)) for cell in cells}
+
+
+def reported_layers(folder: Path) -> list[str]:
+    """Names of the layers in a folder's results.json; [] if there is none, or if it is damaged."""
+    try:
+        names = read_own(folder / "results.json").get("layer_names", [])
+    except (OSError, ValueError):
+        return []
+    return [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
 
 
 def unfinished(states: dict[Cell, State]) -> list[Cell]:
@@ -91,6 +103,12 @@ def print_status(settings: Settings) -> int:
     for cell, state in states.items():
         if state.kind in ("damaged", "stale"):
             log.info(f"{cell.name} is {state.kind}: {state.why}")
+    changed = changed_files(settings.output_folder)
+    if changed:
+        log.info(
+            f"{len(changed)} files of the data set changed, moved or were touched since the last run, such "
+            f"as {changed[0]}: the next run hashes the weights again, and stops if they differ"
+        )
     return 0
 
 
@@ -171,7 +189,8 @@ def print_plan(settings: Settings) -> int:
     """Say what would run and why, and what it needs.
     Reads file headers and writes nothing. Returns the exit status.
     """
-    surveyed = survey(settings.dataset, settings.data_split)
+    surveyed = survey(settings.dataset, settings.data_split, settings.revision)
+    refuse_what_a_run_refuses(settings, surveyed)
     layers = None if surveyed is None else [layer for layer, _, _ in surveyed.shapes]
     states = cell_states(settings, layers)
     if surveyed is not None:
@@ -190,13 +209,32 @@ def print_plan(settings: Settings) -> int:
     return 0
 
 
+def refuse_what_a_run_refuses(settings: Settings, surveyed: Survey | None) -> None:
+    """Raise the InputError that a run would end with, as far as settings and file headers tell."""
+    precision = settings.training.precision
+    if settings.device != "auto" or precision == "tf32":
+        device = find_device(settings.device)  # imports torch only to look for a GPU
+        if precision == "tf32":
+            from ablation.training import resolve_training
+
+            resolve_training(settings.training, device)
+    if surveyed is None or surveyed.columns is None:
+        return
+    columns = Columns(settings.label_column, settings.group_column, settings.metadata_columns)
+    refuse_columns(surveyed.columns, settings.dataset, columns)
+    names = [layer for layer, _, _ in surveyed.shapes]
+    layers = Layers(names, {}, settings.named_layer_sets)
+    refuse_empty_layer_sets(layers, settings)
+
+
 def is_possible(cell: Cell, surveyed: Survey, settings: Settings) -> bool:
     """False if the data set is too large for the cell, or has no metadata column."""
     if surveyed.rows > SPECS[cell.representation].max_rows:
         return False
-    if cell != METADATA_CELL or surveyed.numeric_columns is None:
+    if cell != METADATA_CELL or surveyed.columns is None:
         return True
-    return bool(set(surveyed.numeric_columns) & {*METADATA_COLUMNS, *settings.metadata_columns})
+    numeric = numeric_columns(surveyed.columns, settings.label_column)
+    return bool(set(numeric) & {*METADATA_COLUMNS, *settings.metadata_columns})
 
 
 def print_needs(settings: Settings, surveyed: Survey, to_run: list[Cell]) -> None:

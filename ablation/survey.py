@@ -6,11 +6,22 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
+from ablation.fields import InputError
 from ablation.layers import is_layer, sd15_shapes
-from ablation.settings import InputError
-from ablation.sources import SANITY_ROWS, SANITY_SHAPES, choose_split, files_by_split, resolve_name
+from ablation.sources import (
+    SANITY_ROWS,
+    SANITY_SHAPES,
+    choose_split,
+    files_by_split,
+    refuse_other_split,
+    refuse_revision,
+    resolve_name,
+    rows_and_schema,
+    saved_files,
+    saved_splits,
+    saved_state,
+)
 
 PUBLISHED_ROWS = {"1k": 1_000, "10k": 10_000, "50k": 50_000, "100k": 100_000}
 
@@ -22,7 +33,7 @@ class Survey(NamedTuple):
     shapes: list[tuple[str, int, int]]  # (layer, rows, cols), sorted by layer
     is_downloaded: bool  # from the Hub, as Parquet
     is_copied: bool  # to Arrow, by `datasets`
-    numeric_columns: tuple[str, ...] | None  # columns that are no layers; None where they are not known
+    columns: dict[str, pa.DataType] | None  # by name, with their types; None where they are not known
 
     @property
     def weight_bytes(self) -> int:
@@ -30,19 +41,24 @@ class Survey(NamedTuple):
         return 4 * self.rows * sum(rows * cols for _, rows, cols in self.shapes)
 
 
-def survey(name: str, data_split: str = "") -> Survey | None:
+def survey(name: str, data_split: str = "", revision: str = "") -> Survey | None:
     """Rows and layers of a data set; None for one on the Hub whose size is not among the published ones.
 
     Of several splits it takes the one that the experiment would take, as far as file names tell. Raises
-    InputError for a name that is no data set's and for files that cannot be read.
+    InputError for a name that is no data set's, for files that cannot be read, and for a split or revision
+    that is not there.
     """
     kind, location = resolve_name(name)
+    refuse_revision(name, kind, revision)
     if kind == "hub":
         if name not in PUBLISHED_ROWS:
             return None
         return Survey(PUBLISHED_ROWS[name], sd15_shapes(rank=1), True, True, None)
     if kind == "generated":
-        return Survey(len(SANITY_ROWS), SANITY_SHAPES, False, False, ())
+        refuse_other_split(name, None, data_split)
+        types = {layer: pa.list_(pa.list_(pa.float32())) for layer, _, _ in SANITY_SHAPES}
+        types["category_label"] = pa.string()
+        return Survey(len(SANITY_ROWS), SANITY_SHAPES, False, False, types)
     rows, first, schema = 0, None, pa.schema([])
     try:
         for file in files_of_split(name, kind, Path(location), data_split):
@@ -52,10 +68,8 @@ def survey(name: str, data_split: str = "") -> Survey | None:
         raise InputError(f"cannot read data set '{name}': {' '.join(str(error).split())[:500]}") from error
     if rows == 0 or first is None:
         raise InputError(f"data set '{name}' has no rows")
-    if not any(map(is_layer, first.schema.names)):
-        raise InputError(f"data set '{name}' has no LoRA layer")
-    numeric = tuple(field.name for field in schema if not is_layer(field.name) and is_number(field.type))
-    return Survey(rows, shapes_of(first), False, kind == "files", numeric)
+    types = dict(zip(schema.names, schema.types, strict=True))
+    return Survey(rows, shapes_of(first), False, kind == "files", types)
 
 
 def shapes_of(first: pa.RecordBatch) -> list[tuple[str, int, int]]:
@@ -69,39 +83,13 @@ def shapes_of(first: pa.RecordBatch) -> list[tuple[str, int, int]]:
     return shapes
 
 
-def is_number(kind: pa.DataType) -> bool:
-    """True for columns that can be read as float64."""
-    return pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)
-
-
 def files_of_split(name: str, kind: str, root: Path, data_split: str) -> list[Path]:
     """The files that hold the split which the experiment would read."""
     if kind == "disk":
         if (root / "dataset_dict.json").is_file():
-            splits = sorted(path.parent.name for path in root.glob("*/state.json"))
-            root = root / choose_split(name, splits, data_split)
-        return [file for files in files_by_split(root).values() for file in files]
+            root = root / choose_split(name, saved_splits(root), data_split)
+        else:
+            refuse_other_split(name, saved_state(root).get("_split"), data_split)
+        return saved_files(root)
     by_split = files_by_split(root)
     return by_split[choose_split(name, list(by_split), data_split.split("[")[0])]
-
-
-def rows_and_schema(file: Path) -> tuple[int, pa.RecordBatch | None, pa.Schema]:
-    """Rows of a file, its first row's layers (None if it has no row), and its columns."""
-    if file.suffix == ".parquet":
-        parquet = pq.ParquetFile(file)
-        names = [column for column in parquet.schema_arrow.names if is_layer(column)]
-        first = next(parquet.iter_batches(batch_size=1, columns=names), None)
-        return parquet.metadata.num_rows, first, parquet.schema_arrow
-    with pa.memory_map(str(file)) as source:
-        batches = read_arrow(source)
-        first = next((batch.slice(0, 1) for batch in batches if len(batch)), None)
-        return sum(map(len, batches)), first, first.schema if first is not None else pa.schema([])
-
-
-def read_arrow(source) -> list[pa.RecordBatch]:
-    """Record batches of an Arrow file, written as a stream (as `datasets` does) or with a footer."""
-    try:
-        return list(pa.ipc.open_stream(source))
-    except pa.ArrowInvalid:
-        reader = pa.ipc.open_file(source)
-        return [reader.get_batch(i) for i in range(reader.num_record_batches)]

@@ -6,7 +6,7 @@ import contextlib
 from pathlib import Path
 
 from ablation.cells import Cell
-from ablation.settings import InputError
+from ablation.fields import InputError
 
 CURVES = ("val_acc", "train_loss", "learning_rate")
 

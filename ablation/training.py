@@ -24,6 +24,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ablation.catalogue import PARTS
+from ablation.fields import InputError
+from ablation.kept_runs import keep_run, kept_runs
 from ablation.mlp import (
     EVAL_ROWS,
     AdamState,
@@ -43,8 +45,9 @@ from ablation.mlp import (
     rows_on,
 )
 from ablation.packed import train_packed
-from ablation.settings import InputError, TrainingSettings
+from ablation.settings import TrainingSettings
 from ablation.task import Listener, Run, Task, TrainedRuns, TrainingError
+from checkpointing import Unfinished
 
 log = logging.getLogger("visual_ablation")
 
@@ -65,10 +68,15 @@ def resolve_training(settings: TrainingSettings, device: str) -> TrainingSetting
 
 
 def train_runs(
-    task: Task, settings: TrainingSettings, device: str = "cpu", listener: Listener | None = None
+    task: Task,
+    settings: TrainingSettings,
+    device: str = "cpu",
+    listener: Listener | None = None,
+    kept: Unfinished | None = None,
 ) -> TrainedRuns:
     """Train one MLP for each seed, and predict every row of the split and every extra row.
 
+    `kept` has what an earlier command trained of these runs, and gets what this one trains.
     Raises TrainingError if no column varies over the training rows, if there is only one training row, or if
     a loss is not finite.
     """
@@ -78,7 +86,7 @@ def train_runs(
     # run's.
     new_scheduler(settings)
     with arithmetic(settings.precision):
-        runs = trainer(prepared, settings, listener or Listener())
+        runs = trainer(prepared, settings, listener or Listener(), kept)
     return TrainedRuns(runs, prepared.x_ND.shape[1])
 
 
@@ -138,26 +146,33 @@ def standardise(x_ND: Tensor, train_rows: Tensor) -> Tensor:
 # --- one model a run
 
 
-def train_sequential(data: Prepared, settings: TrainingSettings, listener: Listener) -> list[Run]:
+def train_sequential(
+    data: Prepared, settings: TrainingSettings, listener: Listener, kept: Unfinished | None = None
+) -> list[Run]:
     """Train run after run. On a CPU each core trains one,
     because small products gain little from a second core.
     """
     inputs = data.x_ND.shape[1]
-    models = [
-        build_model(seed, inputs, data.num_classes, settings).to(data.device, data.x_ND.dtype)
-        for seed in settings.seeds
-    ]
     stop, runs = threading.Event(), []
     watch = Watch(stop, listener)
+
+    def train_and_keep(model: nn.Sequential, seed: int) -> Run:
+        run = train_one(model, data, settings, seed, watch)
+        keep_run(kept, seed, run, inputs)
+        return run
+
+    stored = kept_runs(kept, settings.seeds)
+    # As many threads for the last runs as for all, so that rounding does not depend on how many are missing.
     with one_thread_a_core(settings.num_runs if data.device.type == "cpu" else 1) as pool:
         try:
-            jobs = [
-                pool.submit(train_one, model, data, settings, seed, watch)
-                for seed, model in zip(settings.seeds, models, strict=True)
-            ]
-            for job in jobs:
-                runs.append(job.result())
-                listener.on_run(runs[-1], len(runs))
+            jobs = {}
+            for seed in settings.seeds:
+                if seed not in stored:
+                    model = build_model(seed, inputs, data.num_classes, settings)
+                    jobs[seed] = pool.submit(train_and_keep, model.to(data.device, data.x_ND.dtype), seed)
+            for number, seed in enumerate(settings.seeds, 1):
+                runs.append(stored[seed][0] if seed in stored else jobs[seed].result())
+                listener.on_run(runs[-1], number)
         finally:
             stop.set()
     return runs

@@ -8,5 +8,5 @@ venv=$root/experiments/.venv
 echo "Runs the tests of experiment 6; the first call also sets up experiments/.venv."
 install requirements-test.txt requirements.txt
 [ "${1:-}" = --set-up ] && exit
-export OMP_NUM_THREADS=1   # two processes that share two cores
+export OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 MKL_NUM_THREADS=1   # two processes that share two cores
 exec "$venv/bin/python" -m pytest -n 2 "$@"

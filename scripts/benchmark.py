@@ -38,7 +38,8 @@ from ablation.benchmark.timing import gemm_rate, machine_text
 from ablation.catalogue import SPECS
 from ablation.collection import LoraCollection, collect_rows
 from ablation.command_line import find_device
-from ablation.settings import InputError, TrainingSettings
+from ablation.fields import InputError
+from ablation.settings import TrainingSettings
 from ablation.sources import open_dataset
 
 

@@ -16,9 +16,9 @@ import sys
 import _root  # noqa: F401
 
 from ablation.collection import Columns, collect_rows
+from ablation.fields import InputError
 from ablation.inspection.measure import inspect, read_groups
 from ablation.inspection.text import print_report
-from ablation.settings import InputError
 from ablation.sources import open_dataset
 from ablation.splits import SplitSpec
 

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import _root  # noqa: F401
 
+from ablation.fields import InputError
 from ablation.report.load import result_folders
 from ablation.report.write import FORMATS, write_comparison, write_report
-from ablation.settings import InputError
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -16,5 +16,6 @@ install tests/requirements.txt requirements.txt
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
 .venv/bin/mypy
-export OMP_WAIT_POLICY=PASSIVE   # idle threads of one process do not take the cores from the other
+# Two processes share two cores: more threads would only wait for each other.
+export OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 MKL_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE
 exec .venv/bin/python -m pytest -n 2 --dist loadfile ${selection[@]+"${selection[@]}"} "$@"

@@ -6,11 +6,17 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
+import hypothesis  # noqa: E402
 import pytest  # noqa: E402
 from builders import lora_dataset  # noqa: E402
 from running import FAST  # noqa: E402
 
 import visual_ablation_experiment as experiment  # noqa: E402
+
+hypothesis.settings.register_profile(
+    "any speed", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("any speed")
 
 
 @pytest.fixture

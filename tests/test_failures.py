@@ -168,14 +168,19 @@ def test_a_cache_that_cannot_be_written_costs_a_warning_and_no_cell(run, place, 
     if how == "a file":
         (place / "cache").write_text("")
     else:
-        from safetensors import SafetensorError
+        import safetensors.numpy
 
-        monkeypatch.setattr(
-            "safetensors.numpy.save_file",
-            lambda *a, **k: (_ for _ in ()).throw(SafetensorError("No space left on device")),
-        )
+        real = safetensors.numpy.save_file
+
+        def full(arrays, path, **kwargs):
+            if "cache" in str(path):
+                raise safetensors.SafetensorError("I/O error: No space left on device (os error 28)")
+            real(arrays, path, **kwargs)
+
+        monkeypatch.setattr("safetensors.numpy.save_file", full)
     status, log = run("--representations", "stats", "--cache-dir", "cache")
-    assert status == 0 and "WARNING: features of stats are not cached: " in log
+    of_stats = " of stats" if how == "full" else ""
+    assert status == 0 and f"WARNING: features{of_stats} are not cached: cannot write cache" in log
     assert ("WARNING: the content hash is not remembered" in log) == (how == "a file")
 
 
@@ -260,13 +265,12 @@ def test_results_never_tell_of_cells_that_were_set_aside(run, place, monkeypatch
 
 
 def test_a_full_disk_ends_the_training_and_names_what_was_not_run(run, place, monkeypatch):
-    from checkpointing import ResultStore
+    from checkpointing import CannotWrite, ResultStore
 
-    def full(*arguments):
-        raise OSError(28, "No space left on device")
+    def full(self, name, *arguments):
+        raise CannotWrite.to(self.path(name), OSError(28, "No space left on device"))
 
     monkeypatch.setattr(ResultStore, "save", full)
     status, log = run("--representations", "stats", "frequency")
-    assert (
-        status == 1 and log.count("Run 1/2") == 1 and log.count("not run: no space left for its results") >= 3
-    )
+    assert status == 1 and log.count("Run 1/2") == 1 and "Traceback" not in log
+    assert log.count("FAILED: not run: cannot write ") >= 3 and "all_layers_stats.json: No space" in log

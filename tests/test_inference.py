@@ -143,14 +143,10 @@ def test_training_noise_is_scipys_bca_over_runs_and_says_nothing_of_one():
 def test_chance_is_what_a_rule_fitted_on_the_training_labels_scores(shares):
     rng = np.random.default_rng(0)
     train, test = rng.choice(4, 300, p=shares), rng.choice(4, 80, p=shares)
+    many = np.tile(test, 2000)  # every row is answered by a draw of its own
     scores = [
-        np.mean(
-            [
-                DummyClassifier(strategy=strategy, random_state=seed).fit(train, train).score(test, test)
-                for seed in range(draws)
-            ]
-        )
-        for strategy, draws in (("most_frequent", 1), ("stratified", 2000), ("uniform", 2000))
+        DummyClassifier(strategy=strategy, random_state=0).fit(train, train).score(many, many)
+        for strategy in ("most_frequent", "stratified", "uniform")
     ]
     assert chance_level(test, train) == pytest.approx(max(scores), abs=0.005)
 
@@ -707,7 +703,9 @@ def test_the_verdict_is_never_stronger_than_the_numbers():
 
 
 @pytest.mark.slow
-def test_over_many_experiments_no_verdict_claims_a_drop_that_is_not_there(quick):
+def test_over_many_experiments_no_verdict_claims_a_drop_that_is_not_there(quick, monkeypatch):
+    for name in ("ranking", "class_differences"):  # which the sentence of a drop does not rest on
+        monkeypatch.setattr(inference, name, lambda *samples: [])
     rng, claims = np.random.default_rng(5), 0
     for _ in range(200):
         found = inference.infer(

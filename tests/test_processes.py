@@ -12,7 +12,7 @@ from builders import lora_dataset
 from conftest import ROOT
 from running import FAST, SCRIPT, folder, interfere, visible
 
-from ablation import log as program_log
+from ablation import stopping
 
 
 @pytest.mark.parametrize("redirect", [">/dev/full", "| head -1", ">&-"])
@@ -89,9 +89,9 @@ def test_signals_end_a_run_with_their_status_and_release_the_folder(run, place, 
 def test_a_stop_that_a_library_swallowed_ends_the_run_at_the_next_epoch(run, place, monkeypatch):
     def swallow(*arguments):
         with contextlib.suppress(SystemExit):
-            program_log.stop(signal.SIGTERM, None)
+            stopping.stop(signal.SIGTERM, None)
 
-    monkeypatch.setattr(program_log, "stopped_by", None)
+    monkeypatch.setattr(stopping, "stopped_by", None)
     interfere(monkeypatch, swallow)
     with pytest.raises(SystemExit) as ended:
         run("--representations", "stats", "frequency")

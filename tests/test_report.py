@@ -43,8 +43,16 @@ DRAWS = {name: drawing.draw for name, drawing in figures.FIGURES.items()}
 LAYER_SETS = ("all_layers", "visual_only", "text_only")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def coarse_figures():
+    """Files of figures in a resolution that is soon drawn."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(write, "RESOLUTION", 40)
+        yield
+
+
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
+def finished(tmp_path_factory, coarse_figures):
     """The folder of a small run with everything that a report has a section for, and a class whose name is
     not fit for HTML.
     """
@@ -65,11 +73,13 @@ def finished(tmp_path_factory):
         "--num-runs",
         "3",
         "--max-epochs",
-        "60",
+        "30",
         "--hidden-dim",
         "64",
         "--batch-size",
-        "16",
+        "32",
+        "--learning-rate",
+        "0.003",
         "--representations",
         "stats",
         "frequency",
@@ -441,7 +451,7 @@ def test_an_unfinished_run_and_one_with_failures_are_shown_as_they_are(finished,
     for path in [*copy.glob("checkpoints/visual_only_*.json"), copy / "checkpoints" / "text_only_stats.json"]:
         path.unlink()
     (copy / "checkpoints" / "text_only_frequency.json").write_text("{")
-    write.write_report(copy)
+    write.write_report(copy, ("html",))
     words = " ".join("".join(Page((copy / "report.html").read_text()).text).split())
     assert (
         "Not finished: " in words

@@ -60,7 +60,7 @@ def test_the_defaults_are_the_published_ones():
         ("dropout", 1.0, r"--dropout 1.0 is out of range: use a value in \[0, 1\)"),
         ("dropout", "nan", "out of range"),
         ("dropout", "half", "'half' is not a number"),
-        ("num_runs", 0, "at least 1"),
+        ("num_runs", 0, r"use a value in \[1, 100000\]"),
         ("num_runs", 2.5, "2.5 is not a whole number"),
         ("num_runs", True, "not a whole number"),
         ("batch_size", 1, "BatchNorm needs two"),

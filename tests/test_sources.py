@@ -179,8 +179,8 @@ def test_every_file_of_a_folder_counts_and_nothing_else_in_it(tmp_path, monkeypa
 @pytest.mark.parametrize(
     "file, split",
     [
-        ("train-00000-of-00002.parquet", "train"),
-        ("data/mine-00001-of-00002.parquet", "mine"),
+        ("train-00000-of-00001.parquet", "train"),
+        ("data/mine-00000-of-00001-0af3.parquet", "mine"),
         ("test/0.parquet", "test"),
         ("val.parquet", "validation"),
         ("a_dev_b.parquet", "validation"),

@@ -16,13 +16,13 @@ import xxhash
 
 from ablation.catalogue import GROUP_COLUMN, NINE, PARTS, SPECS
 from ablation.collection import LoraCollection
+from ablation.fields import InputError
 from ablation.inspection.columns import INSPECTED, ColumnCensus, Moments
 from ablation.inspection.likeness import Likeness, initialisation
 from ablation.inspection.text import findings
 from ablation.layers import attention_kind, module_and_side
 from ablation.making.progress import ProgressLine
 from ablation.reading import BLOCK_ROWS
-from ablation.settings import InputError
 from representations import describe
 
 SAMPLE_ROWS = 500  # rows between which `down` and `up` are compared, chosen by a fixed seed

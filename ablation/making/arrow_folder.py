@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 from datasets import Features
 
-from checkpointing import replacing, write_bytes
+from checkpointing import make_folder, replacing, write_bytes
 
 
 def arrow_matrices(weights: np.ndarray, layout: str = "nested") -> pa.Array:
@@ -33,6 +33,7 @@ def write_shard(path: Path, schema: pa.Schema, tables: Iterable[pa.Table]) -> in
     record batches of at most 1,000 rows, as `datasets` writes them. Returns the rows.
     """
     rows = 0
+    make_folder(path.parent)
     with (
         replacing(path) as temporary,
         pa.OSFile(str(temporary), "wb") as sink,
@@ -48,6 +49,7 @@ def finish_folder(folder: Path, features: Features, shards: list[str], fingerpri
     """The two files that make a folder of shards a data set:
     its columns, and which files hold its rows in which order.
     """
+    make_folder(folder)
     write_bytes(folder / "dataset_info.json", json.dumps({"features": features.to_dict()}).encode())
     state: dict[str, Any] = {
         "_data_files": [{"filename": name} for name in shards],

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ablation.catalogue import ATTENTION_KINDS
+from ablation.fields import InputError
 from ablation.layers import attention_kind
 from ablation.making.arrow_folder import finish_folder
 from ablation.making.inputs import Inputs, find_inputs
@@ -21,7 +22,6 @@ from ablation.making.labels import Labels, label_source
 from ablation.making.plan import BUILD_VERSION, BuildOptions, BuildPlan, describe_bad, make_plan, refuse_bad
 from ablation.making.progress import say
 from ablation.making.shards import Shard, ShardWriter
-from ablation.settings import InputError
 from checkpointing import Held, Refused, holding, write_json
 
 

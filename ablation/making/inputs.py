@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from ablation.settings import InputError
+from ablation.fields import InputError
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 # Files that trainers leave beside the weights. They hold no adapter, and nobody takes them for one.

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from ablation.adapters import BadFile
+from ablation.fields import InputError
 from ablation.making.inputs import Inputs
-from ablation.settings import InputError
 
 
 @dataclass

@@ -16,10 +16,10 @@ import xxhash
 from datasets import Features, List, Value
 
 from ablation.adapters import BadFile, Layout, survey_file
+from ablation.fields import InputError
 from ablation.making.inputs import Inputs
 from ablation.making.labels import Labels
 from ablation.making.progress import ProgressLine
-from ablation.settings import InputError
 
 BUILD_VERSION = 1  # raise it whenever the same inputs give another data set
 SHARD_BYTES = 256_000_000  # of weights; a kill can cost so many

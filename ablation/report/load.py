@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from ablation.cells import Cell, cells_named
+from ablation.fields import InputError
 from ablation.results import collect
-from ablation.settings import InputError, TrainingSettings
+from ablation.settings import TrainingSettings
 from checkpointing import ResultStore, hash_of
 
 Results = dict[str, Any]

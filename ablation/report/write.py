@@ -30,7 +30,7 @@ from ablation.report.tables import (
     page_table,
     page_tables,
 )
-from checkpointing import hash_of, utc_now, write_bytes
+from checkpointing import hash_of, make_folder, utc_now, write_bytes
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -276,5 +276,6 @@ def inline_svg(figure: Figure, name: str, title: str) -> str:
 def write_files(folder: Path, files: Files) -> list[Path]:
     """Write all files, the page last, when everything that it names is there."""
     for name, content in sorted(files.items(), key=lambda entry: entry[0] == "report.html"):
+        make_folder((folder / name).parent)
         write_bytes(folder / name, content)
     return [folder / name for name in files]

@@ -11,7 +11,7 @@ import polars as pl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from checkpointing import replacing
+from checkpointing import make_folder, replacing
 
 from .rows import COMPLETIONS, PAIRED, measures
 from .summary import LEVEL, half_interval
@@ -160,6 +160,7 @@ def effect_sizes(ax: Axes, comparison: pl.DataFrame, layers: list[int]) -> None:
 
 def save(figure: Figure, path: Path) -> Path:
     """Write a figure as a whole file."""
+    make_folder(path.parent)
     with replacing(path) as temporary:
         figure.savefig(temporary, format=path.suffix[1:], dpi=120)
     return path

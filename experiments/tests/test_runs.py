@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -251,18 +250,32 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on(run, monkeypatch, tmp_path)
     assert run(BATCHED, "--resume", str(stopped), model=[])[0] == 0
 
 
+# A version of the experiment, killed when it adds the rows of a batch for the fourth time.
+KILLED = f"""
+import os, signal, sys
+sys.path[:0] = [{str(EXPERIMENTS)!r}, {str(EXPERIMENTS / "tests")!r}]
+from conftest import script
+from sae_analysis import runs
+
+real, added = runs.Run.add, []
+
+def add(self, rows):
+    added.append(rows)
+    if len(added) == 4:
+        os.kill(os.getpid(), signal.SIGKILL)
+    real(self, rows)
+
+runs.Run.add = add
+script({SEQUENTIAL!r}).main(sys.argv[1:])
+"""
+
+
 def test_a_run_that_was_killed_goes_on_where_it_stopped(flags, run, tmp_path):
     _, whole, _ = run(BATCHED, "--max-samples", "40")
     runs_folder = tmp_path / "killed"
-    command = [sys.executable, str(EXPERIMENTS / SEQUENTIAL), *flags, "--max-samples", "40"]
-    process = subprocess.Popen([*command, "--output-dir", str(runs_folder)], stdout=subprocess.DEVNULL)
-    while process.poll() is None:
-        parts = list(runs_folder.glob(f"*/{runs.PART}"))
-        if parts and parts[0].read_bytes().count(b"\n") >= 3:
-            break
-        time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    more = [*flags, "--max-samples", "40", "--output-dir", str(runs_folder)]
+    killed = subprocess.run([sys.executable, "-c", KILLED, *more], capture_output=True, text=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
     (stopped,) = runs_folder.iterdir()
     status, _, log = run(BATCHED, "--resume", str(stopped), model=[])
     assert status == 0 and "Resumed: " in log
