@@ -191,9 +191,12 @@ def write_bytes(path: Path, content: bytes) -> None:
 def read_bytes(path: Path) -> bytes:
     """The content of a file. Raises OSError, at once, for a folder, a pipe or a device in its place."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    mode = os.fstat(descriptor).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(descriptor)
+        code = errno.EISDIR if stat.S_ISDIR(mode) else errno.EINVAL
+        raise OSError(code, "Is a directory" if stat.S_ISDIR(mode) else "Is no file", str(path))
     with open(descriptor, "rb") as file:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise OSError("it is no file")
         return file.read()
 
 
@@ -477,6 +480,22 @@ def holding(folder: Path) -> Iterator[None]:
             ) from None
         write_bytes(holder, f"pid {os.getpid()} on {socket.gethostname()}".encode())
         yield
+
+
+def refuse_place(folder: Path) -> None:
+    """Raise Refused if a folder cannot be made or written to, as far as can be told without writing."""
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            folder.lstat()
+        present = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        if not present.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, "Not a directory")
+        if not os.access(present, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, "Permission denied")
+    except OSError as error:
+        raise Refused(
+            f"cannot write to {folder}: {error.strerror or error}; choose another --output-dir"
+        ) from None
 
 
 def named_holder(holder: Path) -> str:

@@ -28,7 +28,7 @@ from ablation.fields import InputError
 from ablation.log import Clock, Progress, close_log, log_to_stdout, visible
 from ablation.provenance import RUNNING, announce, announce_finished, write_manifest
 from ablation.results import header_of, save_results
-from ablation.selection import possible_cells
+from ablation.selection import contents_of, possible_cells
 from ablation.settings import Settings
 from ablation.sources import resolve_name
 from ablation.status import print_plan, print_progress_summary, print_status, watch_status
@@ -49,7 +49,8 @@ def main(argv: list[str] | None = None) -> int:
         with signals_winning():
             return answer(argv)
     except (InputError, Refused, Held, CannotWrite) as error:
-        print(f"error: {visible(str(error))}", file=sys.stderr, flush=True)
+        line = visible(str(error)).replace("\n", "\\n")
+        print(f"error: {line}", file=sys.stderr, flush=True)
         return {Held: 3, CannotWrite: 1}.get(type(error), 2)
     except SystemExit:
         if name_of_stop():
@@ -81,7 +82,7 @@ def run_experiment(settings: Settings, actions: Actions) -> int:
     from ablation.features import load_or_extract
 
     context = open_context(settings, actions)
-    cells, skipped = possible_cells(context.settings, context.data)
+    cells, skipped = possible_cells(context.settings, contents_of(context.data))
     ledger = open_ledger(context, cells, skipped)
     with noting_the_end(context, ledger):
         features, ledger.failures = load_or_extract(context, ledger.missing)  # each weight is read once

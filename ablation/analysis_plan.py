@@ -76,7 +76,7 @@ def expectation(settings: Settings, rows: int) -> list[str]:
         f"About {rows:,} rows are tested. If they vary as those of digits do, a mean drop of about "
         f"{100 * smallest:.1f} points would be found four times in five."
     ]
-    needed = math.ceil((1.645 * SPREAD_OF_ONE / settings.margin) ** 2 / 100) * 100
+    needed = math.ceil(min(1.645 * SPREAD_OF_ONE / settings.margin, 1e9) ** 2 / 100) * 100
     if not settings.margin_share and rows < needed:
         lines.append(
             f"That one representation is equal to within {100 * settings.margin:g} points cannot be shown "

@@ -140,7 +140,7 @@ class LoraCollection:
         """
         key = (spec, labels, train_percent)
         if key not in self.views:
-            view = self.first if spec is None else make_view(self.labels, spec, self.groups)
+            view = self.first if spec is None else make_view(self.labels, spec, self.groups, self.classes)
             view = view._replace(labels=labels_for(labels, self.labels))
             self.views[key] = view if train_percent == 100 else view.with_train_share(train_percent)
         return self.views[key]
@@ -168,10 +168,12 @@ class LoraCollection:
         }
 
 
-def make_view(labels: np.ndarray, spec: SplitSpec, groups: np.ndarray | None) -> View:
+def make_view(
+    labels: np.ndarray, spec: SplitSpec, groups: np.ndarray | None, classes: list[str | int]
+) -> View:
     """The rows with the split, or the folds, that `spec` describes. Raises InputError if they cannot be."""
     if not spec.folds:
-        return View(labels, split_rows(len(labels), spec, labels, groups))
+        return View(labels, split_rows(len(labels), spec, labels, groups, classes))
     folds = tuple(fold_splits(len(labels), spec, labels, groups))
     return View(labels, folds[0], folds, spec.resolved(groups is not None).kind == "grouped")
 
@@ -222,7 +224,7 @@ def collect_rows(
         layers=layers,
         labels=labels,
         classes=classes,
-        first=make_view(labels, spec, groups),
+        first=make_view(labels, spec, groups, classes),
         files=SourceFiles([entry["filename"] for entry in dataset.cache_files]),
         groups=groups,
         metadata=read_metadata(dataset, columns),
@@ -249,6 +251,11 @@ def encode_labels(dataset: Dataset, column: str, name: str) -> tuple[np.ndarray,
     if is_class_label and occurring[0] < 0:
         row = values.index(occurring[0])
         raise InputError(f"column '{column}', row {row}: no label: leave out unlabelled rows")
+    if is_class_label and occurring[-1] >= feature.num_classes:
+        raise InputError(
+            f"column '{column}', row {values.index(occurring[-1])}: {occurring[-1]} is no class: the column "
+            f"names {feature.num_classes} classes, from 0"
+        )
     classes = [feature.int2str(number) for number in occurring] if is_class_label else occurring
     if len(classes) < 2:
         raise InputError(

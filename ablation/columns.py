@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 
@@ -37,6 +37,7 @@ def refuse_columns(types: Mapping[str, pa.DataType], name: str, columns: Columns
             f"{', '.join(others) or '(none)'}"
         )
     kind = types[columns.label]
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind  # which datasets reads as its values
     if not (pa.types.is_integer(kind) or pa.types.is_string(kind) or pa.types.is_large_string(kind)):
         raise InputError(
             f"column '{columns.label}' holds {kind}: labels are strings, integers or ClassLabel; give "
@@ -57,10 +58,8 @@ def refuse_metadata(types: Mapping[str, pa.DataType], name: str, columns: Column
         if column not in numeric:
             problem = "is not numeric" if column in types else "is not there"
             problem = "is the label" if column == columns.label else problem
-            raise InputError(
-                f"--metadata-columns {column} {problem} in data set '{name}': use "
-                f"{', '.join(numeric) or 'none'}"
-            )
+            choice = f"use {', '.join(numeric)}" if numeric else "leave it out, no other column is numeric"
+            raise InputError(f"--metadata-columns {column} {problem} in data set '{name}': {choice}")
 
 
 def numeric_columns(types: Mapping[str, pa.DataType], label: str = "") -> list[str]:
@@ -70,6 +69,29 @@ def numeric_columns(types: Mapping[str, pa.DataType], label: str = "") -> list[s
         for column, kind in types.items()
         if not is_layer(column) and column != label and is_number(kind)
     ]
+
+
+def refuse_no_matrix(column: str, kind: pa.DataType, first: Any) -> None:
+    """Raise InputError unless a column of this type, with this value in row 0, holds matrices of numbers."""
+    if isinstance(kind, pa.BaseExtensionType):  # Array2D
+        kind = kind.storage_type
+    if not (is_list(kind) and is_list(kind.value_type) and is_number(kind.value_type.value_type)):
+        raise InputError(
+            f"column '{column}', row 0: a LoRA layer is a matrix of numbers, this column holds {kind}"
+        )
+    if first is None or len(first) == 0 or first[0] is None or len(first[0]) == 0:
+        raise InputError(f"column '{column}', row 0: null or empty where a matrix is expected")
+    lengths = sorted({0 if line is None else len(line) for line in first})
+    if len(lengths) > 1:
+        raise InputError(
+            f"column '{column}', row 0: the lines of its matrix have {lengths[0]} and {lengths[-1]} values: "
+            "all need the same"
+        )
+
+
+def is_list(kind: pa.DataType) -> bool:
+    """True for the list types of Arrow, of variable, large or fixed size."""
+    return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
 
 
 def is_number(kind: pa.DataType) -> bool:

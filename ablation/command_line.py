@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import io
 import os
 import re
 import shlex
@@ -93,9 +94,7 @@ def parse_command_line(argv: list[str] | None, description: str) -> tuple[Settin
     actions = Actions(**{f.name: parsed.pop(f.name) for f in dataclasses.fields(Actions)})
     fields = setting_fields()
     # A flag such as --controls without a value means all of its choices.
-    typed = {
-        name: fields[name].metadata["allowed"] if value == [] else value for name, value in parsed.items()
-    }
+    typed = {name: every_choice(fields[name]) if value == [] else value for name, value in parsed.items()}
     if actions.watch and not actions.status:
         raise InputError("--watch goes with --status")
     if quick:
@@ -110,6 +109,13 @@ def parse_command_line(argv: list[str] | None, description: str) -> tuple[Settin
         build_settings(from_file, config)  # a bad value in the file is an error even if a flag replaces it
     chosen = (THOROUGH if thorough else {}) | from_file | typed
     return build_settings(preset(chosen) | chosen), actions
+
+
+def every_choice(f: dataclasses.Field) -> tuple[str, ...]:
+    """What a flag without a value means. Raises InputError for a flag that needs one (--num-runs=--)."""
+    if not isinstance(f.metadata["allowed"], tuple) or f.default != ():
+        raise InputError(f"{flag(f.name)} needs a value: {f.metadata['help']}")
+    return f.metadata["allowed"]
 
 
 def preset(chosen: dict[str, Any]) -> dict[str, Any]:
@@ -232,9 +238,9 @@ class UniqueKeyLoader(yaml.SafeLoader):
         """A mapping, after a check of its keys."""
         seen = set()
         for key_node, _ in node.value:
-            key = self.construct_object(key_node) if isinstance(key_node, yaml.ScalarNode) else None
-            if key is None:
+            if not isinstance(key_node, yaml.ScalarNode):
                 self.refuse("a key is a name", key_node)
+            key = self.construct_object(key_node)
             if key in seen:
                 self.refuse(f"'{key}' stands twice", key_node)
             seen.add(key)
@@ -247,6 +253,8 @@ class UniqueKeyLoader(yaml.SafeLoader):
 
 def read_yaml(path: str) -> dict[str, Any]:
     """The settings in a YAML file, unchecked. Raises InputError if it cannot be read or is not a mapping."""
+    if not path:
+        raise InputError("--config is empty: give the name of a YAML file")
     try:
         content = read_bytes(Path(path))
         if len(content) > CONFIG_BYTES:
@@ -254,10 +262,14 @@ def read_yaml(path: str) -> dict[str, Any]:
                 f"cannot read --config {path}: it has {len(content):,} bytes, a file of settings at most "
                 f"{CONFIG_BYTES:,}"
             )
-        values = yaml.load(content.decode(), UniqueKeyLoader)  # a SafeLoader makes plain objects only
+        stream = io.StringIO(content.decode())
+        stream.name = path  # what errors call it
+        values = yaml.load(stream, UniqueKeyLoader)  # a SafeLoader makes plain objects only
     except RecursionError:
         raise InputError(f"cannot read --config {path}: it is nested too deeply") from None
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except KeyError as error:  # a tag that forbids its value, such as !!bool maybe
+        raise InputError(f"cannot read --config {path}: {error} is not what its tag says") from None
+    except (OSError, ValueError, TypeError, AttributeError, OverflowError, yaml.YAMLError) as error:
         raise InputError(f"cannot read --config {path}: {' '.join(str(error).split())}") from None
     if values is None:
         return {}

@@ -63,8 +63,7 @@ def convert(f: dataclasses.Field, value: Any) -> Any:
 
 def to_int(value: Any, f: dataclasses.Field) -> int:
     """10, '10' or 10.0 as 10, exactly."""
-    if isinstance(value, bool):
-        raise ValueError
+    refuse_no_number(value)
     if isinstance(value, int):
         return value
     if isinstance(value, str) and re.fullmatch(r"\s*[+-]?[0-9]+\s*", value):
@@ -76,9 +75,14 @@ def to_int(value: Any, f: dataclasses.Field) -> int:
 
 def to_float(value: Any, f: dataclasses.Field) -> float:
     """A number or its text, but no boolean."""
-    if isinstance(value, bool):
-        raise ValueError
+    refuse_no_number(value)
     return float(value)
+
+
+def refuse_no_number(value: Any) -> None:
+    """Raise ValueError for a value that is neither a number nor text."""
+    if not isinstance(value, (int, float, str)) or isinstance(value, bool):
+        raise ValueError
 
 
 def to_bool(value: Any, f: dataclasses.Field) -> bool:

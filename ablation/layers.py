@@ -237,8 +237,9 @@ def sd15_shapes(rank: int) -> list[tuple[str, int, int]]:
 
 def refuse_empty_layer_sets(layers: Layers, settings: Settings) -> None:
     """Raise InputError for a layer set of --layer-sets that keeps no layer of the data set."""
-    for layer_set in expand_layer_sets(settings.layer_sets, layers.names, settings.random_halves):
-        if not layers.positions(layer_set):
+    for layer_set in settings.layer_sets:
+        members = expand_layer_sets((layer_set,), layers.names, settings.random_halves)
+        if not members or not all(map(layers.positions, members)):
             raise InputError(
                 f"data set '{settings.dataset}' has no layer for --layer-sets {layer_set}: leave it out"
             )

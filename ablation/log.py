@@ -69,13 +69,31 @@ def describe_error(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
-def visible(text: str) -> str:
+def visible(text: str, length: int | None = None) -> str:
     """Text from data, with characters escaped that a reader cannot see or that move what stands beside them:
-    control characters, marks of direction, halves of surrogate pairs. Line breaks and tabs stay.
+    control characters, marks of direction, halves of surrogate pairs.
+
+    With a `length`, line breaks and tabs are escaped too, and a longer text loses its middle. Without it
+    they stay, and each line has LINE_LENGTH characters at most.
     """
+    if length is None:
+        return "\n".join(shortened(escaped(line, "\t"), LINE_LENGTH) for line in text.split("\n"))
+    return shortened(escaped(text), length)
+
+
+LINE_LENGTH = 10_000  # characters of a line of the log
+
+
+def shortened(text: str, length: int) -> str:
+    """The text, or the beginning and the end of a longer one with an ellipsis between."""
+    return text if len(text) <= length else f"{text[: length // 2 - 1]}…{text[-(length // 2) :]}"
+
+
+def escaped(text: str, kept: str = "") -> str:
+    """Text whose characters that cannot be seen are escaped, but for those of `kept`."""
     if text.isascii() and text.isprintable():
         return text
-    return "".join(c if c in "\n\t" or unicodedata.category(c) not in UNSEEN else escape(c) for c in text)
+    return "".join(c if c in kept or unicodedata.category(c) not in UNSEEN else escape(c) for c in text)
 
 
 UNSEEN = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")  # categories of Unicode

@@ -22,6 +22,7 @@ import torch
 import xxhash
 from torch import Tensor
 
+from ablation.columns import is_list, refuse_no_matrix
 from ablation.fields import InputError
 from ablation.layers import ColumnLayout, Layers
 
@@ -41,17 +42,12 @@ FLOATS = (pa.float16(), pa.float32(), pa.float64())
 def layout_of(dataset: Dataset, column: str) -> ColumnLayout:
     """The layout of a column, from its type and first row. Raises InputError if that row is no matrix."""
     values = dataset.data.column(column)
+    matrix = values[0].as_py()
+    refuse_no_matrix(column, values.type, matrix)
     stored = weight_type(values.type)
     if stored is not None:
-        first = values[0].as_py()
-        if not first or not first[0]:
-            raise InputError(f"column '{column}', row 0: null or empty where a matrix is expected")
-        return ColumnLayout(column, len(first), len(first[0]), str(stored), True)
+        return ColumnLayout(column, len(matrix), len(matrix[0]), str(stored), True)
     first = dataset.select_columns([column])[0][column]
-    if getattr(first, "ndim", 0) != 2 or 0 in first.shape:
-        raise InputError(
-            f"column '{column}', row 0: a LoRA layer is a matrix of numbers, this column holds {values.type}"
-        )
     rows, cols = first.shape
     return ColumnLayout(column, rows, cols, str(first.dtype), False)
 
@@ -65,11 +61,6 @@ def weight_type(kind: pa.DataType) -> pa.DataType | None:
     if is_list(kind) and is_list(kind.value_type) and kind.value_type.value_type in FLOATS:
         return kind.value_type.value_type
     return None
-
-
-def is_list(kind: pa.DataType) -> bool:
-    """True for the list types of Arrow, of variable, large or fixed size."""
-    return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
 
 
 # --- values of Arrow arrays, checked

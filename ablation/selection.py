@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ablation.catalogue import CONTROL_SETS, MAIN_COMPARISON, METADATA_COLUMNS, SPECS, group_of
 from ablation.cells import Cell, cells_of
 from ablation.controls import control_cells
 from ablation.fields import InputError
-from ablation.layers import expand_layer_sets
+from ablation.layers import Layers, expand_layer_sets
 from ablation.settings import Settings
 from ablation.splits import split_names
 
@@ -51,7 +52,22 @@ def list_cells(settings: Settings, layer_sets: list[str]) -> list[Cell]:
     return list(dict.fromkeys(audited + further + classified + halved + fewer + controls))
 
 
-def possible_cells(settings: Settings, data: LoraCollection) -> tuple[list[Cell], dict[Cell, str]]:
+class Contents(NamedTuple):
+    """What decides which cells are possible: of a LoraCollection, or of the headers of its files alone."""
+
+    layers: Layers
+    num_rows: int
+    metadata: Mapping[str, Any]
+    overlaps: bool  # train, validation and test are the same rows
+    metadata_varies: bool = True  # or not known
+
+
+def contents_of(data: LoraCollection) -> Contents:
+    """What decides which cells are possible with a collection."""
+    return Contents(data.layers, data.num_rows, data.metadata, data.split.overlap, data.metadata_varies)
+
+
+def possible_cells(settings: Settings, data: Contents) -> tuple[list[Cell], dict[Cell, str]]:
     """The cells that can be computed from this data set, and for each other cell the reason why not.
 
     Raises InputError if no cell is left, or if a module that is needed cannot be multiplied.
@@ -72,7 +88,7 @@ def possible_cells(settings: Settings, data: LoraCollection) -> tuple[list[Cell]
     return cells, skipped
 
 
-def why_impossible(cell: Cell, data: LoraCollection) -> str:
+def why_impossible(cell: Cell, data: Contents) -> str:
     """Why a cell cannot be computed from this data set, or '' if it can."""
     spec = SPECS[cell.representation]
     if spec.source == "module":
@@ -89,7 +105,7 @@ def why_impossible(cell: Cell, data: LoraCollection) -> str:
         return f"the data set has no numeric column {names}; --metadata-columns names others"
     if spec.source == "row" and not data.metadata_varies:
         return f"{', '.join(data.metadata)} are the same for all training rows"
-    if cell.fraction and data.split.overlap:
+    if cell.fraction and data.overlaps:
         return "train, validation and test are the same rows"
     is_empty = cell.layer_set in CONTROL_SETS and not data.layers.positions(cell.layer_set)
     if is_empty and spec.source != "row":

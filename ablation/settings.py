@@ -274,6 +274,11 @@ def check_texts(settings: Settings) -> None:
                     f"{flag(f.name)} {shortened_text(text)!r} cannot be written as UTF-8: rename it, or set "
                     "PYTHONUTF8=1 if it is UTF-8, because this process reads names in another encoding"
                 )
+    for name in ("output_dir", "cache_dir"):
+        try:
+            Path(getattr(settings, name)).expanduser()
+        except RuntimeError:
+            raise InputError(f"{flag(name)} {getattr(settings, name)}: there is no such user") from None
     if not is_utf8(settings.short_name):
         raise InputError(
             f"--dataset {settings.dataset}: the name of that folder, {settings.short_name!r}, cannot be "

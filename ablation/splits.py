@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -65,9 +66,13 @@ def split_spec(settings: Settings, name: str) -> SplitSpec:
 
 
 def split_rows(
-    num_rows: int, spec: SplitSpec, labels: np.ndarray | None = None, groups: np.ndarray | None = None
+    num_rows: int,
+    spec: SplitSpec,
+    labels: np.ndarray | None = None,
+    groups: np.ndarray | None = None,
+    classes: Sequence[str | int] | None = None,
 ) -> Split:
-    """70/10/20 of the rows. `labels` and `groups` are (N,) numbers.
+    """70/10/20 of the rows. `labels` and `groups` are (N,) numbers, `classes` the names behind the labels.
 
     `random`: the rows and the order that two calls of `train_test_split` of `datasets` give, as in the
     origin. They depend on the number of rows and the seed alone. `stratified`: every class in these
@@ -80,16 +85,32 @@ def split_rows(
         return Split(rows, rows, rows, True)
     if spec.kind == "random":
         return random_split(num_rows, spec.seed)
-    if spec.kind == "grouped" and groups is None:
-        raise InputError("--split grouped needs a column of groups: give --group-column")
+    refuse_impossible(num_rows, spec, groups is not None)
     if labels is None:
         raise ValueError(f"a {spec.kind} split needs the labels")
     try:
         if groups is None or spec.kind == "stratified":
             return stratified_split(labels, spec.seed)
         return grouped_split(labels, groups, spec.seed)
-    except ValueError as error:
-        raise InputError(f"--split {spec.kind} is not possible here: {error}") from None
+    except ValueError:  # scikit-learn's words do not name the class
+        if groups is not None and spec.kind == "grouped":
+            problem = f"the data set has {len(np.unique(groups))} groups, four or more are needed"
+        else:
+            numbers, counts = np.unique(labels, return_counts=True)
+            smallest = numbers[counts.argmin()]
+            named = smallest if classes is None else classes[smallest]
+            problem = f"class '{named}' has {counts.min()} rows, too few for three parts"
+        raise InputError(f"--split {spec.kind} is not possible here: {problem}") from None
+
+
+def refuse_impossible(num_rows: int, spec: SplitSpec, has_groups: bool) -> None:
+    """Raise InputError for a split that so many rows, with or without groups, do not allow."""
+    if spec.folds and num_rows < SMALLEST_SPLIT:
+        raise InputError(f"--folds needs {SMALLEST_SPLIT} rows or more: the data set has {num_rows}")
+    if num_rows < spec.folds:
+        raise InputError(f"--folds {spec.folds} are more than the {num_rows} rows of the data set")
+    if spec.resolved(has_groups).kind == "grouped" and not has_groups and num_rows >= SMALLEST_SPLIT:
+        raise InputError("--split grouped needs a column of groups: give --group-column")
 
 
 def random_split(num_rows: int, seed: int) -> Split:
@@ -149,13 +170,8 @@ def fold_splits(
     `grouped` keeps groups whole, in validation too, and classes as even as that allows (scikit-learn's
     StratifiedGroupKFold). Raises InputError if a class or the groups are too few.
     """
-    if num_rows < SMALLEST_SPLIT:
-        raise InputError(f"--folds needs {SMALLEST_SPLIT} rows or more: the data set has {num_rows}")
-    if num_rows < spec.folds:
-        raise InputError(f"--folds {spec.folds} are more than the {num_rows} rows of the data set")
+    refuse_impossible(num_rows, spec, groups is not None)
     spec = spec.resolved(groups is not None)
-    if spec.kind == "grouped" and groups is None:
-        raise InputError("--split grouped needs a column of groups: give --group-column")
     kinds = {"random": random_folds, "stratified": stratified_folds, "grouped": grouped_folds}
     return [
         Split(train, val, test, False)

@@ -17,15 +17,15 @@ from ablation.cells import Cell
 from ablation.columns import Columns, numeric_columns, refuse_columns
 from ablation.command_line import find_device
 from ablation.fingerprints import requested_inputs
-from ablation.layers import Layers, expand_layer_sets, refuse_empty_layer_sets
+from ablation.layers import ColumnLayout, Layers, expand_layer_sets, refuse_empty_layer_sets
 from ablation.log import duration
 from ablation.provenance import changed_files
 from ablation.results import reported_entries
-from ablation.selection import list_cells
+from ablation.selection import Contents, list_cells, possible_cells
 from ablation.settings import Settings
-from ablation.splits import SMALLEST_SPLIT
+from ablation.splits import SMALLEST_SPLIT, refuse_impossible, split_names, split_spec
 from ablation.survey import Survey, survey
-from checkpointing import ResultStore, State, is_held, read_events, read_own
+from checkpointing import ResultStore, State, is_held, read_events, read_own, refuse_place
 
 log = logging.getLogger("visual_ablation")
 
@@ -190,11 +190,10 @@ def print_plan(settings: Settings) -> int:
     Reads file headers and writes nothing. Returns the exit status.
     """
     surveyed = survey(settings.dataset, settings.data_split, settings.revision)
-    refuse_what_a_run_refuses(settings, surveyed)
+    skipped = refuse_what_a_run_refuses(settings, surveyed)
     layers = None if surveyed is None else [layer for layer, _, _ in surveyed.shapes]
     states = cell_states(settings, layers)
-    if surveyed is not None:
-        states = {cell: state for cell, state in states.items() if is_possible(cell, surveyed, settings)}
+    states = {cell: state for cell, state in states.items() if cell not in skipped}
     print_progress_summary(list(states), unfinished(states))
     log.info(f"\nOutput folder: {settings.output_folder}")
     for cell, state in states.items():
@@ -209,8 +208,11 @@ def print_plan(settings: Settings) -> int:
     return 0
 
 
-def refuse_what_a_run_refuses(settings: Settings, surveyed: Survey | None) -> None:
-    """Raise the InputError that a run would end with, as far as settings and file headers tell."""
+def refuse_what_a_run_refuses(settings: Settings, surveyed: Survey | None) -> set[Cell]:
+    """The cells that the data set has nothing for.
+
+    Raises the InputError or Refused that a run would end with, as far as settings and file headers tell.
+    """
     precision = settings.training.precision
     if settings.device != "auto" or precision == "tf32":
         device = find_device(settings.device)  # imports torch only to look for a GPU
@@ -218,23 +220,26 @@ def refuse_what_a_run_refuses(settings: Settings, surveyed: Survey | None) -> No
             from ablation.training import resolve_training
 
             resolve_training(settings.training, device)
+    refuse_place(settings.output_folder)
     if surveyed is None or surveyed.columns is None:
-        return
+        return set()
     columns = Columns(settings.label_column, settings.group_column, settings.metadata_columns)
     refuse_columns(surveyed.columns, settings.dataset, columns)
-    names = [layer for layer, _, _ in surveyed.shapes]
-    layers = Layers(names, {}, settings.named_layer_sets)
-    refuse_empty_layer_sets(layers, settings)
-
-
-def is_possible(cell: Cell, surveyed: Survey, settings: Settings) -> bool:
-    """False if the data set is too large for the cell, or has no metadata column."""
-    if surveyed.rows > SPECS[cell.representation].max_rows:
-        return False
-    if cell != METADATA_CELL or surveyed.columns is None:
-        return True
     numeric = numeric_columns(surveyed.columns, settings.label_column)
-    return bool(set(numeric) & {*METADATA_COLUMNS, *settings.metadata_columns})
+    wanted = {*METADATA_COLUMNS, *settings.metadata_columns}
+    layouts = {layer: ColumnLayout(layer, rows, cols, "", True) for layer, rows, cols in surveyed.shapes}
+    contents = Contents(
+        Layers(list(layouts), layouts, settings.named_layer_sets),
+        surveyed.rows,
+        {name: None for name in numeric if name in wanted},
+        surveyed.rows < SMALLEST_SPLIT,
+    )
+    has_groups = settings.group_column in surveyed.columns
+    for name in split_names(settings):
+        refuse_impossible(surveyed.rows, split_spec(settings, name), has_groups)
+    refuse_empty_layer_sets(contents.layers, settings)
+    _, skipped = possible_cells(settings, contents)
+    return set(skipped)
 
 
 def print_needs(settings: Settings, surveyed: Survey, to_run: list[Cell]) -> None:

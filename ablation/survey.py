@@ -2,26 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import NamedTuple
 
 import pyarrow as pa
 
-from ablation.fields import InputError
+from ablation.data_files import headers_of, local_files, refuse_other_split
 from ablation.layers import is_layer, sd15_shapes
-from ablation.sources import (
-    SANITY_ROWS,
-    SANITY_SHAPES,
-    choose_split,
-    files_by_split,
-    refuse_other_split,
-    refuse_revision,
-    resolve_name,
-    rows_and_schema,
-    saved_files,
-    saved_splits,
-    saved_state,
-)
+from ablation.sources import SANITY_ROWS, SANITY_SHAPES, refuse_revision, resolve_name
 
 PUBLISHED_ROWS = {"1k": 1_000, "10k": 10_000, "50k": 50_000, "100k": 100_000}
 
@@ -55,41 +42,21 @@ def survey(name: str, data_split: str = "", revision: str = "") -> Survey | None
             return None
         return Survey(PUBLISHED_ROWS[name], sd15_shapes(rank=1), True, True, None)
     if kind == "generated":
-        refuse_other_split(name, None, data_split)
+        refuse_other_split(name, "", data_split)
         types = {layer: pa.list_(pa.list_(pa.float32())) for layer, _, _ in SANITY_SHAPES}
         types["category_label"] = pa.string()
         return Survey(len(SANITY_ROWS), SANITY_SHAPES, False, False, types)
-    rows, first, schema = 0, None, pa.schema([])
-    try:
-        for file in files_of_split(name, kind, Path(location), data_split):
-            count, head, schema = rows_and_schema(file)
-            rows, first = rows + count, first if first is not None else head
-    except (OSError, pa.ArrowInvalid) as error:
-        raise InputError(f"cannot read data set '{name}': {' '.join(str(error).split())[:500]}") from error
-    if rows == 0 or first is None:
-        raise InputError(f"data set '{name}' has no rows")
-    types = dict(zip(schema.names, schema.types, strict=True))
-    return Survey(rows, shapes_of(first), False, kind == "files", types)
+    splits, chosen = local_files(name, kind, location, data_split)
+    parts = [part.split("[")[0] for part in chosen.split("+")]
+    headers = headers_of(name, [file for part in parts for file in splits[part]])
+    rows = sum(headers.rows.values())
+    return Survey(rows, shapes_of(headers.first), False, kind == "files", headers.types)
 
 
 def shapes_of(first: pa.RecordBatch) -> list[tuple[str, int, int]]:
-    """(layer, rows, cols) of a batch's first row. Raises InputError for a value that is no matrix."""
+    """(layer, rows, cols) of a batch's first row."""
     shapes = []
     for layer in sorted(filter(is_layer, first.schema.names)):
         matrix = first.column(layer)[0].as_py()
-        if not (isinstance(matrix, list) and matrix and isinstance(matrix[0], list) and matrix[0]):
-            raise InputError(f"column '{layer}', row 0: no matrix")
         shapes.append((layer, len(matrix), len(matrix[0])))
     return shapes
-
-
-def files_of_split(name: str, kind: str, root: Path, data_split: str) -> list[Path]:
-    """The files that hold the split which the experiment would read."""
-    if kind == "disk":
-        if (root / "dataset_dict.json").is_file():
-            root = root / choose_split(name, saved_splits(root), data_split)
-        else:
-            refuse_other_split(name, saved_state(root).get("_split"), data_split)
-        return saved_files(root)
-    by_split = files_by_split(root)
-    return by_split[choose_split(name, list(by_split), data_split.split("[")[0])]

@@ -1,11 +1,18 @@
-"""Tables of text: a table is a tuple of Columns, so a further column is one line."""
+"""Tables of text, and text from data as it is shown. A table is a tuple of Columns, so a further column is one
+line.
+"""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
+from ablation.log import visible
+
 TEXT_WIDTH = 110
+NAME_LENGTH = 255  # characters of a name that is shown: names of cells, which are names of files, stay whole
+TEXT_LENGTH = 5_000  # of any other text, such as an error: longer than any path
 
 
 class Column(NamedTuple):
@@ -28,6 +35,47 @@ def table(columns: Iterable[Column], rows: Iterable[Any]) -> list[str]:
     header = "".join(column.cell(column.heading) for column in columns)
     lines = ["".join(column.cell(column.text(row)) for column in columns) for row in rows]
     return [header, "-" * len(header), *lines]
+
+
+# --- text from data
+
+
+def showable(value: Any) -> Any:
+    """Results with every text in them fit to be shown: escaped and shortened by `visible`, each in one line.
+
+    Names, which are the keys of mappings, stay apart from each other.
+    """
+    if isinstance(value, str):
+        return visible(value, TEXT_LENGTH)
+    if isinstance(value, dict):
+        names = [key for key in value if isinstance(key, str)]
+        shown = dict(zip(names, shortened(names, NAME_LENGTH), strict=True))
+        return {shown.get(key, key): showable(entry) for key, entry in value.items()}
+    if isinstance(value, list) and value and not isinstance(value[0], int | float):
+        return [showable(entry) for entry in value]
+    return value
+
+
+def shortened(names: list[str], length: int = 20) -> list[str]:
+    """Names of at most `length` characters: long ones lose their middle, and those that are then alike have
+    their number among all names.
+    """
+    short = [visible(name, length) for name in names]
+    if len(set(short)) == len(short):
+        return short
+    count = Counter(short)
+    apart = [
+        name if count[name] == 1 else numbered(name, number, length) for number, name in enumerate(short)
+    ]
+    if len(set(apart)) == len(apart):
+        return apart
+    return [numbered(name, number, length) for number, name in enumerate(short)]
+
+
+def numbered(name: str, number: int, length: int) -> str:
+    """The beginning of a name, and its number."""
+    end = f" ({number})"
+    return f"{name[: length - len(end)]}{end}"
 
 
 # --- numbers as text

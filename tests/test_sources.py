@@ -9,8 +9,9 @@ from builders import collect, load, lora_columns, lora_dataset
 from conftest import ROOT
 from datasets import DatasetDict
 
+from ablation.data_files import files_by_split
 from ablation.settings import InputError
-from ablation.sources import files_by_split, resolve_name
+from ablation.sources import resolve_name
 from ablation.survey import survey
 
 
@@ -131,8 +132,8 @@ def test_a_survey_refuses_what_a_run_would_refuse(tmp_path):
     file.write_bytes(file.read_bytes()[:3000])
     (tmp_path / "empty").mkdir()
     for name, reason in (
-        ("broken.parquet", "cannot read"),
-        ("cut", "cannot read"),
+        ("broken.parquet", "cannot be read"),
+        ("cut", "cannot be read"),
         ("empty", "holds no Parquet or Arrow"),
     ):
         with pytest.raises(InputError, match=reason):

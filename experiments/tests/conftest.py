@@ -1,6 +1,7 @@
 """The toy that the tests of experiment 6 read with, and both versions as functions."""
 
 import importlib.util
+import os
 import sys
 from pathlib import Path
 
@@ -8,6 +9,7 @@ EXPERIMENTS = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(EXPERIMENTS)]
 
 import pytest  # noqa: E402
+from filelock import FileLock  # noqa: E402
 from sae_analysis import program  # noqa: E402
 from sae_analysis.language_model import load  # noqa: E402
 from sae_analysis.samples import read_samples  # noqa: E402
@@ -28,14 +30,18 @@ def script(name):
 
 @pytest.fixture(scope="session")
 def toys(tmp_path_factory):
-    """The folder of a toy that is trained for seconds."""
+    """The folder of a toy that is trained for seconds, the same for all processes of the test command."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        return tmp_path_factory.getbasetemp().parent / "toys"
     return tmp_path_factory.mktemp("toys")
 
 
 @pytest.fixture(scope="session")
 def toy(toys):
     texts = [text for sample in read_samples(DATA) for text in sample.texts]
-    return make_toy(toys, texts, LAYERS, Effort(model=20, sae=60))
+    toys.mkdir(exist_ok=True)
+    with FileLock(toys / "lock"):  # one process makes it
+        return make_toy(toys, texts, LAYERS, Effort(model=20, sae=60))
 
 
 @pytest.fixture(scope="session")
