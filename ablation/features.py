@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 log = logging.getLogger("visual_ablation")
 
 
+LARGE = 1e18  # weights whose squares come near the end of float32
+
+
 @dataclass
 class Features:
     """The features that the columns of every cell are taken from.
@@ -103,14 +106,13 @@ def refuse_non_finite_features(x: Tensor, cell: Cell, data: LoraCollection) -> N
     row, column = (~finite).nonzero()[0].tolist()
     spec = SPECS[cell.representation]
     if spec.fitted:
-        raise TrainingError(f"feature {column} of row {row} is {x[row, column]}")
+        raise TrainingError(f"feature {column} of row {row} is {x[row, column]} as float32")
     positions = positions_of(cell, data)
     place, column_of_layer = divmod(column, x.shape[1] // len(positions))
     layers = data.layers
     names = layers.names if spec.source == "layer" else [module.name for module in layers.modules]
-    raise TrainingError(
-        f"feature {column_of_layer} of layer '{names[positions[place]]}', row {row}, is {x[row, column]}"
-    )
+    where = f"feature {column_of_layer} of layer '{names[positions[place]]}', row {row}"
+    raise TrainingError(f"{where}, is {x[row, column]} as float32")
 
 
 # --- from the cache or from the weights
@@ -237,6 +239,10 @@ def extract_logged(
     context.clock.add("read", extracted.reading)
     context.clock.add("features", extracted.computing)
     data.files.refuse_changes()
+    if data.weights.largest > LARGE:
+        log.warning(
+            f"weights up to {data.weights.largest:.3g}: features that are beyond float32 fail their cells"
+        )
     megabytes = data.weights.block_weights * 4 / 1e6
     log.info(
         f"Features of {request.num_rows} rows x {len(data.layers)} layers, in blocks of "

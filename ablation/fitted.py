@@ -17,7 +17,9 @@ from functools import cached_property
 
 import numpy as np
 import torch
+from scipy.sparse.linalg import ArpackError
 from sklearn.decomposition import KernelPCA
+from sklearn.preprocessing import KernelCenterer
 from torch import Tensor
 
 from ablation.audits import Audit
@@ -126,8 +128,8 @@ class Fit:
         of N + E rows with T training rows, (N + E, T) float64.
 
         For one module it is the sum over r x r of (up_i.T @ up_j) * (down_i @ down_j.T), because dW = up @
-        down: exact, and no product dW is formed. Products of blocks are in float32, their sum in float64, in
-        the host's memory.
+        down: exact, and no product dW is formed. Products of blocks are in float32, or in float64 where that
+        cannot hold them, their sum in float64, in the host's memory.
         """
         train = self.train
         kernel = torch.zeros(self.num_rows, len(train), dtype=torch.float64)
@@ -138,9 +140,18 @@ class Fit:
             # (T*r, in), (T*r, out)
             down_T, upT_T = (w[train.to(self.device)].flatten(0, 1) for w in (down, upT))
             for rows in self.blocks(max(1, KERNEL_TILE // (r * r * len(train)))):
-                inner = (upT[rows].flatten(0, 1) @ upT_T.mT) * (down[rows].flatten(0, 1) @ down_T.mT)
+                factors = (upT[rows].flatten(0, 1), upT_T), (down[rows].flatten(0, 1), down_T)
+                inner = product_of_inner(*factors)
+                if not inner.isfinite().all():
+                    inner = product_of_inner(*((a.double(), b.double()) for a, b in factors))
                 kernel[rows] += inner.view(-1, r, len(train), r).sum((1, 3), dtype=torch.float64).cpu()
         return kernel
+
+
+def product_of_inner(*factors: tuple[Tensor, Tensor]) -> Tensor:
+    """The elementwise product of a @ b.T over the pairs (a (n, d), b (m, d)); (n, m)."""
+    first, second = (a @ b.mT for a, b in factors)
+    return first * second
 
 
 def flat_vec(fit: Fit) -> Tensor:
@@ -180,6 +191,8 @@ def pca(fit: Fit) -> Tensor:
         for section in fit.sections:
             scores[section] += x[section] @ B.mT
         del x  # before the next layer is read
+    if not (gram.isfinite().all() and scores.isfinite().all()):
+        raise TrainingError("pca: products of the weights are beyond float32")
     squares, U = torch.linalg.eigh(gram)
     s = squares.flip(0)[:k].clamp_min(0).sqrt()
     kept = s > NEGLIGIBLE_STD * s[0]
@@ -270,12 +283,25 @@ def kernel_pca(fit: Fit) -> Tensor:
     scikit-learn's KernelPCA on `Fit.kernel`.
     """
     kernel, components = fit.kernel.numpy(), min(fit.components, len(fit.train) - 1)
+    refuse_equal_rows(kernel[fit.train])
     # The dense solver would hold the interpreter for minutes and stop the thread that writes the log.
     model = KernelPCA(components, kernel="precomputed", eigen_solver="arpack", random_state=FIT_SEED)
-    model.fit(kernel[fit.train])
+    try:
+        model.fit(kernel[fit.train])
+    except ArpackError as error:
+        raise TrainingError(f"kernel_pca: the eigenvalues were not found: {error}") from error
     kept = model.eigenvalues_ > NEGLIGIBLE_STD**2 * model.eigenvalues_.max()
     sections = [model.transform(kernel[section])[:, kept] for section in fit.sections if kernel[section].size]
     return torch.from_numpy(np.concatenate(sections)).float()
+
+
+def refuse_equal_rows(kernel: np.ndarray) -> None:
+    """Raise TrainingError if rows with these products (T, T) do not differ, or if they are not finite."""
+    if not np.isfinite(kernel).all():
+        raise TrainingError("products of the weights are beyond float64")
+    centred_kernel = KernelCenterer().fit_transform(kernel / (np.abs(kernel).max() or 1.0))
+    if np.abs(centred_kernel).max() <= NEGLIGIBLE_STD**2:
+        raise TrainingError("no column varies over the training rows: there is nothing to learn from")
 
 
 def kernel_ridge(fit: Fit) -> Tensor:

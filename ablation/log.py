@@ -77,14 +77,14 @@ def visible(text: str, length: int | None = None) -> str:
     they stay, and each line has LINE_LENGTH characters at most.
     """
     if length is None:
-        return "\n".join(shortened(escaped(line, "\t"), LINE_LENGTH) for line in text.split("\n"))
-    return shortened(escaped(text), length)
+        return "\n".join(without_middle(escaped(line, "\t"), LINE_LENGTH) for line in text.split("\n"))
+    return without_middle(escaped(text), length)
 
 
 LINE_LENGTH = 10_000  # characters of a line of the log
 
 
-def shortened(text: str, length: int) -> str:
+def without_middle(text: str, length: int) -> str:
     """The text, or the beginning and the end of a longer one with an ellipsis between."""
     return text if len(text) <= length else f"{text[: length // 2 - 1]}…{text[-(length // 2) :]}"
 

@@ -8,6 +8,7 @@ tests.
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
@@ -33,6 +34,7 @@ BLOCK_ROWS = 1024  # blocks start at its multiples, whatever the memory, the mac
 READ_AHEAD = 4  # layers at most that are read ahead for a GPU, by as many threads
 PIECE = 2**17  # values copied or checked at a time: that many stay in a core's cache
 # Stored types that the torch formatter turns into float32 too; all others are left to the formatter.
+INFINITY = 0x7F800000  # the bits of float32's
 FLOATS = (pa.float16(), pa.float32(), pa.float64())
 
 
@@ -99,18 +101,19 @@ def refuse_nulls(array: pa.Array, items_per_row: int, column: str, first_row: in
         )
 
 
-def copy_finite(values: np.ndarray, target: np.ndarray) -> bool:
-    """Copy to `target`, float32. Returns False if a copied value is not finite.
+def copy_largest(values: np.ndarray, target: np.ndarray) -> float:
+    """Copy to `target`, float32. Returns the largest magnitude; inf if a copied value is not finite.
 
     The bits of +inf and NaN are the largest signed integers, those of -inf and -NaN the largest unsigned
-    ones: two maxima find both faster than np.isfinite.
+    ones: two maxima find both faster than np.isfinite, and with them the largest magnitude.
     """
-    finite = True
+    largest = 0
     for start in range(0, len(values), PIECE):
         piece = target[start : start + PIECE]
         piece[:] = values[start : start + PIECE]
-        finite &= bool(piece.view(np.int32).max() < 0x7F800000 and piece.view(np.uint32).max() < 0xFF800000)
-    return finite
+        positive, either = int(piece.view(np.int32).max()), int(piece.view(np.uint32).max())
+        largest = max(largest, positive, either & 0x7FFFFFFF)
+    return float(np.uint32(min(largest, INFINITY)).view(np.float32))
 
 
 def refuse_non_finite(weights: np.ndarray, column: str, first_row: int) -> None:
@@ -130,6 +133,7 @@ class WeightReader:
     def __init__(self, dataset: Dataset, layers: Layers, device: str):
         self.dataset, self.layers, self.device = dataset, layers, device
         self.free_buffers: list[np.ndarray] = []
+        self.largest = 0.0  # magnitude of a weight read so far
 
     @property
     def num_rows(self) -> int:
@@ -162,14 +166,15 @@ class WeightReader:
             return self.read_layer_formatted(layer, start, stop).cpu()
         size = (stop - start) * layout.size
         flat = np.empty(size, dtype=np.float32) if buffer is None else buffer[:size]
-        position, finite = 0, True
+        position, largest = 0, 0.0
         with np.errstate(over="ignore"):  # a float64 beyond float32 becomes inf and is refused below
             for values in self.stored_values(layer, start, stop):
-                finite &= copy_finite(values, flat[position : position + len(values)])
+                largest = max(largest, copy_largest(values, flat[position : position + len(values)]))
                 position += len(values)
         weights = flat.reshape(stop - start, layout.rows, layout.cols)
-        if not finite:
+        if largest == math.inf:
             refuse_non_finite(weights, layer, start)
+        self.largest = max(self.largest, largest)
         return torch.from_numpy(weights)
 
     def read_layer_formatted(self, layer: str, start: int, stop: int) -> Tensor:

@@ -11,13 +11,14 @@ import numpy as np
 from ablation.catalogue import LAYER_SETS, MAIN_COMPARISON, group_of, title_of
 from ablation.cells import Cell
 from ablation.inference_text import audit_lines, inference_lines
-from ablation.text_table import TEXT_WIDTH, Column, percent, table
+from ablation.text_table import TEXT_WIDTH, Column, percent, showable, table
 
 SELECTED_ON = "* the epoch was selected on these rows, so accuracy on them is too high; balanced: mean recall"
 
 
 def results_text(results: dict[str, Any]) -> str:
     """results.txt: what was run, accuracies of each layer set, the drop, what it means, and the verdict."""
+    results = showable(results)
     lines = [
         *head_lines(results),
         *layer_set_lines(results),

@@ -1,5 +1,6 @@
-"""Tables of text, and text from data as it is shown. A table is a tuple of Columns, so a further column is one
-line.
+"""Tables of text, and text from data made fit to be shown.
+
+A table is a tuple of Columns, so a further column is one line.
 """
 
 from __future__ import annotations
@@ -75,7 +76,7 @@ def shortened(names: list[str], length: int = 20) -> list[str]:
 def numbered(name: str, number: int, length: int) -> str:
     """The beginning of a name, and its number."""
     end = f" ({number})"
-    return f"{name[: length - len(end)]}{end}"
+    return f"{name[: length - max(5, len(end))]}{end}"
 
 
 # --- numbers as text

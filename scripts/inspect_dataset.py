@@ -19,8 +19,10 @@ from ablation.collection import Columns, collect_rows
 from ablation.fields import InputError
 from ablation.inspection.measure import inspect, read_groups
 from ablation.inspection.text import print_report
+from ablation.log import visible
 from ablation.sources import open_dataset
 from ablation.splits import SplitSpec
+from ablation.text_table import TEXT_LENGTH
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -32,7 +34,7 @@ def main(argv: list[str] | None = None) -> int:
         data = collect_rows(dataset, arguments.name, columns=Columns(arguments.label_column), spec=spec)
         report = inspect(data, arguments.name, read_groups(data, arguments.group_column))
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        print(f"error: {visible(str(error), TEXT_LENGTH)}", file=sys.stderr, flush=True)
         return 2
     if arguments.json:
         print(json.dumps(report, indent=2, allow_nan=False))

@@ -12,8 +12,10 @@ from pathlib import Path
 import _root  # noqa: F401
 
 from ablation.fields import InputError
-from ablation.report.load import result_folders
+from ablation.log import visible
+from ablation.report.load import refusing_other_shapes, result_folders
 from ablation.report.write import FORMATS, write_comparison, write_report
+from ablation.text_table import TEXT_LENGTH
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -33,15 +35,16 @@ def main(argv: list[str] | None = None) -> int:
         if unknown or not formats:
             raise InputError(f"unknown --format '{','.join(unknown)}': use {', '.join(FORMATS)}")
         folders = [folder for path in arguments.folders for folder in result_folders(path)]
-        if len(folders) == 1:
-            written = write_report(folders[0], formats)
-        else:
-            written = write_comparison(folders, arguments.output, formats)
+        with refusing_other_shapes(folders):
+            if len(folders) == 1:
+                written = write_report(folders[0], formats)
+            else:
+                written = write_comparison(folders, arguments.output, formats)
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {visible(str(error), TEXT_LENGTH)}", file=sys.stderr)
         return 2
     for path in written:
-        print(path)
+        print(visible(str(path), TEXT_LENGTH))
     return 0
 
 

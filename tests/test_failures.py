@@ -2,9 +2,11 @@
 
 import json
 import os
+import re
 import shutil
 import time
 
+import numpy as np
 import pytest
 import torch
 from builders import lora_dataset, room_for
@@ -53,6 +55,25 @@ def test_a_cell_whose_features_are_not_finite_fails_with_layer_and_row(run, plac
         "all_layers_rank_based.json",
         "visual_only_rank_based.json",
     ]
+
+
+@pytest.mark.parametrize("weight", [3e38, 1e18, 1e-38, 0.0])
+def test_weights_of_any_size_are_computed_or_fail_in_one_line_a_cell(run, place, weight):
+    rows = lora_dataset(n=40, signal=True).to_dict()
+    for name in filter(lambda name: name.endswith("weight"), rows):
+        scaled = weight * np.sign(rows[name]) if weight == 3e38 else weight * np.array(rows[name])
+        rows[name] = scaled.tolist()
+    Dataset.from_dict(rows, features=lora_dataset(n=40).features).save_to_disk("sized")
+    status, log = run("--representations", "nine", "kernel_pca", "kernel_ridge", "pca", dataset="./sized")
+    assert "Traceback" not in log and "ArpackError" not in log and status == (weight != 1e18)
+    done = {name.removesuffix(".json") for name in visible(folder(place, "sized") / "checkpoints")}
+    failed = set(re.findall(r"^(\S+) FAILED: TrainingError: .+$", log, re.M))
+    assert done | failed >= {cell.name for cell in BOTH} and not done & failed
+    assert ("WARNING: weights up to" in log) == (weight >= 1e18)
+    if weight == 3e38:  # float64 holds the products of these, and the moments of a layer
+        assert {"all_layers_kernel_ridge", "all_layers_stats", "all_layers_info_theoretic"} <= done
+    if weight == 0.0:
+        assert "all_layers_kernel_pca FAILED: TrainingError: no column varies" in log and not done
 
 
 def test_a_cell_in_which_no_column_varies_fails_and_says_so(run, place):

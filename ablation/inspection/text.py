@@ -8,6 +8,7 @@ from typing import Any
 
 from ablation.catalogue import ATTENTION_KINDS
 from ablation.inspection.columns import REDUNDANCIES
+from ablation.text_table import showable
 
 COPY = 0.99  # cosine of the most alike rows from which one counts as nearly a copy of the other
 LINE_WIDTH = 150  # columns at most
@@ -118,6 +119,7 @@ def column_findings(representations: Report) -> list[str]:
 
 def print_report(report: Report) -> None:
     """Print the report, wrapped to the terminal's width."""
+    report = showable(report)
     for line in collection_lines(report):
         print_wrapped(line)
     for line in factor_lines(report):

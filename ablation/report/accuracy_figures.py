@@ -14,9 +14,9 @@ from ablation.report.rows import (
     drop_rows,
     representations,
     retention_rows,
-    shortened,
 )
 from ablation.report.style import (
+    CLASS_LENGTH,
     COLOURS,
     FAINT,
     INK,
@@ -138,7 +138,7 @@ def class_drop(results: Results) -> Figure | None:
             gid="interval",
         )
         axes.plot([100 * row["drop"]], [y], "o", markersize=3, color=COLOURS["visual_only"], gid="point")
-    name_rows(axes, shortened([row["class"] for row in rows]))
+    name_rows(axes, [row["class"] for row in rows], CLASS_LENGTH)
     axes.tick_params(axis="y", labelsize=7 if len(rows) <= 30 else 5.5)
     axes.set_xlabel(f"{best}: recall,\nall layers − visual only, points")
     return figure

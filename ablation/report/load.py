@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from ablation.cells import Cell, cells_named
 from ablation.fields import InputError
+from ablation.log import describe_error
 from ablation.results import collect
 from ablation.settings import TrainingSettings
-from checkpointing import ResultStore, hash_of
+from checkpointing import ResultStore, hash_of, parse_json, read_bytes, read_own
 
 Results = dict[str, Any]
 
@@ -36,11 +38,9 @@ def load_results(folder: Path) -> Results:
     """results.json, with the cells that the same settings have finished since it was written.
 
     Where there is no results.json, the checkpoints alone. Cells made with other settings or damaged are
-    listed as failed. Raises InputError if nothing is finished.
+    listed as failed. Raises InputError if nothing is finished or results.json is damaged.
     """
-    path = folder / "results.json"
-    content = path.read_bytes() if path.exists() else b""
-    results = json.loads(content) if content else {}
+    content, results = read_results(folder / "results.json")
     reported = reported_records(results)
     records, left_out = finished_since(ResultStore(folder), reported)
     if not records and not results:
@@ -52,6 +52,48 @@ def load_results(folder: Path) -> Results:
         {"cell": cell.name, "error": error} for cell, error in left_out.items() if cell.name not in failed
     ]
     return results | {"name": folder.resolve().parent.name, "made_from": made_from(content)}
+
+
+def read_results(path: Path) -> tuple[bytes, Results]:
+    """results.json as bytes and as a mapping, both empty if there is none.
+
+    Raises InputError if it is damaged.
+    """
+    try:
+        return read_bytes(path), read_own(path)
+    except FileNotFoundError:
+        return b"", {}
+    except OSError as error:
+        raise InputError(f"'{path}' cannot be read ({error.strerror or error}): {REMEDY}") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"'{path}' is damaged ({error}): {REMEDY}") from error
+
+
+REMEDY = "rerun the experiment's command, which makes it anew from the checkpoints"
+
+
+@contextlib.contextmanager
+def refusing_other_shapes(folders: list[Path]) -> Iterator[None]:
+    """Raise InputError for an error over a results.json without a checksum, whose entries may have any shape.
+
+    One with a checksum is as this program wrote it: then the error is the program's own, and goes on.
+    """
+    try:
+        yield
+    except (AttributeError, LookupError, TypeError, ValueError, ArithmeticError, RecursionError) as error:
+        foreign = [str(folder / "results.json") for folder in folders if not has_checksum(folder)]
+        if not foreign:
+            raise
+        names, what = "' or '".join(foreign), describe_error(error)
+        raise InputError(f"'{names}' has entries of another shape ({what}): {REMEDY}") from error
+
+
+def has_checksum(folder: Path) -> bool:
+    """True for a folder's results.json that says its own hash, and where there is none."""
+    try:
+        return "checksum" in parse_json(read_bytes(folder / "results.json"))
+    except FileNotFoundError:
+        return True
 
 
 def reported_records(results: Results) -> dict[str, dict]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
+from ablation.log import escaped
 from ablation.report.load import Results
+from ablation.text_table import showable
+from checkpointing import parse_json, read_bytes
 
 TextSection = dict[str, Any]  # a section of text: name, title, entries [(name, value)], text
 
@@ -37,6 +39,7 @@ def render(runs: list[Results], title: str, **parts: Any) -> bytes:
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,  # class names come from the data
         undefined=jinja2.StrictUndefined,
+        finalize=lambda value: escaped(value, "\n\t") if type(value) is str else value,  # not Markup, the SVG
     )
     shown = []
     for results in runs:
@@ -79,13 +82,22 @@ def manifest_block(folder: Path) -> TextSection:
     """How the results were made."""
     block: TextSection = {"name": "manifest", "title": "How it was made", "entries": [], "text": ""}
     path = folder / "manifest.json"
-    if not path.exists():
+    try:
+        entries = manifest_entries(showable(parse_json(read_bytes(path))))
+    except FileNotFoundError:
         return block | {"text": "The run has not ended: there is no manifest yet."}
-    manifest = json.loads(path.read_bytes())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        remedy = "rerun the experiment's command, which makes it anew"
+        return block | {"text": f"manifest.json is damaged: {remedy}."}
+    return block | {"entries": entries}
+
+
+def manifest_entries(manifest: dict[str, Any]) -> list[tuple[str, str]]:
+    """What the page tells of a manifest."""
     settings = flat_settings(manifest["settings"])
     stated = [f"{name} {shown(value)}" for name, value in settings.items() if value not in ("", [], {})]
     seconds = [f"{stage} {spent:.1f}" for stage, spent in manifest["seconds"].items()]
-    entries = [
+    return [
         ("command", manifest["command"]),
         ("started", manifest["started"]),
         ("seconds", ", ".join(seconds)),
@@ -93,7 +105,6 @@ def manifest_block(folder: Path) -> TextSection:
         ("versions", ", ".join(f"{name} {value}" for name, value in manifest["versions"].items())),
         ("settings", ", ".join(stated)),
     ]
-    return block | {"entries": entries}
 
 
 def failure_block(results: Results) -> TextSection | None:

@@ -13,6 +13,7 @@ import numpy as np
 
 from ablation.catalogue import CHOICES, LAYER_SETS, MAIN_COMPARISON, PARTS, group_of
 from ablation.report.load import Results
+from ablation.text_table import shortened
 
 Rows = list[dict[str, Any]]
 
@@ -132,16 +133,9 @@ def class_drop_rows(results: Results) -> Rows:
     ]
 
 
-def shortened(names: list[str], length: int = 20) -> list[str]:
-    """Cut the middle out of long names; names that are then alike get their number among all names."""
-    short = [
-        name if len(name) <= length else f"{name[: length // 2 - 1]}…{name[-(length // 2) :]}"
-        for name in names
-    ]
-    return [
-        name if short.count(name) == 1 else f"{name[: length - 5]} ({number})"
-        for number, name in enumerate(short)
-    ]
+def class_names(results: Results, length: int) -> list[str]:
+    """The names of the classes in the order of their numbers, each of at most `length` characters."""
+    return shortened(list(results.get("label_mapping", {})), length)
 
 
 def confusion_rows(results: Results) -> Rows:

@@ -10,7 +10,10 @@ import matplotlib.lines
 from matplotlib.figure import Figure
 
 from ablation.catalogue import LAYER_SET_GROUPS, group_of, title_of
+from ablation.text_table import shortened
 
+CLASS_LENGTH = 20  # characters of a class's name
+LABEL_LENGTH = 120  # of any other name
 WIDTH, WIDE = 3.4, 7.0  # inches: one column of a paper, and two
 INK, PAPER, FAINT = "#1b1e23", "#fefefe", "#9aa0a8"  # the page replaces INK and PAPER by its own colours
 LEADER = "#6b727c"  # of lines from a name to its point
@@ -96,9 +99,9 @@ def key_of_layer_sets(figure: Figure, names: list[str]) -> None:
     )
 
 
-def name_rows(axes, names: list[str]) -> None:
-    """Name the rows down the y axis, the first at the top."""
-    axes.set_yticks(range(len(names)), names)
+def name_rows(axes, names: list[str], length: int = LABEL_LENGTH) -> None:
+    """Name the rows down the y axis, the first at the top, each with at most `length` characters."""
+    axes.set_yticks(range(len(names)), shortened(names, length))
     axes.set_ylim(len(names) - 0.4, -0.6)
     axes.tick_params(axis="y", length=0)
     axes.grid(axis="x", color=FAINT, linewidth=0.3, alpha=0.6)

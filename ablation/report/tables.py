@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-import io
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 from ablation.catalogue import MAIN_COMPARISON, group_of, title_of
@@ -34,6 +34,8 @@ LATEX = {
     "<": "$<$",
     ">": "$>$",
 }
+FORMULA_SIGNS = ("=", "+", "-", "@")
+MARKDOWN = {sign: f"\\{sign}" for sign in "\\|*`<["}
 RUNS_NOTE = "± runs is the std over seeds: training noise, not the uncertainty of the accuracy."
 
 
@@ -113,13 +115,25 @@ def joint_rows(runs: list[Results]) -> Rows:
     ]
 
 
-def csv_text(rows: Rows) -> str:
-    """Rows with full precision; an empty field where there is no value."""
-    out = io.StringIO()
-    writer = csv.DictWriter(out, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return out.getvalue()
+def csv_table(rows: Rows) -> bytes:
+    """Rows with full precision and whole names; an empty field where there is no value."""
+    lines: list[str] = []
+    # The writer quotes the characters that end its lines, so that a name may hold any line break.
+    writer = csv.writer(SimpleNamespace(write=lines.append), lineterminator="\r\n")
+    writer.writerow(rows[0])
+    writer.writerows(map(csv_field, row.values()) for row in rows)
+    text = "".join(f"{line[:-2]}\n" for line in lines)
+    return text.encode(errors="backslashreplace")
+
+
+def csv_field(value: Any) -> Any:
+    """A value for CSV. Text that a spreadsheet would take for a formula gets an apostrophe before it, and
+    NUL, at which readers stop, is escaped.
+    """
+    if not isinstance(value, str):
+        return value
+    is_formula = value.lstrip().startswith(FORMULA_SIGNS) or value.lstrip(" ").startswith(("\t", "\r"))
+    return "'" * is_formula + value.replace("\0", "\\x00")
 
 
 # --- the tables of the page
@@ -297,11 +311,16 @@ def latex_table(results: Results) -> str:
     return "\n".join(parts)
 
 
+def markdown_escaped(text: str) -> str:
+    """Text for Markdown, as far as it could end a cell, or be taken for emphasis, a link or HTML."""
+    return "".join(MARKDOWN.get(letter, letter) for letter in text)
+
+
 def markdown_table(results: Results) -> str:
     """The same as a Markdown table, with the verdict below it."""
     header, lines = summary_rows(results)
-    escaped = [[cell.replace("|", "\\|").replace("*", "\\*") for cell in line] for line in lines]
-    rows = [header, ["---"] + ["---:"] * (len(header) - 1), *escaped]
+    rule = ["---"] + ["---:"] * (len(header) - 1)
+    rows = [[*map(markdown_escaped, header)], rule, *([*map(markdown_escaped, line)] for line in lines)]
     table = "\n".join("| " + " | ".join(row) + " |" for row in rows)
     explained = caption(results).replace("*", "\\*")
     return f"{table}\n\n{explained}\n\n{results['verdict']}\n"

@@ -21,13 +21,13 @@ from ablation.catalogue import PARTS, group_of, title_of
 from ablation.report.rows import (
     Results,
     best_representation,
+    class_names,
     gaps_rows,
     layer_sets,
     representations,
     rows_of,
     scatter_rows,
     shares,
-    shortened,
 )
 from ablation.report.style import (
     FAINT,
@@ -61,7 +61,7 @@ def confusion(results: Results) -> Figure | None:
     best = best_representation(results)
     sets = [name for name in sets if best in rows_of(results, name)][:3]
     matrices = [shares(rows_of(results, name)[best]) for name in sets]
-    classes = shortened(list(results.get("label_mapping", {})), 12)
+    classes = class_names(results, 12)
     figure = Figure((WIDE, 1.3 + 0.95 * WIDE / 3))
     grid = figure.subplots(1, 3, squeeze=False)[0]
     high = max(float(np.nanmax(matrix)) for matrix in matrices)

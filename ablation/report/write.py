@@ -22,15 +22,17 @@ from ablation.report.page import (
 from ablation.report.tables import (
     RUNS_NOTE,
     cell_rows,
-    csv_text,
+    csv_table,
     further_rows,
     joint_rows,
     latex_table,
+    markdown_escaped,
     markdown_table,
     page_table,
     page_tables,
 )
-from checkpointing import hash_of, make_folder, utc_now, write_bytes
+from ablation.text_table import showable
+from checkpointing import hash_of, make_folder, parse_json, read_bytes, utc_now, write_bytes
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -72,9 +74,10 @@ def write_report(folder: Path, formats: tuple[str, ...] = FORMATS) -> list[Path]
     results = load_results(folder)
     sections, files = draw_all(FIGURES, results, formats)
     if "html" in formats:
-        title = f"Visual ablation: {results['dataset']}"
-        blocks = [data_block(results), manifest_block(folder), failure_block(results)]
-        files["report.html"] = render_page([results], title, sections, page_tables(results), blocks)
+        shown = showable(results)
+        title = f"Visual ablation: {shown['dataset']}"
+        blocks = [data_block(shown), manifest_block(folder), failure_block(shown)]
+        files["report.html"] = render_page([shown], title, sections, page_tables(shown), blocks)
     files |= table_files(results, formats)
     written = write_files(folder, files)
     remove_earlier(folder, list(FIGURES), files, formats)
@@ -89,14 +92,14 @@ def write_report(folder: Path, formats: tuple[str, ...] = FORMATS) -> list[Path]
 
 def table_files(results: Results, formats: tuple[str, ...]) -> Files:
     """The tables of an experiment besides those of its figures."""
-    files = {}
+    files, shown = {}, showable(results)
     if "latex" in formats:
-        files["tables/results.tex"] = latex_table(results).encode()
+        files["tables/results.tex"] = latex_table(shown).encode()
     if "markdown" in formats:
-        files["tables/results.md"] = markdown_table(results).encode()
+        files["tables/results.md"] = markdown_table(shown).encode()
     for name, rows in (("cells", cell_rows(results)), ("further_cells", further_rows(results))):
         if rows and "csv" in formats:
-            files[f"tables/{name}.csv"] = csv_text(rows).encode()
+            files[f"tables/{name}.csv"] = csv_table(rows)
     return files
 
 
@@ -111,13 +114,13 @@ def remove_earlier(folder: Path, names: list[str], files: Files, formats: tuple[
 def is_current(folder: Path) -> bool:
     """True if the whole report is there, as it was written, and made from the folder's present results."""
     try:
-        stamp = json.loads((folder / STAMP).read_bytes())
+        stamp = parse_json(read_bytes(folder / STAMP))
         return (
-            stamp["made_from"] == made_from((folder / "results.json").read_bytes())
+            stamp["made_from"] == made_from(read_bytes(folder / "results.json"))
             and stamp["formats"] == sorted(FORMATS)
-            and all(hash_of((folder / name).read_bytes()) == own for name, own in stamp["files"].items())
+            and all(hash_of(read_bytes(folder / name)) == own for name, own in stamp["files"].items())
         )
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
 
 
@@ -134,6 +137,7 @@ def refresh(
         "to resume."
     )
     (folder / STAMP).unlink(missing_ok=True)
+    results = showable(results)
     title = f"Visual ablation: {results['dataset']}"
     blocks = [data_block(results), failure_block(results)]
     write_bytes(folder / "report.html", render_running_page(results, title, page_tables(results), blocks))
@@ -156,22 +160,22 @@ def write_comparison(folders: list[Path], output: Path, formats: tuple[str, ...]
             results["name"] = str(folder)
     number_comparable_runs(runs)
     sections, files = draw_all(COMPARISON_FIGURES, runs, formats)
-    rows = joint_rows(runs)
+    rows, shown = joint_rows(runs), showable(runs)
     if "html" in formats:
         cards = [
             data_block(results) | {"name": f"data{i}", "title": f"Data set of {results['name']}"}
-            for i, results in enumerate(runs)
+            for i, results in enumerate(shown)
         ]
-        title = "Visual ablation: " + ", ".join(results["name"] for results in runs)
-        tables = [page_table("cells", "The tables", RUNS_NOTE, rows)]
-        files["report.html"] = render_page(runs, title, sections, tables, [differences_block(runs), *cards])
+        title = "Visual ablation: " + ", ".join(results["name"] for results in shown)
+        tables = [page_table("cells", "The tables", RUNS_NOTE, joint_rows(shown))]
+        files["report.html"] = render_page(shown, title, sections, tables, [differences_block(shown), *cards])
     if "csv" in formats:
-        files["tables/cells.csv"] = csv_text(rows).encode()
+        files["tables/cells.csv"] = csv_table(rows)
     if "markdown" in formats:
-        text = "\n".join(f"### {results['name']}\n\n{markdown_table(results)}" for results in runs)
-        files["tables/results.md"] = text.encode()
+        parts = [f"### {markdown_escaped(results['name'])}\n\n{markdown_table(results)}" for results in shown]
+        files["tables/results.md"] = "\n".join(parts).encode()
     if "latex" in formats:
-        files["tables/results.tex"] = "\n".join(latex_table(results) for results in runs).encode()
+        files["tables/results.tex"] = "\n".join(map(latex_table, shown)).encode()
     return write_files(output, files)
 
 
@@ -199,13 +203,13 @@ def number_comparable_runs(runs: list[Results]) -> None:
 def draw_all(
     drawings: dict[str, Drawing], results: Any, formats: tuple[str, ...]
 ) -> tuple[list[dict], Files]:
-    """The sections of the page and the files of some figures."""
-    sections, files = [], {}
+    """The sections of the page and the files of some figures, whose tables have every name in full."""
+    sections, files, shown = [], {}, showable(results)
     for name, drawing in drawings.items():
-        rows, figure = drawing.rows(results), drawing.draw(results)
+        rows, figure = drawing.rows(results), drawing.draw(shown)
         has_table = bool(rows) and "csv" in formats
         if has_table:
-            files[f"tables/{name}.csv"] = csv_text(rows).encode()
+            files[f"tables/{name}.csv"] = csv_table(rows)
         if figure is None:
             continue
         for kind in ("png", "pdf"):
@@ -261,13 +265,19 @@ def inline_svg(figure: Figure, name: str, title: str) -> str:
     from ablation.report.style import INK, PAPER
 
     out = io.StringIO()
-    with matplotlib.rc_context({"svg.hashsalt": name, "svg.fonttype": "none"}):
+    literal = {"svg.fonttype": "none", "text.parse_math": False}
+    with matplotlib.rc_context({"svg.hashsalt": name, **literal}):
         figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
     svg = out.getvalue()
-    svg = svg[svg.index("<svg") :].replace(INK, "currentColor").replace(PAPER, "var(--paper)")
+    svg = svg[svg.index("<svg") :]
     used = set(re.findall(r'(?:url\(#|href="#)([^")]+)', svg))
-    svg = re.sub(r' id="([^"]+)"', lambda match: match.group(0) if match.group(1) in used else "", svg)
-    svg = re.sub(r'( id="|url\(#|href="#)', rf"\g<1>{name}-", svg)
+
+    def with_own_ids(tag: re.Match) -> str:
+        text = tag.group(0).replace(INK, "currentColor").replace(PAPER, "var(--paper)")
+        text = re.sub(r' id="([^"]+)"', lambda match: match.group(0) if match.group(1) in used else "", text)
+        return re.sub(r'( id="|url\(#|href="#)', rf"\g<1>{name}-", text)
+
+    svg = re.sub(r"<[^>]+>", with_own_ids, svg)  # and not in the labels, which are text from data
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.S)
     # Labels without a colour of their own are black in SVG, so the page's colour is set on the whole element.
     return re.sub(r"<svg ", f'<svg role="img" aria-label="{title}" fill="currentColor" ', svg, count=1)
