@@ -183,10 +183,18 @@ def rows_on(x: Tensor, rows: Tensor, device: torch.device) -> Tensor:
 # --- the optimizer
 
 
+class RateHolder(torch.optim.Optimizer):
+    """A learning rate for a scheduler to change. The constructors of torch's optimizers import its compiler,
+    which takes two seconds.
+    """
+
+    def __init__(self, rate: float):
+        self.param_groups = [{"lr": rate}]
+
+
 def new_scheduler(settings: TrainingSettings) -> torch.optim.lr_scheduler.ReduceLROnPlateau:
     """Torch's plateau rule for one run. `learning_rate_of` reads the present learning rate."""
-    holder = torch.optim.SGD([torch.zeros(1)], lr=settings.learning_rate)
-    return plateau(holder)
+    return plateau(RateHolder(settings.learning_rate))
 
 
 def learning_rate_of(scheduler: torch.optim.lr_scheduler.ReduceLROnPlateau) -> float:

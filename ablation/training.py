@@ -82,9 +82,6 @@ def train_runs(
     """
     prepared = prepare(task, device)
     trainer = {"sequential": train_sequential, "packed": train_packed}[settings.trainer]
-    # The first optimizer of a process makes torch import its compiler; those seconds must not count as a
-    # run's.
-    new_scheduler(settings)
     with arithmetic(settings.precision):
         runs = trainer(prepared, settings, listener or Listener(), kept)
     return TrainedRuns(runs, prepared.x_ND.shape[1])

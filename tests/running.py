@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 
 from builders import load
 from conftest import ROOT
@@ -9,6 +10,7 @@ from conftest import ROOT
 import visual_ablation_experiment as experiment
 from ablation.catalogue import NINE
 from ablation.cells import cells_of
+from checkpointing import SETTLED
 
 SCRIPT = ROOT / "visual_ablation_experiment.py"
 FAST = ["--num-runs", "2", "--max-epochs", "3", "--hidden-dim", "8", "--batch-size", "8", "--no-report"]
@@ -75,3 +77,10 @@ def interfere(monkeypatch, action):
         return real(*arguments)
 
     monkeypatch.setattr(experiment, "run_group", run_group)
+
+
+def settle(*files):
+    """Wait until files are old enough for their content hash to be remembered."""
+    newest = max(os.stat(file).st_ctime for file in files)
+    while time.time() <= newest + SETTLED:
+        time.sleep(0.05)

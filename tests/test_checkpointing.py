@@ -7,11 +7,11 @@ import os
 import socket
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
 from conftest import ROOT
+from running import settle
 
 import checkpointing
 from checkpointing import (
@@ -110,12 +110,6 @@ def counted(tmp_path):
         )
 
     return file, identity, calls
-
-
-def settle(file):
-    """Wait until a file is old enough to be remembered."""
-    wait = os.stat(file).st_ctime + checkpointing.SETTLED + 0.05 - time.time()
-    time.sleep(max(wait, 0))
 
 
 def test_unchanged_files_are_not_hashed_again(counted, tmp_path, monkeypatch):

@@ -9,6 +9,8 @@ from ablation import extraction
 from ablation.catalogue import NINE, REPRESENTATION_GROUPS, SPECS
 from ablation.collection import LoraCollection
 from ablation.extraction import Request, extract_features
+from ablation.reading import WeightReader
+from checkpointing import Unfinished
 
 NAMES = [*(name for name in NINE if name != "ensemble"), *REPRESENTATION_GROUPS["product"]]
 WIDTHS = {name: SPECS[name].width for name in NAMES}
@@ -102,3 +104,38 @@ def test_a_layer_that_a_gpu_has_no_room_for_is_described_in_halves(data, monkeyp
     assert {40, 20} == set(sizes)
     for name in NAMES:
         assert torch.allclose(ours[name], theirs[name], rtol=1e-6, atol=1e-7), name
+
+
+def test_a_killed_pass_loses_one_block_of_rows(tmp_path, monkeypatch):
+    monkeypatch.setattr(extraction, "BLOCK_ROWS", 7)
+    data = collect(lora_dataset(n=40))
+    widths = {"stats": 7, "spectral": 32}
+    whole = extraction.extract_features(extraction.Request(data, widths))
+    kept = Unfinished(tmp_path, "features", {"a": 1})
+    real, read = WeightReader.read_layer, []
+
+    def killed(self, layer, start, *rest):
+        read.append(start)
+        if start == 21 and len(read) > 3 * len(data.layers) + 5:
+            raise KeyboardInterrupt
+        return real(self, layer, start, *rest)
+
+    monkeypatch.setattr(WeightReader, "read_layer", killed)
+    with pytest.raises(KeyboardInterrupt):
+        extraction.extract_features(extraction.Request(data, widths), kept=kept)
+    read.clear()
+
+    def counted(self, layer, start, *rest):
+        read.append(start)
+        return real(self, layer, start, *rest)
+
+    monkeypatch.setattr(WeightReader, "read_layer", counted)
+    layers = []
+    again = extraction.extract_features(extraction.Request(data, widths), layers.append, kept)
+    assert sorted(set(read)) == [21, 28, 35] and sum(layers) == pytest.approx(len(data.layers))
+    assert all(torch.equal(again.features[name], whole.features[name]) for name in widths)
+    read.clear()
+    damaged = kept.path("rows14")
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"x")
+    again = extraction.extract_features(extraction.Request(data, widths), kept=kept)
+    assert set(read) == {14} and torch.equal(again.features["stats"], whole.features["stats"])

@@ -4,14 +4,14 @@ import json
 import os
 import re
 import shutil
-import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from builders import lora_dataset, room_for
 from datasets import Dataset
-from running import BOTH, cell_files, folder, interfere, never, snapshot, visible
+from running import BOTH, cell_files, folder, interfere, never, settle, snapshot, visible
 
 import representations
 import visual_ablation_experiment as experiment
@@ -142,7 +142,8 @@ def test_a_layer_set_without_layers_is_refused(run):
 
 def test_few_rows_are_warned_of_in_the_log_and_the_results(run, place):
     status, log = run(
-        dataset="sanity-check", fast=["--num-runs", "1", "--max-epochs", "2", "--hidden-dim", "8"]
+        dataset="sanity-check",
+        fast=["--num-runs", "1", "--max-epochs", "2", "--hidden-dim", "8", "--no-report"],
     )
     assert status == 0 and "WARNING: ten rows or fewer" in log and "no accuracy here means anything" in log
     results = json.loads((folder(place, "sanity-check") / "results.json").read_text())
@@ -185,7 +186,7 @@ def test_a_later_command_keeps_what_an_earlier_one_reported(run, place, monkeypa
 
 @pytest.mark.parametrize("how", ["full", "a file"])
 def test_a_cache_that_cannot_be_written_costs_a_warning_and_no_cell(run, place, monkeypatch, how):
-    time.sleep(2.2)  # the files are old enough for their identity to be remembered
+    settle(*Path("loras").iterdir())
     if how == "a file":
         (place / "cache").write_text("")
     else:

@@ -49,9 +49,9 @@ def start(*flags, prefix=(), **kwargs):
             "--dataset",
             "./loras",
             "--max-epochs",
-            "300",
+            "1000000",  # the first run does not end by itself
             "--patience",
-            "300",
+            "1000000",
             *flags,
         ],
         stdout=subprocess.PIPE,
@@ -79,7 +79,7 @@ def test_signals_end_a_run_with_their_status_and_release_the_folder(run, place, 
     process = start()
     wait_for(process, "[1/18]")
     process.send_signal(number)
-    rest = process.communicate(timeout=60)[0]
+    rest = process.communicate(timeout=600)[0]
     assert process.returncode == status and f"Stopped by {number.name}" in rest and "Traceback" not in rest
     again, log = run("--representations", "stats")
     assert again == 0 and "another process" not in log
@@ -110,13 +110,16 @@ def test_under_nohup_a_hangup_is_ignored_and_the_log_has_whole_lines(place):
         "5",
         "--dataset",
         "loras.parquet",
+        "--representations",
+        "stats",
+        "frequency",
         prefix=["nohup"],
         stdin=subprocess.DEVNULL,
         env={**os.environ, "HF_DATASETS_CACHE": str(place / "hf")},
     )
-    log = wait_for(process, "[1/18]")
+    log = wait_for(process, "[1/4]")
     process.send_signal(signal.SIGHUP)
-    log += process.communicate(timeout=120)[0]
+    log += process.communicate(timeout=600)[0]
     assert (
         process.returncode == 0 and "\r" not in log and "Results: " in log and log.endswith("report.html\n")
     )
@@ -127,9 +130,9 @@ def test_a_second_run_on_the_same_folder_ends_with_status_3(place):
     try:
         wait_for(process, "[1/18]")
         second = start()
-        assert "another process holds" in second.communicate(timeout=60)[0] and second.returncode == 3
+        assert "another process holds" in second.communicate(timeout=600)[0] and second.returncode == 3
         third = start("--status")
-        assert "PROGRESS SUMMARY" in third.communicate(timeout=60)[0] and third.returncode == 0
+        assert "PROGRESS SUMMARY" in third.communicate(timeout=600)[0] and third.returncode == 0
     finally:
         process.kill()
         process.communicate()

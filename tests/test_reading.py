@@ -190,7 +190,9 @@ def test_finite_is_what_numpy_calls_finite(values):
     values = np.array(values, dtype=np.float32)
     for signed in (values, -values):
         target = np.empty_like(signed)
-        assert reading.copy_largest(signed, target) == np.where(np.isnan(signed), np.inf, np.abs(signed)).max()
+        assert (
+            reading.copy_largest(signed, target) == np.where(np.isnan(signed), np.inf, np.abs(signed)).max()
+        )
         assert np.array_equal(target, signed, equal_nan=True)
 
 

@@ -73,13 +73,11 @@ def finished(tmp_path_factory, coarse_figures):
         "--num-runs",
         "3",
         "--max-epochs",
-        "30",
+        "60",
         "--hidden-dim",
         "64",
         "--batch-size",
-        "32",
-        "--learning-rate",
-        "0.003",
+        "16",
         "--representations",
         "stats",
         "frequency",
@@ -451,7 +449,7 @@ def test_an_unfinished_run_and_one_with_failures_are_shown_as_they_are(finished,
     for path in [*copy.glob("checkpoints/visual_only_*.json"), copy / "checkpoints" / "text_only_stats.json"]:
         path.unlink()
     (copy / "checkpoints" / "text_only_frequency.json").write_text("{")
-    write.write_report(copy, ("html",))
+    write.write_report(copy)
     words = " ".join("".join(Page((copy / "report.html").read_text()).text).split())
     assert (
         "Not finished: " in words

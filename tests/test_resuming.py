@@ -6,15 +6,16 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 from builders import lora_dataset
-from running import FAST, SCRIPT, cell_files, checkpoints, experiment_data, folder, never, snapshot, visible
+from running import FAST, SCRIPT, cell_files, checkpoints, experiment_data, folder, never, settle, snapshot
 
 from ablation.catalogue import SPECS
 from ablation.reading import WeightReader
+from checkpointing import CRASH
 
 # --- resuming
 
@@ -186,14 +187,10 @@ def test_killed_in_the_middle_and_rerun_equals_a_run_that_was_not(run, place):
     run("--output-dir", "whole")
     command = [sys.executable, str(SCRIPT), "--dataset", "./loras", *FAST, "--output-dir", "killed"]
     done = folder(place, output="killed") / "checkpoints"
-    with open("log", "w") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log)
-        while process.poll() is None and (not done.exists() or len(visible(done)) < 5):
-            time.sleep(0.005)
-        process.kill()
-    assert process.wait() == -signal.SIGKILL
+    killed = subprocess.run(command, capture_output=True, env={**os.environ, CRASH: "committed 5"})
+    assert killed.returncode == -signal.SIGKILL
     finished = snapshot(done)
-    assert 5 <= len(finished) < 18
+    assert len(finished) == 5
     status, log = run("--output-dir", "killed")
     assert status == 0 and f"Will run {18 - len(finished)} remaining..." in log
     assert {name: content for name, content in snapshot(done).items() if name in finished} == finished
@@ -216,7 +213,7 @@ def test_a_data_set_rebuilt_at_the_same_path_gets_neither_old_cells_nor_old_feat
 
 
 def test_one_row_changed_in_place_is_noticed(run, place):
-    time.sleep(2.2)  # the files are old enough for their identity to be remembered
+    settle(*Path("loras").iterdir())
     run("--representations", "stats")
     assert any((place / ".feature_cache" / "identities").iterdir())
     (file,) = (place / "loras").glob("*.arrow")
@@ -246,7 +243,8 @@ def test_the_same_data_moved_keeps_its_features(run, place, monkeypatch):
 def test_a_parquet_file_rebuilt_at_the_same_path_is_noticed(run, place):
     lora_dataset(n=40).to_parquet("loras.parquet")
     run("--representations", "stats", dataset="loras.parquet")
-    time.sleep(0.05)
     lora_dataset(n=40, seed=3).to_parquet("loras.parquet")
+    later = os.stat("loras.parquet").st_mtime_ns + 10**9  # however fast this was
+    os.utime("loras.parquet", ns=(later, later))
     status, log = run("--representations", "stats", dataset="loras.parquet")
     assert status == 2 and "the weights of the data set changed" in log

@@ -255,7 +255,10 @@ def test_a_plan_counts_products_and_fits(run, place):
     _, audited = run(
         "--dry-run", "--representations", "nine", "product", "--audit", "gauge", "noise", dataset="./many"
     )
-    assert memory(audited) == pytest.approx(2.8 * memory(plain), rel=0.1) and "kernel_ridge" not in plain.split("Output folder")[1]
+    assert (
+        memory(audited) == pytest.approx(2.8 * memory(plain), rel=0.1)
+        and "kernel_ridge" not in plain.split("Output folder")[1]
+    )
 
 
 # --- layer sets

@@ -148,7 +148,7 @@ def test_bad_files_are_refused(tmp_path, content, reason):
     with pytest.raises(InputError, match=reason):
         parse("--config", str(tmp_path / "a.yaml"), "--dropout", "0.5")
     for absent in (str(tmp_path / "absent.yaml"), ""):
-        with pytest.raises(InputError, match="--config is empty|cannot read --config"):
+        with pytest.raises(InputError, match=r"--config is empty|cannot read --config"):
             parse("--config", absent)
 
 

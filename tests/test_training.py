@@ -15,6 +15,7 @@ from ablation.settings import InputError, TrainingSettings
 from ablation.splits import Split
 from ablation.task import Listener, Task, TrainingError
 from ablation.training import prepare, resolve_training, standardise, train_sequential
+from checkpointing import Unfinished
 
 SILENT = Listener()
 SMALL = TrainingSettings(
@@ -529,3 +530,90 @@ def test_classes_weigh_alike_in_both_trainers_where_rows_are_weighted():
     assert_same_runs(sequential, packed)
     plain = train_sequential(prepare(task._replace(is_weighted=False), "cpu"), SMALL, SILENT)
     assert plain[0].train_loss != sequential[0].train_loss
+
+
+# --- what a kill leaves of a cell
+
+
+def interrupted(settings, kept, epochs, task):
+    """Train, and end as a kill would after so many epochs of all runs together."""
+    seen = []
+
+    def on_epoch(run):
+        seen.append(run.seed)
+        if len(seen) == epochs:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        training.train_runs(task, settings, "cpu", Listener(on_epoch=on_epoch), kept)
+    return seen
+
+
+def same_to_the_bit(ours, theirs):
+    for a, b in zip(ours.runs, theirs.runs, strict=True):
+        assert (a.seed, a.best_epoch, a.train_loss) == (b.seed, b.best_epoch, b.train_loss)
+        assert (a.val_accuracy, a.learning_rate) == (b.val_accuracy, b.learning_rate)
+        assert a.predictions.keys() == b.predictions.keys()
+        assert all(np.array_equal(a.predictions[rows], b.predictions[rows]) for rows in a.predictions)
+    assert ours.trained_dim == theirs.trained_dim
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize("epochs", [1, 4, 40, 50])
+def test_a_killed_pack_goes_on_with_the_same_numbers(tmp_path, monkeypatch, dropout, epochs):
+    settings = dataclasses.replace(
+        SMALL, trainer="packed", dropout=dropout, patience=11, max_epochs=40, batch_size=19
+    )
+    x, labels, split = problem(dtype=torch.float32)
+    task = Task(x, labels, split, 3, {"changed": x[:5]})
+    whole = training.train_runs(task, settings)
+    monkeypatch.setattr(packed, "KEEP_SECONDS", 0.0)
+    kept = Unfinished(tmp_path, "cell", {"a": 1})
+    ended = [interrupted(settings, kept, epochs, task), interrupted(settings, kept, 5, task)]
+    assert epochs < sum(len(run.train_loss) for run in whole.runs)
+    trained = []
+    again = training.train_runs(task, settings, "cpu", Listener(on_epoch=trained.append), kept)
+    same_to_the_bit(again, whole)
+    lost = sum(map(len, ended)) + len(trained) - sum(len(run.train_loss) for run in whole.runs)
+    assert 0 <= lost <= 2 * 3, "of each kill the epoch at work is lost, of three runs"
+    other = Unfinished(tmp_path, "cell", {"a": 2})
+    same_to_the_bit(training.train_runs(task, settings, "cpu", SILENT, other), whole)
+
+
+def test_a_pack_is_kept_now_and_then(tmp_path, monkeypatch):
+    saved, real = [], Unfinished.save
+    monkeypatch.setattr(Unfinished, "save", lambda self, *what: (saved.append(what[0]), real(self, *what)))
+    settings = dataclasses.replace(SMALL, trainer="packed")
+    x, labels, split = problem()
+    kept = Unfinished(tmp_path, "cell", {})
+    training.train_runs(Task(x, labels, split, 3), settings, "cpu", SILENT, kept)
+    assert saved == [], "it was over long before the first time"
+    monkeypatch.setattr(packed, "KEEP_SECONDS", 0.0)
+    runs = training.train_runs(Task(x, labels, split, 3), settings, "cpu", SILENT, kept).runs
+    assert saved == ["pack"] * max(len(run.train_loss) for run in runs)
+
+
+def test_finished_runs_of_a_killed_cell_are_used_again(tmp_path):
+    settings = dataclasses.replace(SMALL, num_runs=5, dropout=0.5)
+    x, labels, split = problem(dtype=torch.float32)
+    task = Task(x, labels, split, 3, {"changed": x[:5]})
+    whole = training.train_runs(task, settings)
+    lengths = [len(run.train_loss) for run in whole.runs]
+    kept = Unfinished(tmp_path, "cell", {})
+    interrupted(settings, kept, sum(lengths[:3]) + 2, task)
+    stored = {path.name for path in kept.folder.glob("run*")}
+    assert 2 <= len(stored) <= 4
+    trained = []
+    again = training.train_runs(task, settings, "cpu", Listener(on_epoch=trained.append), kept)
+    same_to_the_bit(again, whole)
+    assert {f"run{run.seed}.safetensors" for run in trained} & stored == set()
+
+
+@pytest.mark.parametrize("steps", [1, 7, 8, 9, 40])
+def test_dropout_after_some_steps_is_that_of_a_run_that_took_them(steps):
+    settings, like = dataclasses.replace(SMALL, dropout=0.5), torch.zeros(1)
+    drawn = mlp.dropout_factors(5, 16, settings, like)
+    later = mlp.dropout_factors(5, 16, settings, like, steps)
+    for _ in range(steps):
+        next(drawn)
+    assert all(torch.equal(next(drawn), next(later)) for _ in range(20))

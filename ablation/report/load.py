@@ -13,7 +13,7 @@ from ablation.fields import InputError
 from ablation.log import describe_error
 from ablation.results import collect
 from ablation.settings import TrainingSettings
-from checkpointing import ResultStore, hash_of, parse_json, read_bytes, read_own
+from checkpointing import ResultStore, hash_of, parse_json, read_bytes
 
 Results = dict[str, Any]
 
@@ -60,12 +60,13 @@ def read_results(path: Path) -> tuple[bytes, Results]:
     Raises InputError if it is damaged.
     """
     try:
-        return read_bytes(path), read_own(path)
+        content = read_bytes(path)
+        return content, parse_json(content)
     except FileNotFoundError:
         return b"", {}
     except OSError as error:
         raise InputError(f"'{path}' cannot be read ({error.strerror or error}): {REMEDY}") from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise InputError(f"'{path}' is damaged ({error}): {REMEDY}") from error
 
 
@@ -74,25 +75,28 @@ REMEDY = "rerun the experiment's command, which makes it anew from the checkpoin
 
 @contextlib.contextmanager
 def refusing_other_shapes(folders: list[Path]) -> Iterator[None]:
-    """Raise InputError for an error over a results.json without a checksum, whose entries may have any shape.
+    """Raise InputError for an error over a results.json that was not left as this program wrote it.
 
-    One with a checksum is as this program wrote it: then the error is the program's own, and goes on.
+    Over one that was, by its checksum, the error is the program's own and goes on.
     """
     try:
         yield
     except (AttributeError, LookupError, TypeError, ValueError, ArithmeticError, RecursionError) as error:
-        foreign = [str(folder / "results.json") for folder in folders if not has_checksum(folder)]
+        foreign = [str(folder / "results.json") for folder in folders if is_foreign(folder)]
         if not foreign:
             raise
         names, what = "' or '".join(foreign), describe_error(error)
         raise InputError(f"'{names}' has entries of another shape ({what}): {REMEDY}") from error
 
 
-def has_checksum(folder: Path) -> bool:
-    """True for a folder's results.json that says its own hash, and where there is none."""
+def is_foreign(folder: Path) -> bool:
+    """True for a folder's results.json whose checksum is not that of its content."""
     try:
-        return "checksum" in parse_json(read_bytes(folder / "results.json"))
+        results = parse_json(read_bytes(folder / "results.json"))
+        return results.pop("checksum", None) != hash_of(results)
     except FileNotFoundError:
+        return False
+    except RecursionError:  # this program nests nothing so deeply
         return True
 
 

@@ -265,8 +265,8 @@ def inline_svg(figure: Figure, name: str, title: str) -> str:
     from ablation.report.style import INK, PAPER
 
     out = io.StringIO()
-    literal = {"svg.fonttype": "none", "text.parse_math": False}
-    with matplotlib.rc_context({"svg.hashsalt": name, **literal}):
+    literal: Any = {"svg.hashsalt": name, "svg.fonttype": "none", "text.parse_math": False}
+    with matplotlib.rc_context(literal):
         figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
     svg = out.getvalue()
     svg = svg[svg.index("<svg") :]
