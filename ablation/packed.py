@@ -241,9 +241,6 @@ class PackedTraining:
         try:
             while self.alive:
                 self.train_epoch(epoch, listener)
-                if kept and time.monotonic() - last_kept >= KEEP_SECONDS:
-                    kept.save("pack", self.arrays())
-                    last_kept = time.monotonic()
                 staying = [
                     i for i, r in enumerate(self.alive) if not has_stopped(self.runs[r], self.settings)
                 ]
@@ -252,6 +249,9 @@ class PackedTraining:
                     self.pack.keep(staying)
                     epoch.steps.clear()  # recorded steps hold a GPU's memory
                     epoch = PackedEpoch(self.pack, self.x_train, self.y_train, self.weights_C)
+                if kept and self.alive and time.monotonic() - last_kept >= KEEP_SECONDS:
+                    kept.save("pack", self.arrays())
+                    last_kept = time.monotonic()
         finally:
             epoch.steps.clear()
 
