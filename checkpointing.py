@@ -69,8 +69,11 @@ class CannotWrite(OSError):
 
 
 def canonical(value: Any) -> bytes:
-    """JSON with one spelling for equal values."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+    """JSON with one spelling for equal values. Raises ValueError for what is nested too deeply."""
+    try:
+        return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
 
 
 def hash_of(value: Any) -> str:
@@ -249,24 +252,33 @@ def append_event(path: Path, **event) -> None:
     """
     with unstoppable(), writing_to(path), path.open("ab+") as file:
         whole = file.tell() == 0 or (file.seek(-1, os.SEEK_END), file.read(1))[1] == b"\n"
-        line = json.dumps({"time": utc_now(), **event})
+        line = json.dumps(with_check({"time": utc_now(), **event}))
         file.write(f"{'' if whole else chr(10)}{line}\n".encode())
+
+
+def with_check(event: dict) -> dict:
+    """An event with a short hash of it."""
+    bare = {name: value for name, value in event.items() if name != "check"}
+    return {**bare, "check": hash_of(bare)[:8]}
 
 
 def read_events(path: Path) -> list[dict]:
     """The whole lines of a file that `append_event` wrote; what a kill or a disk damaged is left out."""
-    events = []
     try:
         lines = read_bytes(path).splitlines()
     except OSError:
         return []
-    for line in lines:
-        with contextlib.suppress(ValueError):
-            event = parse_json(line)
-            time.strptime(str(event.get("time")), TIME)
-            if isinstance(event.get("event"), str):
-                events.append(event)
-    return events
+    return [event for event in map(event_in, lines) if event]
+
+
+def event_in(line: bytes) -> dict:
+    """The event in a line; {} if it is damaged."""
+    with contextlib.suppress(ValueError):
+        event = parse_json(line)
+        time.strptime(str(event.get("time")), TIME)
+        if isinstance(event.get("event"), str) and ("check" not in event or with_check(event) == event):
+            return event
+    return {}
 
 
 TIME = "%Y-%m-%dT%H:%M:%SZ"
@@ -403,17 +415,18 @@ def read_arrays(path: Path) -> tuple[dict[str, np.ndarray], dict]:
         with safe_open(path, framework="numpy") as file:
             made_with = parse_json((file.metadata() or {}).get("description", "").encode())
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
-    except (SafetensorError, TypeError, KeyError) as error:
+    except (SafetensorError, TypeError, KeyError, AttributeError) as error:  # also a type that NumPy lacks
         raise ValueError(str(error)) from error
-    if made_with.pop("payload", None) != hash_of_arrays(arrays):
+    payload, right = made_with.pop("payload", None), [hash_of_arrays(arrays)]
+    if list(arrays) == ["features"]:  # as an earlier version wrote it; FeatureCache compares shape and type
+        right.append(hash_of(arrays["features"]))
+    if payload not in right:
         raise ValueError("its content does not match its hash")
     return arrays, made_with
 
 
 def hash_of_arrays(arrays: dict[str, np.ndarray]) -> str:
-    """A hash of the arrays with their names and shapes; of a single one, of its values alone."""
-    if len(arrays) == 1:
-        return hash_of(*arrays.values())
+    """A hash of the arrays with their names, types and shapes."""
     return hash_of([[name, str(x.dtype), list(x.shape), hash_of(x)] for name, x in sorted(arrays.items())])
 
 
@@ -462,6 +475,7 @@ def holding(folder: Path) -> Iterator[None]:
     """Hold a folder for one process.
     Raises Held if another process does, Refused if it cannot be written to.
     """
+    refuse_place(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         refuse_unwritable(folder)
@@ -482,11 +496,14 @@ def holding(folder: Path) -> Iterator[None]:
         yield
 
 
+LONGEST_FILE = "x" * 200  # no file of an output folder has a longer name
+
+
 def refuse_place(folder: Path) -> None:
     """Raise Refused if a folder cannot be made or written to, as far as can be told without writing."""
     try:
         with contextlib.suppress(FileNotFoundError):
-            folder.lstat()
+            (folder / "predictions" / LONGEST_FILE).lstat()
         present = next(path for path in (folder, *folder.absolute().parents) if path.exists())
         if not present.is_dir():
             raise NotADirectoryError(errno.ENOTDIR, "Not a directory")
@@ -588,6 +605,8 @@ class Unfinished:
             arrays, made_with = read_arrays(path)
         except (OSError, ValueError) as error:
             log.info(f"{path} is damaged and not used: {error}")
+            with contextlib.suppress(OSError):
+                remove_tree(path)  # a folder in its place cannot be replaced
             return None
         return arrays if made_with == self.made_with else None
 
@@ -651,6 +670,8 @@ class ResultStore:
             raise ValueError("no checksum")
         if record["checksum"] != hash_of({k: v for k, v in record.items() if k != "checksum"}):
             raise ValueError("its content does not match its hash")
+        if not all(isinstance(record.get(key, {}), dict) for key in ("asked", "made_with")):
+            raise ValueError("it does not say what it was made with")
         if record["cell"] != name:
             raise ValueError(f"it is the checkpoint of {record['cell']}")
         if record["predictions_hash"] != hash_of(read_bytes(self.predictions_path(name))):
@@ -677,7 +698,7 @@ class ResultStore:
             return State("damaged", " ".join(str(error).split()) or type(error).__name__)
         # Cells that were made before there were other kinds of split, or folds, do not speak of them.
         older = {"split_kind": "random", "folds": 0, "partitions": 1}
-        made_with = older | record.get("asked", {}) | record["made_with"]
+        made_with = older | record.get("asked", {}) | record.get("made_with", {})
         changed = differences(made_with, requested)
         return State("stale", "; ".join(changed), record) if changed else State("done", record=record)
 
@@ -705,7 +726,8 @@ class ResultStore:
         """
         for name in FILES:
             path = self.folder / name
-            if os.path.lexists(path) and not path.is_file() and not is_dangling(path):
+            replaced = is_dangling(path) and name != "events.jsonl"  # which is appended to
+            if os.path.lexists(path) and not path.is_file() and not replaced:
                 raise Refused(f"{path} is no file: move it away, or choose another --output-dir")
         for name in (*FOLDERS, *LATER_FOLDERS):
             path = self.folder / name
@@ -733,7 +755,8 @@ class ResultStore:
         """
         target = self.set_aside_path(self.path(name), reason)
         if os.path.lexists(self.predictions_path(name)):
-            os.replace(self.predictions_path(name), target.with_suffix(".npz"))
+            with writing_to(target):
+                os.replace(self.predictions_path(name), target.with_suffix(".npz"))
         return target
 
     def set_aside_path(self, path: Path, reason: str) -> Path:
@@ -779,7 +802,7 @@ class ResultStore:
                     target = self.set_aside(name, f"{state.kind}: {state.why}")
                 new_path = target.relative_to(self.folder)
                 lines.append(f"Set aside {state.kind} checkpoint {name} ({state.why}) as {new_path}")
-        return lines + self.clear_foreign(requested)
+        return lines + self.clear_foreign(requested) + self.repair_events()
 
     def clear_foreign(self, known: Collection[str]) -> list[str]:
         """Set aside what is no checkpoint of a cell; returns one line for each file that was moved."""
@@ -800,6 +823,26 @@ class ResultStore:
             f"Set aside {path.relative_to(self.folder)} ({reason}) as {target.relative_to(self.folder)}"
             for path, reason, target in moved
         ]
+
+    def repair_events(self) -> list[str]:
+        """Set events.jsonl aside if it has damaged lines, and write the whole ones anew.
+        Returns one line for the log if so.
+        """
+        path = self.folder / "events.jsonl"
+        if not path.exists():
+            return []
+        lines = read_bytes(path).splitlines(keepends=True)
+        whole = [line for line in lines if event_in(line)]
+        if len(whole) == len(lines) and b"".join(lines[-1:]).endswith(b"\n"):
+            return []
+        target = self.set_aside_path(path, f"damaged: {len(lines) - len(whole)} of its lines are not whole")
+        write_bytes(path, b"".join(whole))
+        return [f"Set aside damaged events.jsonl as {target.relative_to(self.folder)}; whole lines are kept"]
+
+    def remove_unfinished_of(self, names: Iterable[str]) -> None:
+        """Remove what a kill right after the commit of these cells left of their runs."""
+        for name in names:
+            Unfinished(self.folder, name, {}).remove()
 
     def read_own(self, name: str) -> dict:
         """A file of this folder as `read_own` gives it; one that is damaged is set aside, and {} returned."""

@@ -18,6 +18,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ablation.analysis_plan import announce_plan
@@ -60,6 +61,10 @@ def main(argv: list[str] | None = None) -> int:
 
 def answer(argv: list[str] | None) -> int:
     """Answer a question, or run the experiment. Returns the exit status."""
+    try:
+        Path.cwd()
+    except FileNotFoundError:
+        raise InputError("the working folder is gone: change to another one") from None
     settings, actions = parse_command_line(argv, __doc__)
     if actions.status:
         return watch_status(settings) if actions.watch else print_status(settings)
@@ -173,6 +178,7 @@ def finish(context: Context, ledger: Ledger) -> int:
             why = f": {state.why}" if state.why else ""
             ledger.failures[cell] = f"its files are {state.kind} at the end of the run{why}"
             log.error(f"{cell.name} FAILED: {ledger.failures[cell]}")
+    store.remove_unfinished_of(cell.trained.name for cell in ledger.cells if cell not in ledger.failures)
     text = save_results(context, ledger)
     status = 1 if ledger.failures else 0
     write_manifest(context, ledger, status, "failed cells" if status else "finished")

@@ -20,6 +20,20 @@ from safetensors import SafetensorError, deserialize, safe_open
 
 from ablation.adapter_names import COMPONENTS, own_name, parse_key, style_of
 
+LONGEST_PATTERN = 300  # characters of a regular expression in a file
+# What a file of a foreign program can raise as its scales are read.
+UNREADABLE = (
+    OSError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    RecursionError,
+    ArithmeticError,
+    re.error,
+)
+REPEATED_REPEAT = re.compile(r"[+*}]\)+[+*{]")  # such as (a+)+, whose search takes exponential time
+
 
 class BadFile(Exception):
     """Why a file cannot become a row, in one line."""
@@ -235,7 +249,7 @@ def scales_of(path: Path, layout: Layout, tensors: dict, metadata: dict[str, str
         raise BadFile(
             "no adapter_config.json beside it, so its alpha is unknown: add it, or build with --alpha ignore"
         ) from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except UNREADABLE as error:
         raise BadFile(f"its alpha cannot be read ({type(error).__name__}: {error})") from error
     return scales
 
@@ -259,6 +273,9 @@ def peft_scale(config: dict, module: str, rank: int) -> float:
     `alpha_pattern` maps ends of module names, or regular expressions, to alphas.
     """
     patterns = config.get("alpha_pattern") or {}
+    endless = [end for end in patterns if len(end) > LONGEST_PATTERN or REPEATED_REPEAT.search(end)]
+    if endless:
+        raise ValueError(f"alpha_pattern '{endless[0][:LONGEST_PATTERN]}' could be searched for without end")
     alpha = next(
         (value for end, value in patterns.items() if re.match(rf"(.*\.)?({end})$", module)),
         config["lora_alpha"],

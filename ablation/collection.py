@@ -271,8 +271,11 @@ def values_of(stored: pa.ChunkedArray, column: str) -> list:
     The formatter's NumPy would drop trailing NULs and wrap uint64.
     """
     try:
+        stored.validate(full=True)  # offsets that point nowhere would end the process
         return stored.to_pylist()
-    except UnicodeDecodeError:
+    except (UnicodeDecodeError, pa.ArrowInvalid) as damage:
+        if "UTF8" not in str(damage):
+            raise InputError(f"column '{column}' is damaged: {damage}") from None
         for row, value in enumerate(stored):
             try:
                 value.as_py()

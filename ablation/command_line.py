@@ -267,7 +267,7 @@ def read_yaml(path: str) -> dict[str, Any]:
         values = yaml.load(stream, UniqueKeyLoader)  # a SafeLoader makes plain objects only
     except RecursionError:
         raise InputError(f"cannot read --config {path}: it is nested too deeply") from None
-    except KeyError as error:  # a tag that forbids its value, such as !!bool maybe
+    except LookupError as error:  # a tag that forbids its value, such as !!bool maybe
         raise InputError(f"cannot read --config {path}: {error} is not what its tag says") from None
     except (OSError, ValueError, TypeError, AttributeError, OverflowError, yaml.YAMLError) as error:
         raise InputError(f"cannot read --config {path}: {' '.join(str(error).split())}") from None

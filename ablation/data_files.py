@@ -217,7 +217,7 @@ def headers_of(name: str, files: Iterable[Path]) -> FileHeaders:
     for file in files:
         try:
             count, head, schema = rows_and_schema(file)
-        except (OSError, pa.ArrowException) as error:
+        except (OSError, ValueError, pa.ArrowException) as error:  # also names that are no UTF-8
             problem = f"{file} cannot be read ({reason_of(error)})"
             raise InputError(f"cannot load data set '{name}': {problem}") from None
         twice = [column for column in schema.names if schema.names.count(column) > 1]
@@ -250,6 +250,8 @@ def rows_and_schema(file: Path) -> tuple[int, pa.RecordBatch | None, pa.Schema]:
     with pa.memory_map(str(file)) as source:
         schema, batches = read_arrow(source)
         first = next((batch.slice(0, 1) for batch in batches if len(batch)), None)
+        if first is not None:
+            first.validate(full=True)  # offsets that point nowhere would end the process
         return sum(map(len, batches)), first, schema
 
 

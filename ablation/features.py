@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import os
@@ -22,7 +23,16 @@ from ablation.fields import InputError
 from ablation.log import Progress, describe_error
 from ablation.reading import BLOCK_ROWS
 from ablation.task import TrainingError
-from checkpointing import CannotWrite, FeatureCache, Unfinished, hash_of, locked, make_folder
+from checkpointing import (
+    CannotWrite,
+    FeatureCache,
+    Held,
+    Unfinished,
+    hash_of,
+    locked,
+    make_folder,
+    remove_tree,
+)
 
 if TYPE_CHECKING:
     from ablation.context import Context
@@ -151,6 +161,7 @@ def extract_absent(context: Context, names: list[str], features: Features) -> di
     stored = [name for name in names if os.path.lexists(cache.path(name))]
     load_cached(context, cache, stored, features)
     if features.computed.keys() >= set(names):
+        remove_blocks(cache)
         return {}
     with locked(cache.folder / "features"):  # of several commands that share the cache one does the work
         late = [name for name in names if name not in stored and os.path.lexists(cache.path(name))]
@@ -163,6 +174,13 @@ def extract_absent(context: Context, names: list[str], features: Features) -> di
         if kept:
             kept.remove()
     return errors
+
+
+def remove_blocks(cache: FeatureCache) -> None:
+    """Remove the blocks of a pass that was killed at its end, unless another process has a pass."""
+    if (cache.folder / ".unfinished").exists():
+        with contextlib.suppress(Held), locked(cache.folder / "features", wait=False):
+            remove_tree(cache.folder / ".unfinished")
 
 
 def kept_blocks(context: Context, cache: FeatureCache, names: list[str]) -> Unfinished | None:

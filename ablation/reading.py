@@ -74,6 +74,10 @@ def unlist(array: pa.Array, size: int, lists_per_row: int, column: str, first_ro
     `lists_per_row` lists belong to one row. Consecutive offsets are compared one by one, because ragged rows
     can have the right total. Raises InputError naming the column and the row.
     """
+    try:
+        array.validate()  # whether the offsets lie in the values
+    except pa.ArrowInvalid as error:
+        raise InputError(f"column '{column}', row {first_row}: the file is damaged: {error}") from None
     refuse_nulls(array, lists_per_row, column, first_row)
     is_fixed = pa.types.is_fixed_size_list(array.type)
     offsets = np.array([0, array.type.list_size]) if is_fixed else array.offsets.to_numpy()

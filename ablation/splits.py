@@ -94,7 +94,7 @@ def split_rows(
         return grouped_split(labels, groups, spec.seed)
     except ValueError:  # scikit-learn's words do not name the class
         if groups is not None and spec.kind == "grouped":
-            problem = f"the data set has {len(np.unique(groups))} groups, four or more are needed"
+            problem = f"the data set has {len(np.unique(groups))} groups, 11 or more are needed"
         else:
             numbers, counts = np.unique(labels, return_counts=True)
             smallest = numbers[counts.argmin()]

@@ -12,7 +12,7 @@ from ablation.settings import setting_fields
 FILES = sorted(
     path for pattern in ("*.py", "ablation/**/*.py", "scripts/*.py") for path in ROOT.glob(pattern)
 )
-TOOLS = ("report", "making", "inspection", "benchmark")
+TOOLS = ("report", "making", "inspection", "benchmark", "endurance")
 TREES = {path: ast.parse(path.read_text()) for path in FILES}
 
 

@@ -529,10 +529,9 @@ def test_controls_that_the_data_set_has_nothing_for_are_skipped_and_said(run, pl
     assert [cell["cell"] for cell in results["skipped_cells"]] == [
         "no_layers_metadata"
     ] and "up_only_stats.json" in checkpoints(place)
-    assert (
-        "no_layers_metadata"
-        not in run("--representations", "stats", "--controls", "--output-dir", "new", "--dry-run")[1]
-    )
+    planned = run("--representations", "stats", "--controls", "--output-dir", "new", "--dry-run")[1]
+    skipped, cells = planned.split("PROGRESS SUMMARY")
+    assert "no_layers_metadata" in skipped and "no_layers_metadata" not in cells
     status, log = run("--representations", "stats", "--split", "grouped")
     assert status == 2 and "--split grouped needs a column of groups" in log
     rows = lora_dataset(n=40).to_dict() | {"num_images": [4] * 40, "steps": list(range(40))}

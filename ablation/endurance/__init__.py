@@ -1,0 +1,1 @@
+"""The program killed, damaged and interrupted over and over: does it keep its promises?"""
