@@ -496,14 +496,14 @@ def holding(folder: Path) -> Iterator[None]:
         yield
 
 
-LONGEST_FILE = "x" * 200  # no file of an output folder has a longer name
+LONGEST_FILE = "x" * 212  # no path of a file within an output folder is longer
 
 
 def refuse_place(folder: Path) -> None:
     """Raise Refused if a folder cannot be made or written to, as far as can be told without writing."""
     try:
         with contextlib.suppress(FileNotFoundError):
-            (folder / "predictions" / LONGEST_FILE).lstat()
+            (folder / LONGEST_FILE).lstat()
         present = next(path for path in (folder, *folder.absolute().parents) if path.exists())
         if not present.is_dir():
             raise NotADirectoryError(errno.ENOTDIR, "Not a directory")

@@ -1,6 +1,7 @@
 """Signals, pipes and terminals."""
 
 import contextlib
+import json
 import os
 import shlex
 import signal
@@ -12,6 +13,7 @@ from builders import lora_dataset
 from conftest import ROOT
 from running import FAST, SCRIPT, folder, interfere, visible
 
+import checkpointing
 from ablation import stopping
 
 
@@ -81,6 +83,7 @@ def test_signals_end_a_run_with_their_status_and_release_the_folder(run, place, 
     process.send_signal(number)
     rest = process.communicate(timeout=600)[0]
     assert process.returncode == status and f"Stopped by {number.name}" in rest and "Traceback" not in rest
+    assert json.loads((folder(place) / "manifest.json").read_text())["ended"] == number.name
     again, log = run("--representations", "stats")
     assert again == 0 and "another process" not in log
     assert not list((place / "visual-ablation-results").rglob("*.tmp"))
@@ -96,6 +99,77 @@ def test_a_stop_that_a_library_swallowed_ends_the_run_at_the_next_epoch(run, pla
     with pytest.raises(SystemExit) as ended:
         run("--representations", "stats", "frequency")
     assert ended.value.code == 143 and len(visible(folder(place) / "checkpoints")) == 2
+
+
+def test_a_signal_that_a_library_makes_an_error_of_wins(run, place, monkeypatch, capsys):
+    def swallow(*arguments):
+        with contextlib.suppress(SystemExit):
+            stopping.stop(signal.SIGTERM, None)
+        raise ValueError("interrupted system call")
+
+    monkeypatch.setattr(stopping, "stopped_by", None)
+    interfere(monkeypatch, swallow)
+    with pytest.raises(SystemExit) as ended:
+        run("--representations", "stats", "frequency")
+    log = capsys.readouterr().out
+    assert ended.value.code == 143 and "FAILED" not in log and "Traceback" not in log
+    assert "Stopped by SIGTERM" in log and len(visible(folder(place) / "checkpoints")) == 2
+    manifest = json.loads((folder(place) / "manifest.json").read_text())
+    assert manifest["ended"] == "SIGTERM" and manifest["exit_status"] is None
+    assert len(manifest["cells_run"]) == 2
+    last = json.loads((folder(place) / "events.jsonl").read_text().splitlines()[-1])
+    assert (last["event"], last["how"]) == ("ended", "SIGTERM")
+
+
+def test_a_signal_while_the_data_is_opened_is_no_bad_input(run, monkeypatch):
+    def swallow(*arguments):
+        with contextlib.suppress(SystemExit):
+            stopping.stop(signal.SIGTERM, None)
+        raise ValueError("interrupted system call")
+
+    monkeypatch.setattr(stopping, "stopped_by", None)
+    monkeypatch.setattr("datasets.load_from_disk", swallow)
+    with pytest.raises(SystemExit) as ended:
+        run("--representations", "stats")
+    assert ended.value.code == 143
+
+
+def test_a_file_that_is_being_written_is_finished_before_a_signal_ends_the_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(stopping, "stopped_by", None)
+    with pytest.raises(SystemExit), checkpointing.replacing(tmp_path / "a") as temporary:
+        stopping.stop(signal.SIGTERM, None)
+        temporary.write_bytes(b"whole")
+    assert (tmp_path / "a").read_bytes() == b"whole" and visible(tmp_path) == ["a"]
+
+
+LONG_CALL = f"""
+import sys; sys.path.insert(0, {str(ROOT)!r})
+import hashlib
+import checkpointing
+from ablation import stopping
+stopping.GRACE = float(sys.argv[1])
+stopping.handle_signals()
+with stopping.unstoppable():  # a signal that comes before the call does not end it either
+    print("ready", flush=True)
+    hashlib.pbkdf2_hmac("sha256", b"x", b"y", 2**31 - 1)  # one call of C, half an hour long
+"""
+
+
+@pytest.mark.parametrize("grace, sent, status", [(0.2, ["TERM"], 143), (1e6, ["INT", "INT"], 130)])
+def test_a_long_call_of_a_library_does_not_hold_a_signal(tmp_path, grace, sent, status):
+    process = subprocess.Popen(
+        [sys.executable, "-c", LONG_CALL, str(grace)],
+        stdout=subprocess.PIPE,
+        text=True,
+        preexec_fn=default_signals,
+    )
+    wait_for(process, "ready")
+    for name in sent:
+        process.send_signal(getattr(signal, f"SIG{name}"))
+        with contextlib.suppress(subprocess.TimeoutExpired):  # two at the same moment would be one
+            process.wait(0.2)
+    said = process.communicate(timeout=600)[0]
+    assert process.returncode == status and f"Stopped by SIG{sent[0]}" in said
 
 
 @pytest.mark.slow

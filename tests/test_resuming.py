@@ -4,14 +4,28 @@ import json
 import os
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from builders import lora_dataset
-from running import FAST, SCRIPT, cell_files, checkpoints, experiment_data, folder, never, settle, snapshot
+from running import (
+    FAST,
+    SCRIPT,
+    cell_files,
+    checkpoints,
+    experiment_data,
+    folder,
+    never,
+    settle,
+    snapshot,
+    visible,
+    without_times,
+)
 
 from ablation.catalogue import SPECS
 from ablation.reading import WeightReader
@@ -248,3 +262,89 @@ def test_a_parquet_file_rebuilt_at_the_same_path_is_noticed(run, place):
     os.utime("loras.parquet", ns=(later, later))
     status, log = run("--representations", "stats", dataset="loras.parquet")
     assert status == 2 and "the weights of the data set changed" in log
+
+
+# --- what is told and kept besides
+
+
+def test_the_status_says_that_the_data_changed_since(run, place):
+    run("--representations", "stats")
+    assert "changed, moved or were touched" not in run("--representations", "stats", "--status")[1]
+    os.utime(next(Path("loras").glob("*.arrow")), (1, 1))
+    status, log = run("--representations", "stats", "--status")
+    assert status == 0 and "1 files of the data set changed, moved or were touched since the last run" in log
+
+
+def test_cached_features_are_as_readable_as_other_files(run, place):
+    run("--representations", "stats")
+    (features,) = (place / ".feature_cache").rglob("*.safetensors")
+    results = folder(place) / "results.json"
+    assert stat.S_IMODE(features.stat().st_mode) == stat.S_IMODE(results.stat().st_mode)
+
+
+@pytest.mark.parametrize("content", [b"[]", b"null", b"3", b"{", b'{"failed_cells": 3}', b"[" * 100_000])
+@pytest.mark.parametrize("name", ["results.json", "manifest.json"])
+def test_a_damaged_file_of_results_is_set_aside_and_made_again(run, place, name, content):
+    run("--representations", "stats")
+    path = folder(place) / name
+    before = without_times(json.loads(path.read_text()))
+    path.write_bytes(content)
+    status, log = run("--representations", "stats", "frequency")
+    assert status == 0 and "Traceback" not in log
+    assert run("--representations", "stats")[0] == 0
+    if name == "results.json":
+        assert [p.read_bytes() for p in path.parent.glob("set_aside/results.*.json")] == [content]
+        again = without_times(json.loads(path.read_text()))
+        assert again["label_mapping"] == before["label_mapping"]
+        assert [row["cell"] for row in again["all_layers_results"]] == [
+            "all_layers_stats",
+            "all_layers_frequency",
+        ]
+    else:
+        assert json.loads(path.read_text())["ended"] == "finished"
+
+
+def test_a_cached_identity_that_is_nested_deeply_is_made_again(run, place):
+    settle(*Path("loras").iterdir())
+    run("--representations", "stats")
+    (memory,) = (place / ".feature_cache" / "identities").iterdir()
+    good = memory.read_bytes()
+    memory.write_bytes(b"[" * 100_000)
+    assert run("--representations", "stats")[0] == 0 and memory.read_bytes() == good
+
+
+@pytest.mark.parametrize(
+    "name", ["results.txt", "results.json", "manifest.json", "events.jsonl", "report.html"]
+)
+def test_a_folder_where_a_file_belongs_is_refused_before_training(run, place, name):
+    (folder(place) / name).mkdir(parents=True)
+    status, log = run("--representations", "stats")
+    assert status == 2 and f"{name} is no file: move it away" in log and "Run 1" not in log
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "predictions", "set_aside", ".unfinished", "figures"])
+def test_a_file_where_a_folder_belongs_is_refused_before_training(run, place, name):
+    folder(place).mkdir(parents=True)
+    (folder(place) / name).write_text("")
+    status, log = run("--representations", "stats")
+    assert status == 2 and f"{name} is no folder: move it away" in log and "Run 1" not in log
+
+
+def test_foreign_files_do_not_count_as_finished_cells(run, place):
+    run("--representations", "stats")
+    done = folder(place) / "checkpoints"
+    (done / "notes.txt").write_text("mine")
+    (done / "all_layers_magic.json").write_text("{}")
+    (done / "a_folder").mkdir()
+    status, log = run("--representations", "stats")
+    assert status == 0 and log.count("Set aside checkpoints/") == 3
+    assert visible(done) == ["all_layers_stats.json", "visual_only_stats.json"]
+    assert (folder(place) / "set_aside" / "notes.1.txt").exists()
+
+
+def test_one_core_or_two_give_the_same_numbers(run, place, monkeypatch):
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        run("--output-dir", f"with{threads}", "--no-cache-features", "--representations", "nine", "product")
+    torch.set_num_threads(1)
+    assert cell_files(place, output="with1") == cell_files(place, output="with2")

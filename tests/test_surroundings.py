@@ -151,7 +151,6 @@ def test_without_stdin_stdout_stderr_and_terminal(place):
     assert done.returncode == 0 and (folder(place) / "results.txt").exists()
 
 
-@pytest.mark.xfail(strict=False, reason="fault 9 of the notes")
 def test_a_working_folder_that_is_gone_matters_only_to_relative_paths(place):
     flags = ["--output-dir", str(place / "out"), "--cache-dir", str(place / "cache")]
     done = start(*ONE, *flags, dataset=str(place / "loras"), shell="mkdir x; cd x; rmdir ../x; exec {}")
@@ -183,7 +182,6 @@ def test_relative_paths_in_a_folder_that_is_gone_are_refused(run, nowhere, flags
     assert is_refused(status, log) or (flags == ["--status"] and status == 0)
 
 
-@pytest.mark.xfail(strict=False, reason="fault 10 of the notes")
 @pytest.mark.parametrize("flags", QUESTIONS, ids=str)
 def test_a_dataset_called_by_the_folder_that_is_gone_is_refused(run, nowhere, flags):
     assert is_refused(*run(*ONE, *flags, dataset="."))
@@ -267,7 +265,6 @@ def test_times_of_files_from_the_future_and_the_past_change_nothing(run, place, 
 # --- paths and sizes
 
 
-@pytest.mark.xfail(strict=False, reason="fault 11 of the notes")
 @pytest.mark.parametrize("length", [3900, 4020, 4040, 4050, 4080, 5000])
 def test_long_output_paths_work_or_are_refused(run, place, length):
     parts = ["d" * 200] * 30
@@ -556,12 +553,10 @@ def whole(tmp_path_factory):
 @pytest.mark.parametrize("operation", FAILURES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_disk_that_fails_leaves_every_file_old_or_new(
-    whole, tmp_path, monkeypatch, capsys, request, kind, operation
+    whole, tmp_path, monkeypatch, capsys, kind, operation
 ):
     if kind == "events" and operation != "write":
         pytest.skip("events are appended, not replaced")
-    if (kind, operation) == ("predictions", "replace"):
-        request.applymarker(pytest.mark.xfail(strict=False, reason="fault 12 of the notes"))
     shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     output = folder(Path())

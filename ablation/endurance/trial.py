@@ -100,20 +100,23 @@ class Process:
         while True:
             pid, status = os.waitpid(self.pid, os.WNOHANG)
             if pid:
-                text = self.log.read_text(errors="replace")
-                return Ended(os.waitstatus_to_exitcode(status), text, time.monotonic() - self.began)
+                return self.ended(status)
             if time.monotonic() - self.began > WAIT:
                 os.kill(self.pid, 9)
                 raise TimeoutError(f"the process of {self.log} hangs")
             time.sleep(0.002)
+
+    def ended(self, status: int) -> Ended:
+        """How it ended, of a status that the system gives."""
+        text = self.log.read_text(errors="replace") if self.log.exists() else ""  # it was ended before that
+        return Ended(os.waitstatus_to_exitcode(status), text, time.monotonic() - self.began)
 
     def end_after(self, seconds: float, number: int) -> Ended:
         """Wait so long, send a signal if it still works, and wait until it ends."""
         while time.monotonic() - self.began < seconds:
             pid, status = os.waitpid(self.pid, os.WNOHANG)
             if pid:
-                text = self.log.read_text(errors="replace")
-                return Ended(os.waitstatus_to_exitcode(status), text, time.monotonic() - self.began)
+                return self.ended(status)
             time.sleep(0.001)
         os.kill(self.pid, number)
         sent = time.monotonic()
