@@ -217,19 +217,20 @@ def headers_of(name: str, files: Iterable[Path]) -> FileHeaders:
     for file in files:
         try:
             count, head, schema = rows_and_schema(file)
+            names = list(schema.names)
         except (OSError, ValueError, pa.ArrowException) as error:  # also names that are no UTF-8
             problem = f"{file} cannot be read ({reason_of(error)})"
             raise InputError(f"cannot load data set '{name}': {problem}") from None
-        twice = [column for column in schema.names if schema.names.count(column) > 1]
+        twice = [column for column in names if names.count(column) > 1]
         if twice:
             raise InputError(f"cannot load data set '{name}': column '{twice[0]}' stands twice in {file}")
-        absent = [column for column in types if is_layer(column) and column not in schema.names]
+        absent = [column for column in types if is_layer(column) and column not in names]
         if head is not None and absent:
             raise InputError(
                 f"column '{absent[0]}', row {sum(rows.values())}: null: every row needs every weight"
             )
         if head is not None and first is None:
-            first, types = head, dict(zip(schema.names, schema.types, strict=True))
+            first, types = head, dict(zip(names, schema.types, strict=True))
         rows[file] = count
     if first is None:
         raise InputError(f"data set '{name}' has no rows")

@@ -625,7 +625,6 @@ def files(tmp_path_factory):
     return {"parquet": place / "rows.parquet", "stream": stream, "footer": place / "rows.arrow"}
 
 
-@pytest.mark.xfail(strict=False, reason="fault 6b of the notes")
 @pytest.mark.parametrize("kind", ["parquet", "stream", "footer"])
 def test_headers_of_a_damaged_file_are_read_or_refused(files, tmp_path, kind):
     whole, file = files[kind].read_bytes(), tmp_path / f"rows{files[kind].suffix}"
