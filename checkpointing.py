@@ -171,7 +171,7 @@ def is_abandoned(temporary: Path) -> bool:
 
 
 def sync(path: Path) -> None:
-    """Flush a file, or the names in a folder, to disk; some file systems have nothing to flush of a folder."""
+    """Flush a file, or the names in a folder, to disk. Some file systems flush no folder."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

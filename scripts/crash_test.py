@@ -16,7 +16,7 @@ from pathlib import Path
 import _root  # noqa: F401 (puts the project's root on the module path)
 
 from ablation.endurance.damages import DAMAGE_FAULTS, damage_rounds
-from ablation.endurance.interrupts import SIGNAL_FAULTS, signal_rounds
+from ablation.endurance.interrupts import LONGEST, SIGNAL_FAULTS, signal_rounds
 from ablation.endurance.kills import FAULTS, Counts, kill_rounds
 from ablation.endurance.soak import SOAK_FAULTS, soak
 from ablation.endurance.trial import prepared
@@ -70,6 +70,7 @@ def table_text(table: Mapping[str, Counts], faults: tuple[str, ...]) -> str:
     headings = [*done, *faults]
     width = max(len(name) for name in [*table, "all together"]) + 2
     total: Counts = sum(table.values(), Counts())
+    total[LONGEST] = max(counts[LONGEST] for counts in table.values())
     rows = {**table, "all together": total} if len(table) > 1 else dict(table)
     lines = [" " * width + "  ".join(headings)]
     for name, counts in rows.items():

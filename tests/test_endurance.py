@@ -25,28 +25,28 @@ def faults(table, names):
 
 @pytest.mark.slow
 def test_killed_at_every_moment_nothing_is_lost_torn_or_made_again(whole):
-    table = kills.kill_rounds(whole, whole.place.parent, 10)
+    table = kills.kill_rounds(whole, whole.place.parent, 8)
     assert faults(table, kills.FAULTS) == {}
-    assert sum(counts["kills"] for counts in table.values()) >= 10
+    assert sum(counts["kills"] for counts in table.values()) >= 8
     assert all(table[moment]["kills"] for moment in ("cached", "committed", "between"))
 
 
 @pytest.mark.slow
 def test_every_damage_is_noticed_and_no_number_is_wrong(whole):
-    table = damages.damage_rounds(whole, whole.place.parent, 1, 2, sampled=40)
+    table = damages.damage_rounds(whole, whole.place.parent, 1, 2, sampled=24)
     assert faults(table, damages.DAMAGE_FAULTS) == {}
-    assert sum(counts["damages"] for counts in table.values()) == 40
+    assert sum(counts["damages"] for counts in table.values()) == 24
 
 
 @pytest.mark.slow
 def test_signals_end_a_run_with_their_status_and_lose_nothing(whole):
-    table = interrupts.signal_rounds(whole, whole.place.parent, 4)
+    table = interrupts.signal_rounds(whole, whole.place.parent, 2)
     assert faults(table, interrupts.SIGNAL_FAULTS) == {}
 
 
 @pytest.mark.slow
 def test_after_random_actions_the_results_are_those_of_an_unbroken_run(whole):
-    counts = soak.soak(whole.place.parent, 20)
+    counts = soak.soak(whole.place.parent, 12)
     assert faults({"all": counts}, soak.SOAK_FAULTS) == {}
 
 

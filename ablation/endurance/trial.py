@@ -11,6 +11,7 @@ import json
 import os
 import runpy
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -25,6 +26,7 @@ from datasets import Features, List, Value
 from safetensors.numpy import load_file
 
 from ablation.making.arrow_folder import arrow_matrices, finish_folder, write_shard
+from ablation.stopping import SIGNALS
 from checkpointing import CRASH
 
 PROJECT = Path(__file__).resolve().parent.parent.parent
@@ -154,6 +156,7 @@ class Trial:
                     stdout=out,
                     stderr=out,
                     env={**os.environ, **environment},
+                    preexec_fn=default_signals,
                 )
             child.returncode = 0  # waited for by its number
             return Process(child.pid, log)
@@ -166,6 +169,7 @@ class Trial:
         """Run the program in this forked process, and end it."""
         status = 1
         try:
+            default_signals()
             os.environ.update(environment)
             os.chdir(self.place)
             out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
@@ -237,6 +241,12 @@ class Trial:
             for path in visible_files(folder)
             if path.name not in skipped and path.parent.name != "identities"
         }
+
+
+def default_signals() -> None:
+    """Let no signal be ignored. A shell ignores some for what it runs in the background; children inherit it."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_DFL)
 
 
 def visible_files(*folders: Path) -> list[Path]:
