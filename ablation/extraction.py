@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -100,7 +101,7 @@ def extract_features(
             on_layers(len(data.layers) / len(starts))
         else:
             block.extract(lambda layers: on_layers(layers / len(starts)))
-            keep_block(kept, block)
+            keep_block(kept, block, known)
         errors |= block.errors
         for name in left.keys() - block.errors.keys():
             features[name][done : done + block.num_rows] = block.features[name]
@@ -113,13 +114,13 @@ def extract_features(
     return Extracted(flat, errors, reading, wall - reading)
 
 
-def keep_block(kept: Unfinished | None, block: Block) -> None:
-    """Keep a block's features. A disk that does not take them is logged, and the pass goes on."""
+def keep_block(kept: Unfinished | None, block: Block, known: dict[str, np.ndarray]) -> None:
+    """Keep a block's features beside those `known` before. A disk that does not take them is logged."""
     computed = {name: x.numpy() for name, x in block.features.items() if name not in block.errors}
     if kept is None or not computed:
         return
     try:
-        kept.save(f"rows{block.start}", computed)
+        kept.save(f"rows{block.start}", known | computed)
     except CannotWrite as error:
         log.warning(f"rows {block.start}..{block.stop} would be computed again after a kill: {error}")
 

@@ -23,16 +23,7 @@ from ablation.fields import InputError
 from ablation.log import Progress, describe_error
 from ablation.reading import BLOCK_ROWS
 from ablation.task import TrainingError
-from checkpointing import (
-    CannotWrite,
-    FeatureCache,
-    Held,
-    Unfinished,
-    hash_of,
-    locked,
-    make_folder,
-    remove_tree,
-)
+from checkpointing import CannotWrite, FeatureCache, Held, Unfinished, locked, make_folder, remove_tree
 
 if TYPE_CHECKING:
     from ablation.context import Context
@@ -202,8 +193,9 @@ def kept_blocks(context: Context, cache: FeatureCache, names: list[str]) -> Unfi
             f"blocks of features are not kept while others are computed: that needs {2 * size / 1e9:.2f} GB"
         )
         return None
-    made_with = {name: cache.description(name) for name in names}
-    return Unfinished(cache.folder, hash_of(made_with)[:16], made_with)
+    # Of every representation, so that the blocks are found whichever of them are still missing.
+    made_with = {name: cache.description(name) for name, spec in SPECS.items() if not spec.fitted}
+    return Unfinished(cache.folder, "features", made_with)
 
 
 def extract_to(
@@ -300,8 +292,9 @@ def load_cached(context: Context, cache: FeatureCache, names: list[str], feature
                 log.warning(f"cached features of {name} are not used: {problem}; computing them again")
             elif x is not None:
                 features.computed[name] = torch.from_numpy(x)
-    if features.computed:
-        log.info(f"Cached features: {', '.join(features.computed)}")
+    found = [name for name in names if name in features.computed]
+    if found:
+        log.info(f"Cached features: {', '.join(found)}")
 
 
 def save_cached(context: Context, cache: FeatureCache, computed: dict[str, Tensor]) -> None:

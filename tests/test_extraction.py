@@ -135,6 +135,15 @@ def test_a_killed_pass_loses_one_block_of_rows(tmp_path, monkeypatch):
     assert sorted(set(read)) == [21, 28, 35] and sum(layers) == pytest.approx(len(data.layers))
     assert all(torch.equal(again.features[name], whole.features[name]) for name in widths)
     read.clear()
+    fewer = extraction.extract_features(extraction.Request(data, {"spectral": 32}), kept=kept)
+    assert not read and torch.equal(fewer.features["spectral"], whole.features["spectral"])
+    more = extraction.extract_features(
+        extraction.Request(data, {"spectral": 32, "simple_stats": 5}), kept=kept
+    )
+    assert set(read) == set(range(0, 40, 7)) and set(more.features) == {"spectral", "simple_stats"}
+    read.clear()
+    extraction.extract_features(extraction.Request(data, {"stats": 7, "simple_stats": 5}), kept=kept)
+    assert not read, "a later list keeps the blocks of an earlier one"
     damaged = kept.path("rows14")
     damaged.write_bytes(damaged.read_bytes()[:-1] + b"x")
     again = extraction.extract_features(extraction.Request(data, widths), kept=kept)

@@ -244,7 +244,7 @@ class Trial:
 
 
 def default_signals() -> None:
-    """Let no signal be ignored. A shell ignores some for what it runs in the background; children inherit it."""
+    """Let no signal be ignored. A shell ignores some in what it runs in the background."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_DFL)
 
