@@ -513,8 +513,9 @@ def refuse_place(folder: Path) -> None:
         if not os.access(present, os.W_OK | os.X_OK):
             raise PermissionError(errno.EACCES, "Permission denied")
     except OSError as error:
+        also = " or a data set with a shorter name" if error.errno == errno.ENAMETOOLONG else ""
         raise Refused(
-            f"cannot write to {folder}: {error.strerror or error}; choose another --output-dir"
+            f"cannot write to {folder}: {error.strerror or error}; choose another --output-dir{also}"
         ) from None
 
 
@@ -529,8 +530,9 @@ def named_holder(holder: Path) -> str:
 def refuse_unwritable(folder: Path) -> None:
     """Write a hidden file to a folder and remove it. Raises OSError if that is not possible."""
     probe = folder / ".writable"
-    write_bytes(probe, b"x")
-    probe.unlink(missing_ok=True)
+    with unstoppable():
+        write_bytes(probe, b"x")
+        probe.unlink(missing_ok=True)
 
 
 def is_held(folder: Path) -> bool:
@@ -634,6 +636,7 @@ def remove_tree(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+NO_FILE = (errno.EISDIR, errno.EINVAL, errno.ELOOP, errno.ENXIO, errno.ENOTDIR)  # what is no regular file
 FILES = ("results.json", "results.txt", "manifest.json", "events.jsonl", "report.html")
 FOLDERS = ("checkpoints", "predictions")
 LATER_FOLDERS = ("set_aside", ".unfinished", "figures", "tables", "tensorboard")  # made when they are needed
@@ -697,7 +700,13 @@ class ResultStore:
             record = self.load(name)
         except FileNotFoundError:
             return State("damaged", "one of its files is missing")
-        except (OSError, ValueError, KeyError) as error:
+        except OSError as error:
+            if (
+                error.errno not in NO_FILE
+            ):  # the disk fails now: that is no reason to set a finished cell aside
+                raise Refused(f"cannot read {self.path(name)}: {error.strerror or error}") from None
+            return State("damaged", str(error))
+        except (ValueError, KeyError) as error:
             return State("damaged", " ".join(str(error).split()) or type(error).__name__)
         # Cells that were made before there were other kinds of split, or folds, do not speak of them.
         older = {"split_kind": "random", "folds": 0, "partitions": 1}
@@ -768,8 +777,9 @@ class ResultStore:
         with writing_to(folder):
             folder.mkdir(exist_ok=True)
             number = 1
-            while os.path.lexists(target := folder / f"{path.stem}.{number}{path.suffix}"):
+            while any(folder.glob(f"{glob.escape(path.stem)}.{number}.*")):
                 number += 1
+            target = folder / f"{path.stem}.{number}{path.suffix}"
             write_bytes(target.with_name(f"{path.stem}.{number}.txt"), f"{reason}\n".encode())
             os.replace(path, target)
             sync(path.parent)

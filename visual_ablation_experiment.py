@@ -27,7 +27,7 @@ from ablation.command_line import Actions, find_device, parse_command_line, type
 from ablation.failures import announce_failures, logging_errors, noting_failures, noting_the_end
 from ablation.fields import InputError
 from ablation.log import Clock, Progress, close_log, log_to_stdout, visible
-from ablation.provenance import RUNNING, announce, announce_finished, write_manifest
+from ablation.provenance import RUNNING, announce, announce_finished, computed_by, write_manifest
 from ablation.results import header_of, save_results
 from ablation.selection import contents_of, possible_cells
 from ablation.settings import Settings
@@ -158,7 +158,7 @@ def run_group(context: Context, ledger: Ledger, cells: list[Cell], features: Fea
         number = ledger.cells.index(cells[0]) + 1
         names = " + ".join(cell.name for cell in cells)
         log.info(f"\n[{number}/{len(ledger.cells)}] {names}: {prepared.task.features.shape[1]} columns")
-        made_with = {cell.name: ledger.inputs[cell] for cell in cells}
+        made_with = {cell.name: ledger.inputs[cell] for cell in cells} | computed_by(context.device)
         kept = Unfinished(store.folder, cells[0].trained.name, made_with)
         with context.clock("training"):
             trained = train_cell(context, prepared, kept)

@@ -32,7 +32,7 @@ UNREADABLE = (
     ArithmeticError,
     re.error,
 )
-REPEATED_REPEAT = re.compile(r"[+*}]\)+[+*{]")  # such as (a+)+, whose search takes exponential time
+REPEATED_GROUP = re.compile(r"\)[+*{?]")  # such as (a|a)+, whose search may take exponential time
 
 
 class BadFile(Exception):
@@ -273,7 +273,7 @@ def peft_scale(config: dict, module: str, rank: int) -> float:
     `alpha_pattern` maps ends of module names, or regular expressions, to alphas.
     """
     patterns = config.get("alpha_pattern") or {}
-    endless = [end for end in patterns if len(end) > LONGEST_PATTERN or REPEATED_REPEAT.search(end)]
+    endless = [end for end in patterns if len(end) > LONGEST_PATTERN or REPEATED_GROUP.search(end)]
     if endless:
         raise ValueError(f"alpha_pattern '{endless[0][:LONGEST_PATTERN]}' could be searched for without end")
     alpha = next(

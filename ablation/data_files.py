@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,7 +25,7 @@ SPLIT_REQUEST = re.compile(
 )
 # How the Hub and its users name the files of a split: train-00000-of-00002.parquet, or a folder or file with
 # the split's word.
-SHARD = re.compile(r"(\w+)-(\d{5})-of-(\d{5})(?:-[0-9a-f]+)?")
+SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})(?:-[0-9a-f]+)?")
 SPLIT_WORDS = {
     "train": ("train", "training"),
     "validation": ("validation", "valid", "val", "dev"),
@@ -118,18 +119,20 @@ def files_by_split(path: Path, name: str = "") -> FileSplits:
 
 def refuse_missing_shards(path: Path, name: str, files: list[Path]) -> None:
     """Raise InputError if the numbered files of a folder are not those of one whole set each."""
-    sets: dict[tuple[Path, str], dict[str, set[str]]] = {}
+    sets: dict[tuple[Path, str], dict[str, list[str]]] = {}
     for file in files:
         match = SHARD.fullmatch(file.stem)
         if match:
             split, number, total = match.groups()
-            sets.setdefault((file.parent, split), {}).setdefault(total, set()).add(number)
+            sets.setdefault((file.parent, split), {}).setdefault(total, []).append(number)
     for (folder, split), by_total in sets.items():
         if len(by_total) > 1:
             totals = " and ".join(str(int(total)) for total in sorted(by_total))
             raise InputError(f"'{name}' holds '{split}' in {totals} shards: leave one set in the folder")
         ((total, numbers),) = by_total.items()
-        missing = sorted({f"{number:05}" for number in range(int(total))} - numbers)
+        if len(set(numbers)) < len(numbers):
+            raise InputError(f"'{name}' holds shards of '{split}' twice: leave one set in the folder")
+        missing = sorted({f"{number:05}" for number in range(int(total))} - set(numbers))
         if missing:
             lacking = folder.relative_to(path) / f"{split}-{missing[0]}-of-{total}{files[0].suffix}"
             raise InputError(
@@ -144,7 +147,7 @@ def split_of_file(file: Path, folder: Path) -> str:
     """
     shard = SHARD.fullmatch(file.stem)
     if shard:
-        return shard.group(1)
+        return re.split(r"[-.]", shard.group(1))[-1]  # datasets' own cache has parquet-train-00000-of-00001
     words = {word.lower() for word in re.split(r"[^a-zA-Z]+", str(file.relative_to(folder).with_suffix("")))}
     return next((split for split, known in SPLIT_WORDS.items() if words & set(known)), "train")
 
@@ -185,7 +188,9 @@ def described_by(file: Path, key: str, name: str) -> Any:
         content = parse_json(read_bytes(file))
         if key and not isinstance(content[key], list):
             raise ValueError(f"its '{key}' is no list")
-        if key == "_data_files" and not all("filename" in entry for entry in content[key]):
+        if key == "_data_files" and not all(
+            isinstance(entry, dict) and "filename" in entry for entry in content[key]
+        ):
             raise ValueError(f"its '{key}' name no file")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(
@@ -217,11 +222,11 @@ def headers_of(name: str, files: Iterable[Path]) -> FileHeaders:
     for file in files:
         try:
             count, head, schema = rows_and_schema(file)
-            names = list(schema.names)
+            names = Counter(schema.names)
         except (OSError, ValueError, pa.ArrowException) as error:  # also names that are no UTF-8
             problem = f"{file} cannot be read ({reason_of(error)})"
             raise InputError(f"cannot load data set '{name}': {problem}") from None
-        twice = [column for column in names if names.count(column) > 1]
+        twice = [column for column, times in names.items() if times > 1]
         if twice:
             raise InputError(f"cannot load data set '{name}': column '{twice[0]}' stands twice in {file}")
         absent = [column for column in types if is_layer(column) and column not in names]

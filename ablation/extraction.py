@@ -115,10 +115,14 @@ def extract_features(
 
 
 def keep_block(kept: Unfinished | None, block: Block, known: dict[str, np.ndarray]) -> None:
-    """Keep a block's features beside those `known` before. A disk that does not take them is logged."""
+    """Keep a block's features beside those `known` before. A disk that does not take them is logged.
+
+    Raises InputError if the data set's files changed meanwhile.
+    """
     computed = {name: x.numpy() for name, x in block.features.items() if name not in block.errors}
     if kept is None or not computed:
         return
+    block.request.data.files.refuse_changes()  # a block of other weights must not be kept as one of these
     try:
         kept.save(f"rows{block.start}", known | computed)
     except CannotWrite as error:

@@ -21,6 +21,7 @@ from ablation.collection import LoraCollection, View
 from ablation.extraction import Request, extract_features
 from ablation.fields import InputError
 from ablation.log import Progress, describe_error
+from ablation.provenance import computed_by
 from ablation.reading import BLOCK_ROWS
 from ablation.task import TrainingError
 from checkpointing import CannotWrite, FeatureCache, Held, Unfinished, locked, make_folder, remove_tree
@@ -159,7 +160,11 @@ def extract_absent(context: Context, names: list[str], features: Features) -> di
         load_cached(context, cache, late, features)
         absent = [name for name in names if name not in features.computed]
         kept = kept_blocks(context, cache, absent)
-        errors = extract_to(features, context, absent, kept)
+        try:
+            errors = extract_to(features, context, absent, kept)
+        except InputError:  # also if the data changed: it is not known since when
+            remove_tree(cache.folder / ".unfinished")
+            raise
         computed = {name: features.computed[name] for name in absent if name not in errors}
         save_cached(context, cache, computed)
         if kept:
@@ -170,8 +175,8 @@ def extract_absent(context: Context, names: list[str], features: Features) -> di
 def remove_blocks(cache: FeatureCache) -> None:
     """Remove the blocks of a pass that was killed at its end, unless another process has a pass."""
     if (cache.folder / ".unfinished").exists():
-        with contextlib.suppress(Held), locked(cache.folder / "features", wait=False):
-            remove_tree(cache.folder / ".unfinished")
+        with contextlib.suppress(Held, OSError), locked(cache.folder / "features", wait=False):
+            remove_tree(cache.folder / ".unfinished")  # another user's stay
 
 
 def kept_blocks(context: Context, cache: FeatureCache, names: list[str]) -> Unfinished | None:
@@ -180,22 +185,24 @@ def kept_blocks(context: Context, cache: FeatureCache, names: list[str]) -> Unfi
     Raises InputError if the disk has no room for the features.
     """
     size = sum(4 * math.prod(shape_of(context, name)) for name in names)
+    present = sum(file.stat().st_size for file in (cache.folder / ".unfinished").rglob("*") if file.is_file())
     free = shutil.disk_usage(cache.folder).free
-    if size > free:
+    if size > free + present:
         raise InputError(
-            f"the feature cache needs {size / 1e9:.2f} GB, {cache.folder} has {free / 1e9:.2f} GB free: make "
-            "room, give another --cache-dir, or --no-cache-features"
+            f"the feature cache needs {size / 1e6:,.1f} MB, {cache.folder} has {free / 1e6:,.1f} MB free: "
+            "make room, give another --cache-dir, or --no-cache-features"
         )
     if not names or context.data.num_rows <= BLOCK_ROWS:
         return None
-    if 2 * size > free:
+    if 2 * size > free + present:
         log.warning(
-            f"blocks of features are not kept while others are computed: that needs {2 * size / 1e9:.2f} GB"
+            f"blocks of features are not kept while others are computed: that needs {2 * size / 1e6:,.1f} MB"
         )
+        remove_tree(cache.folder / ".unfinished")
         return None
     # Of every representation, so that the blocks are found whichever of them are still missing.
     made_with = {name: cache.description(name) for name, spec in SPECS.items() if not spec.fitted}
-    return Unfinished(cache.folder, "features", made_with)
+    return Unfinished(cache.folder, "features", made_with | computed_by(context.device))
 
 
 def extract_to(

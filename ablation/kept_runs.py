@@ -7,7 +7,7 @@ import logging
 import numpy as np
 
 from ablation.task import Run
-from checkpointing import Unfinished
+from checkpointing import CannotWrite, Unfinished
 
 log = logging.getLogger("visual_ablation")
 
@@ -15,9 +15,17 @@ PREDICTED = "predicted_"  # before the name of some rows, in the file of a run
 
 
 def keep_run(kept: Unfinished | None, number: int, run: Run, trained_dim: int) -> None:
-    """Keep a finished run under its number in the cell. Raises CannotWrite."""
-    if kept is not None:
-        kept.save(f"run{number}", {**run_arrays(run), "trained_dim": np.array(trained_dim)})
+    """Keep a finished run under its number in the cell."""
+    keep(kept, f"run{number}", {**run_arrays(run), "trained_dim": np.array(trained_dim)})
+
+
+def keep(kept: Unfinished | None, name: str, arrays: dict[str, np.ndarray]) -> None:
+    """Keep a part of a cell. A disk that does not take it is logged: the cell's own files may still fit."""
+    try:
+        if kept is not None:
+            kept.save(name, arrays)
+    except CannotWrite as error:
+        log.warning(f"a kill would lose more of this cell: {error}")
 
 
 def kept_runs(kept: Unfinished | None, numbers: list[int]) -> dict[int, tuple[Run, int]]:

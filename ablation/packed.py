@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ablation.cuda_graphs import Replayed, record_graph
-from ablation.kept_runs import run_arrays, run_of
+from ablation.kept_runs import keep, run_arrays, run_of
 from ablation.mlp import (
     EVAL_ROWS,
     AdamState,
@@ -250,7 +250,7 @@ class PackedTraining:
                     epoch.steps.clear()  # recorded steps hold a GPU's memory
                     epoch = PackedEpoch(self.pack, self.x_train, self.y_train, self.weights_C)
                 if kept and self.alive and time.monotonic() - last_kept >= KEEP_SECONDS:
-                    kept.save("pack", self.arrays())
+                    keep(kept, "pack", self.arrays())
                     last_kept = time.monotonic()
         finally:
             epoch.steps.clear()

@@ -51,6 +51,19 @@ def machine(device: str) -> dict[str, Any]:
     }
 
 
+KEPT_FORMAT = 1  # of runs, packs and blocks that are kept until the whole is finished
+
+
+def computed_by(device: str) -> dict[str, Any]:
+    """What decides how kept parts round, and how they are written: parts made otherwise are not used."""
+    import torch
+
+    own = machine(device)
+    return {"format": KEPT_FORMAT, "torch": torch.__version__} | {
+        key: own[key] for key in ("device", "gpu", "threads")
+    }
+
+
 def made_on(device: str) -> dict[str, Any]:
     """When and where a checkpoint was made: recorded with it, and never compared."""
     return {"time": utc_now(), "machine": machine(device), "versions": versions()}
@@ -66,10 +79,13 @@ def write_manifest(context: Context, ledger: Ledger, status: int | None, ended: 
     when the cells begin, and again at the end. Manifests of earlier commands are kept in `earlier`.
     """
     path = context.store.folder / "manifest.json"
-    if not ledger.missing and path.exists():
-        return
     previous = context.store.read_own("manifest.json")
+    data = previous.get("data")
+    is_current = isinstance(data, dict) and data.get("stamps") == context.data.files.stamps
+    if not ledger.missing and is_current and previous.get("ended") != RUNNING:
+        return
     earlier = previous.pop("earlier", [])
+    earlier = earlier if isinstance(earlier, list) else []  # a damaged one of an earlier version
     if previous and previous.get("process") != context.clock.command:
         earlier = [*earlier, previous]
     made = {**manifest(context, ledger, status), "ended": ended, "earlier": earlier}

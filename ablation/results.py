@@ -142,7 +142,7 @@ def inference_of(context: Context, records: dict[Cell, dict], old: dict[str, Any
     kind = split_spec(settings, "").resolved(data.groups is not None).kind
     overlap, margin = data.split.overlap, (settings.margin, settings.margin_share)
     groups = None if data.groups is None else hash_of(data.groups)
-    predictions = {cell.name: record["predictions_hash"] for cell, record in records.items()}
+    predictions = [[cell.name, record["predictions_hash"]] for cell, record in records.items()]  # in order
     made_from = hash_of([INFERENCE_VERSION, *margin, kind, overlap, groups, predictions])
     kept = {key: old.get(key) for key in INFERENCE_KEYS}
     if kept["inference_made_from"] == made_from and old.get("inference_check") == hash_of(kept):

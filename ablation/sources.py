@@ -23,7 +23,7 @@ from ablation.data_files import (
     reason_of,
     refuse_other_split,
 )
-from ablation.fields import InputError
+from ablation.fields import InputError, shortened_text
 from checkpointing import file_stamps, hash_of
 
 if TYPE_CHECKING:
@@ -53,7 +53,8 @@ def resolve_name(name: str) -> tuple[str, str]:
         if exists:
             path.resolve()
     except (OSError, RuntimeError, ValueError) as error:  # too long, no such user, no permission
-        raise InputError(f"cannot look for data set '{name}': {error}") from None
+        problem = getattr(error, "strerror", None) or error
+        raise InputError(f"cannot look for data set '{shortened_text(name)}': {problem}") from None
     if exists:
         if path.is_file() and path.suffix not in FILE_FORMATS:
             raise InputError(
@@ -66,7 +67,7 @@ def resolve_name(name: str) -> tuple[str, str]:
         raise InputError(f"no such file or folder: '{name}'")
     if HUB_ID.fullmatch(name):
         return "hub", name
-    raise InputError(f"unknown dataset '{name}': use {DATASET_NAMES}")
+    raise InputError(f"unknown dataset '{shortened_text(name)}': use {DATASET_NAMES}")
 
 
 def open_dataset(name: str, data_split: str = "", revision: str = "") -> Dataset:

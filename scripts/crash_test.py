@@ -33,7 +33,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--truncations", type=int, default=20, help="places where each file is cut (default: 20)")
     add("--flips", type=int, default=50, help="bits of each file that are flipped (default: 50)")
     add("--seed", type=int, default=0, help="of all that is random but the clock (default: 0)")
-    add("--folder", type=Path, help="where to work (default: a new folder for temporary files)")
+    add("--folder", type=Path, help="where to make a folder to work in (default: that of temporary files)")
     return parser
 
 
@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the tests and print their tables. Returns the exit status."""
     arguments = build_parser().parse_args(argv)
     rounds, seed = arguments.rounds, arguments.seed
-    folder = arguments.folder or Path(tempfile.mkdtemp(prefix="crash-test-"))
+    folder = Path(tempfile.mkdtemp(prefix="crash-test-", dir=arguments.folder)) / "work"
     wrong = 0
     with prepared(folder) as whole:
         for test in arguments.test:

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Runs the tests with the lowest and the newest supported versions of datasets, NumPy and PyArrow, each in an
 # environment of its own (.venv-lowest, .venv-newest). Arguments go to pytest: scripts/test_matrix.sh -k reading
-# LOWEST and NEWEST in the environment name other versions. Style and types are left to scripts/test.sh.
+# LOWEST and NEWEST in the environment name other versions, of torch too. Style and types are left to scripts/test.sh.
 set -euo pipefail
 . "$(dirname "$0")/environment.sh"
 cd "$root"
@@ -15,7 +15,8 @@ for which in lowest newest; do
     [ $which = lowest ] || versions=$NEWEST
     mkdir -p "$venv"
     # The versions of the project's own files give way to those of the matrix.
-    grep -hvE '^(datasets|numpy|pyarrow|ruff|mypy|types-)' requirements.txt tests/requirements.txt > "$venv/requirements.txt"
+    named=$(sed -E 's/[<>=!]+[^ ]*//g; s/ /|/g' <<< "$versions")
+    grep -hvE "^($named|ruff|mypy|types-)" requirements.txt tests/requirements.txt > "$venv/requirements.txt"
     tr ' ' '\n' <<< "$versions" >> "$venv/requirements.txt"
     install "$venv/requirements.txt"
     echo "== $which: $("$venv/bin/python" -m pip list --format freeze | grep -E '^(datasets|numpy|pyarrow|torch)=' | tr '\n' ' ')"

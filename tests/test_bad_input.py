@@ -1116,7 +1116,7 @@ CONFLICTS = [
     flag("--output-dir with a NUL", re.compile(".*--output-dir.*"), "--output-dir", "a\0b"),
     flag("--output-dir of no user", re.compile(".*--output-dir.*"), "--output-dir", "~nobody-at-all/x"),
     flag("--output-dir of 300 characters",
-            re.compile("cannot write to x+/.*: File name too long; choose another --output-dir"),
+            re.compile("cannot write to x+/.*: File name too long; choose another --output-dir or a .*name"),
             "--output-dir", "x" * 300),
     flag("--cache-dir with a NUL", re.compile(".*--cache-dir.*"), "--cache-dir", "a\0b", "--cache-features"),
     flag("--config of nothing", re.compile("(cannot read )?--config .*(No such file|is empty).*"),

@@ -27,9 +27,11 @@ from running import (
     without_times,
 )
 
+import checkpointing
+from ablation import extraction, features
 from ablation.catalogue import SPECS
 from ablation.reading import WeightReader
-from checkpointing import CRASH
+from checkpointing import CRASH, CannotWrite, Unfinished
 
 # --- resuming
 
@@ -348,3 +350,99 @@ def test_one_core_or_two_give_the_same_numbers(run, place, monkeypatch):
         run("--output-dir", f"with{threads}", "--no-cache-features", "--representations", "nine", "product")
     torch.set_num_threads(1)
     assert cell_files(place, output="with1") == cell_files(place, output="with2")
+
+
+# --- what is kept of a cell, or of a pass, that is not finished
+
+
+def many_rows(monkeypatch):
+    """Blocks of seven rows, so that a pass over 40 rows has six."""
+    for module in (extraction, features):
+        monkeypatch.setattr(module, "BLOCK_ROWS", 7)
+
+
+def test_blocks_of_weights_that_changed_meanwhile_are_not_kept(run, place, monkeypatch):
+    many_rows(monkeypatch)
+    (file,) = Path("loras").glob("*.arrow")
+    real = WeightReader.read_layer
+
+    def read_layer(self, layer, start, *rest):
+        if start == 14:
+            os.utime(file, (1, 1))
+        return real(self, layer, start, *rest)
+
+    monkeypatch.setattr(WeightReader, "read_layer", read_layer)
+    status, log = run("--representations", "stats")
+    assert status == 2 and "changed while they were read" in log
+    assert not [*(place / ".feature_cache").rglob("rows*"), *(place / ".feature_cache").rglob("stats*")]
+
+
+def test_blocks_are_used_where_the_disk_has_room_only_because_they_are_there(run, place, monkeypatch):
+    many_rows(monkeypatch)
+    whole = 40 * 16 * 7 * 4  # bytes of the features
+    usage = features.shutil.disk_usage(place)
+    monkeypatch.setattr(features.shutil, "disk_usage", lambda folder: usage._replace(free=int(1.8 * whole)))
+    status, log = run("--representations", "stats")
+    assert status == 0 and "WARNING: blocks of features are not kept" in log
+    assert not list((place / ".feature_cache").rglob("rows*"))
+    monkeypatch.setattr(features.shutil, "disk_usage", lambda folder: usage._replace(free=whole // 2))
+    status, log = run("--representations", "simple_stats")
+    assert status == 2 and "the feature cache needs 0.0 MB" in log and "--no-cache-features" in log
+
+
+@pytest.mark.parametrize("changed", ["threads", "torch", "format"])
+def test_what_was_kept_on_another_device_or_by_another_torch_is_not_mixed_in(
+    run, place, monkeypatch, changed
+):
+    import visual_ablation_experiment as experiment
+
+    run("--output-dir", "whole", "--representations", "stats")
+    real, saved = experiment.computed_by, []
+    monkeypatch.setattr(experiment, "computed_by", lambda device: real(device) | {changed: "another"})
+    with pytest.raises(KeyboardInterrupt), monkeypatch.context() as patch:
+        patch.setattr("ablation.runs.cell_record", interrupt)
+        run("--representations", "stats")
+    assert len(list((folder(place) / ".unfinished").rglob("run*"))) == 2
+    monkeypatch.setattr(experiment, "computed_by", real)
+    monkeypatch.setattr(Unfinished, "save", lambda self, name, arrays: saved.append(name))
+    assert run("--representations", "stats")[0] == 0
+    assert saved == ["run42", "run43"] * 2 and cell_files(place) == cell_files(place, output="whole")
+
+
+def interrupt(*arguments):
+    raise KeyboardInterrupt
+
+
+def test_a_disk_that_takes_no_kept_run_costs_no_cell(run, place, monkeypatch):
+    def full(self, name, arrays):
+        raise CannotWrite.to(self.path(name), OSError(28, "No space left on device"))
+
+    monkeypatch.setattr(Unfinished, "save", full)
+    status, log = run("--representations", "stats")
+    assert status == 0 and log.count("WARNING: a kill would lose more of this cell: cannot write ") == 4
+
+
+def test_a_cell_that_cannot_be_read_for_the_moment_is_not_set_aside(run, place, monkeypatch):
+    run("--representations", "stats")
+    kept, real = snapshot(folder(place) / "checkpoints"), checkpointing.read_bytes
+
+    def read_bytes(path):
+        if path.name == "all_layers_stats.json":
+            raise OSError(5, "Input/output error", str(path))
+        return real(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpointing, "read_bytes", read_bytes)
+        status, log = run("--representations", "stats")
+    assert status == 2 and "cannot read" in log and "Input/output error" in log
+    assert snapshot(folder(place) / "checkpoints") == kept and not (folder(place) / "set_aside").exists()
+
+
+def test_the_manifest_ends_with_the_command_that_found_all_finished(run, place):
+    run("--representations", "stats")
+    path = folder(place) / "manifest.json"
+    killed = {**json.loads(path.read_text()), "ended": "not ended", "exit_status": None, "earlier": 3}
+    path.write_text(json.dumps({key: value for key, value in killed.items() if key != "checksum"}))
+    assert run("--representations", "stats")[0] == 0
+    manifest = json.loads(path.read_text())
+    assert (manifest["ended"], manifest["exit_status"]) == ("finished", 0)

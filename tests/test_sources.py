@@ -225,3 +225,19 @@ def test_surveys_of_what_is_not_a_local_file():
         for layer in data.layers.names
     ]
     assert (data.num_rows, len(data.layers.names), len(data.classes)) == (5, 20, 3)
+
+
+@pytest.mark.parametrize(
+    "files, reason",
+    [
+        (["train-00000-of-00003", "train-00001-of-00003"], "lacks 1 of 3 shards, such as train-00002"),
+        (["parquet-train-00000-of-00002"], "lacks 1 of 2 shards, such as parquet-train-00001-of-00002"),
+        (["train-00000-of-00001-aa", "train-00000-of-00001-bb"], "holds shards of 'train' twice"),
+        (["train-00000-of-00001", "train-00000-of-00002"], "holds 'train' in 1 and 2 shards"),
+    ],
+)
+def test_a_set_of_shards_is_whole_or_refused(tmp_path, files, reason):
+    for file in files:
+        (tmp_path / f"{file}.parquet").write_bytes(b"")
+    with pytest.raises(InputError, match=reason):
+        files_by_split(tmp_path)

@@ -8,7 +8,7 @@ import shutil
 import signal
 from pathlib import Path
 
-from ablation.endurance.trial import CELLS, Trial
+from ablation.endurance.trial import CELLS, Ended, Trial
 
 # How often a run passes each moment, at most: every write passes the first four.
 MOMENTS = {
@@ -39,15 +39,22 @@ def kill_rounds(whole: Trial, folder: Path, rounds: int, seed: int = 0) -> dict[
             else:
                 ended = trial.run(crash=f"{kind} {draw.randint(1, MOMENTS[kind])}")
             table[kind]["kills"] += ended.status == -signal.SIGKILL
-            table[kind]["ended otherwise"] += ended.status not in (0, -signal.SIGKILL)
+            count_end(ended, (0, -signal.SIGKILL), table[kind])
             count_faults(trial, finished, table[kind])
         last = table[kinds[-1]]
-        last["ended otherwise"] += trial.run().status != 0
+        count_end(trial.run(), (0,), last)
         count_faults(trial, finished, last)
         last["unequal"] += trial.content() != expected
         last["left over"] += len(trial.leftovers())
         shutil.rmtree(trial.place)
     return table
+
+
+def count_end(ended: Ended, right: tuple[int, ...], counts: Counts) -> None:
+    """Count a process that ended with another status, and print its last lines."""
+    if ended.status not in right:
+        counts["ended otherwise"] += 1
+        print(f"status {ended.status}:", *ended.text.splitlines()[-5:], sep="\n    ", flush=True)
 
 
 def count_faults(trial: Trial, finished: dict[str, tuple], counts: Counts) -> None:

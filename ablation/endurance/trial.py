@@ -64,7 +64,7 @@ def make_data(folder: Path, seed: int = 0) -> None:
     columns: dict[str, Any] = {}
     for layer in LAYERS:
         weights = (
-            rng.normal(size=(ROWS, *((1, 3) if "down" in layer else (3, 1)))) * (1 + labels)[:, None, None]
+            rng.normal(size=(ROWS, *((1, 3) if ".down." in layer else (3, 1)))) * (1 + labels)[:, None, None]
         )
         columns[layer] = arrow_matrices(weights.astype(np.float32), "nested")
     features = Features(
