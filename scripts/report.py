@@ -16,6 +16,7 @@ from ablation.log import visible
 from ablation.report.load import refusing_other_shapes, result_folders
 from ablation.report.write import FORMATS, write_comparison, write_report
 from ablation.text_table import TEXT_LENGTH
+from checkpointing import CannotWrite
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -40,9 +41,9 @@ def main(argv: list[str] | None = None) -> int:
                 written = write_report(folders[0], formats)
             else:
                 written = write_comparison(folders, arguments.output, formats)
-    except InputError as error:
+    except (InputError, CannotWrite) as error:
         print(f"error: {visible(str(error), TEXT_LENGTH)}", file=sys.stderr)
-        return 2
+        return 2 if isinstance(error, InputError) else 1
     for path in written:
         print(visible(str(path), TEXT_LENGTH))
     return 0

@@ -390,3 +390,11 @@ def test_a_damaged_manifest_costs_its_block_alone(tmp_path):
     (folder / "manifest.json").unlink()
     os.mkfifo(folder / "manifest.json")
     assert "damaged" in write.manifest_block(folder)["text"]
+
+
+def test_a_place_that_takes_no_report_is_said_in_one_line(tmp_path, capsys):
+    folder = saved(tmp_path / "out", json.loads(WHOLE))
+    (folder / "tables").write_text("")
+    assert report.main([str(folder), "--format", "csv"]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("error: cannot write ") and "tables" in said and said.count("\n") == 1
