@@ -32,6 +32,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--rounds", type=int, default=200, help="rounds of kills; signals of each kind; actions of the soak")
     add("--truncations", type=int, default=20, help="places where each file is cut (default: 20)")
     add("--flips", type=int, default=50, help="bits of each file that are flipped (default: 50)")
+    add("--sample", type=int, default=0, help="so many of all damages, at random; 0: all (default)")
     add("--seed", type=int, default=0, help="of all that is random but the clock (default: 0)")
     add("--folder", type=Path, help="where to make a folder to work in (default: that of temporary files)")
     return parser
@@ -51,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
             if test == "kills":
                 table, faults = kill_rounds(whole, folder, rounds, seed), FAULTS
             elif test == "damage":
-                table = damage_rounds(whole, folder, arguments.truncations, arguments.flips)
+                table = damage_rounds(whole, folder, arguments.truncations, arguments.flips, arguments.sample)
                 faults = DAMAGE_FAULTS
             elif test == "signals":
                 table, faults = signal_rounds(whole, folder, rounds, seed), SIGNAL_FAULTS

@@ -203,7 +203,9 @@ class Trial:
     def unreadable(self, *folders: Path) -> list[str]:
         """Visible files that a reader cannot read, in these folders (default: output folder and cache)."""
         wrong = []
-        for path in visible_files(*(folders or (self.output, self.place / "cache"))):
+        files = visible_files(*(folders or (self.output, self.place / "cache")))
+        # A remembered identity is read for the very files that it was made of: in a copy of a folder, never.
+        for path in (path for path in files if path.parent.name != "identities"):
             try:
                 content_of(path)
             except Exception as error:  # whatever the reader says, it cannot read the file
