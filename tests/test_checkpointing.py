@@ -79,11 +79,14 @@ def test_a_writer_that_is_killed_leaves_the_old_file_and_a_hidden_one_that_goes_
 def test_an_event_after_one_that_was_cut_off_has_a_line_of_its_own(tmp_path):
     path = tmp_path / "events.jsonl"
     checkpointing.append_event(path, event="a")
-    with path.open("a") as file:
-        file.write('{"event": "b')
+    whole = path.read_bytes()
+    path.write_bytes(whole + whole[:-9])
     checkpointing.append_event(path, event="c")
-    events = [line.rpartition('"event": ')[2] for line in path.read_text().splitlines()]
-    assert events == ['"a"}', '"b', '"c"}']
+    lines = path.read_bytes().splitlines(keepends=True)
+    assert len(lines) == 3 and lines[0] == whole and lines[1] == whole[:-9] + b"\n"
+    assert [event["event"] for event in checkpointing.read_events(path)] == ["a", "c"]
+    path.write_bytes(whole.replace(b'"a"', b'"b"'))
+    assert checkpointing.read_events(path) == [], "a changed character is noticed"
 
 
 def test_hashes_do_not_depend_on_the_order_of_keys():
