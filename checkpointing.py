@@ -120,14 +120,14 @@ def replacing(path: Path) -> Iterator[Path]:
                 for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
                     if is_abandoned(leftover):
                         leftover.unlink(missing_ok=True)
-            crash_point("before", temporary)
+            crash_point("before")
             yield temporary
             crash_point("half", temporary)
             with writing_to(path):
                 sync(temporary)
-                crash_point("written", temporary)
+                crash_point("written")
                 os.replace(temporary, path)
-                crash_point("renamed", temporary)
+                crash_point("renamed")
                 sync(path.parent)
         finally:
             with contextlib.suppress(OSError):  # the folder is gone, and the file with it
@@ -142,16 +142,16 @@ crash_moments: dict[str, int] = {}  # how often each has been passed
 def crash_point(moment: str, temporary: Path | None = None) -> None:
     """Kill this process, as kill -9 does, if the environment asks for it at this moment.
 
-    Moments of a write: before, half (the hidden file is cut in two), written, renamed; and of an experiment:
-    cached (between the cache and the first checkpoint), committed (between a cell's checkpoint and its
-    event).
+    Moments of a write: before, half (the hidden file, `temporary`, is cut in two), written, renamed; and of
+    an experiment: cached (between the cache and the first cell), between (a cell's predictions and its
+    checkpoint), committed (between a checkpoint and its event).
     """
     wanted = os.environ.get(CRASH, "").split()
     if not wanted or wanted[0] != moment:
         return
     crash_moments[moment] = crash_moments.get(moment, 0) + 1
     if crash_moments[moment] == int(wanted[1]):
-        if moment == "half" and temporary is not None:
+        if temporary is not None:
             os.truncate(temporary, temporary.stat().st_size // 2)
         os.kill(os.getpid(), signal.SIGKILL)
 
@@ -234,6 +234,11 @@ def with_checksum(value: dict) -> dict:
     return {**value, "checksum": hash_of(value)}
 
 
+def has_checksum(value: dict) -> bool:
+    """True if the hash under `checksum` is that of the rest. Raises ValueError if nested too deeply."""
+    return value.get("checksum") == hash_of({k: v for k, v in value.items() if k != "checksum"})
+
+
 def read_own(path: Path) -> dict:
     """A JSON object that this program wrote with `with_checksum`, or before there were checksums.
 
@@ -243,8 +248,9 @@ def read_own(path: Path) -> dict:
         value = parse_json(read_bytes(path))
     except FileNotFoundError:
         return {}
-    if "checksum" in value and value.pop("checksum") != hash_of(value):
+    if "checksum" in value and not has_checksum(value):
         raise ValueError("its content does not match its hash")
+    value.pop("checksum", None)
     return value
 
 
@@ -301,8 +307,9 @@ def file_stamps(files: list[str]) -> list:
     """
     stamps = []
     for file in files:
-        stat = os.stat(file)
-        stamps.append([os.path.realpath(file), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino])
+        found = os.stat(file)
+        times = (found.st_mtime_ns, found.st_ctime_ns)
+        stamps.append([os.path.realpath(file), found.st_size, *times, found.st_ino])
     return stamps
 
 
@@ -433,9 +440,8 @@ def hash_of_arrays(arrays: dict[str, np.ndarray]) -> str:
     return hash_of([[name, str(x.dtype), list(x.shape), hash_of(x)] for name, x in sorted(arrays.items())])
 
 
-os.umask(
-    UMASK := os.umask(0o077)
-)  # the process's mask of file permissions: it can only be read by setting it
+UMASK = os.umask(0o077)  # the process's mask of file permissions, which can only be read by setting it
+os.umask(UMASK)
 
 
 # --- locks
@@ -674,7 +680,7 @@ class ResultStore:
         record = parse_json(read_bytes(self.path(name)))
         if "checksum" not in record:
             raise ValueError("no checksum")
-        if record["checksum"] != hash_of({k: v for k, v in record.items() if k != "checksum"}):
+        if not has_checksum(record):
             raise ValueError("its content does not match its hash")
         if not all(isinstance(record.get(key, {}), dict) for key in ("asked", "made_with")):
             raise ValueError("it does not say what it was made with")
@@ -701,9 +707,7 @@ class ResultStore:
         except FileNotFoundError:
             return State("damaged", "one of its files is missing")
         except OSError as error:
-            if (
-                error.errno not in NO_FILE
-            ):  # the disk fails now: that is no reason to set a finished cell aside
+            if error.errno not in NO_FILE:  # the disk fails for the moment: the cell may be whole
                 raise Refused(f"cannot read {self.path(name)}: {error.strerror or error}") from None
             return State("damaged", str(error))
         except (ValueError, KeyError) as error:
@@ -730,7 +734,7 @@ class ResultStore:
             "fingerprint": hash_of(made_with),
             "predictions_hash": hash_of(buffer.getvalue()),
         }
-        write_json(self.path(name), {**record, "checksum": hash_of(record)})
+        write_json(self.path(name), with_checksum(record))
 
     def check(self) -> None:
         """Raise Refused for a file where a folder belongs, a folder or pipe where a file belongs, and for a

@@ -125,8 +125,7 @@ def names_in(value: Any) -> tuple[str, ...]:
 
 def name_text(value: Any) -> str:
     """A name as text; YAML reads some as numbers. Raises ValueError for what is no name."""
-    if not isinstance(value, (str, int, float)) or isinstance(value, bool):
-        raise ValueError
+    refuse_no_number(value)
     return str(value)
 
 

@@ -19,10 +19,8 @@ from checkpointing import parse_json, read_bytes
 
 FILE_FORMATS = {".parquet": "parquet", ".arrow": "arrow"}
 FileSplits = dict[str, list[Path]]
-# A split, or a slice of one, in the words of datasets: train, train[:50%], train[10:20]+test.
-SPLIT_REQUEST = re.compile(
-    r"[\w.-]+(\[-?\d*%?:-?\d*%?\])?(\(\w+\))?(\+[\w.-]+(\[-?\d*%?:-?\d*%?\])?(\(\w+\))?)*"
-)
+# A split, or a slice of one, in the words of datasets: train, train[:50%].
+SPLIT_PART = re.compile(r"[\w.-]+(\[-?\d*%?:-?\d*%?\])?(\(\w+\))?")
 # How the Hub and its users name the files of a split: train-00000-of-00002.parquet, or a folder or file with
 # the split's word.
 SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})(?:-[0-9a-f]+)?")
@@ -51,14 +49,14 @@ def local_files(name: str, kind: str, location: str, requested: str) -> tuple[Fi
     the split is not there, or if the files are not all there.
     """
     root = Path(location)
-    if requested and not all(re.fullmatch(SPLIT_REQUEST, part) for part in requested.split("+")):
+    if requested and not all(map(SPLIT_PART.fullmatch, requested.split("+"))):
         raise InputError(
             f"--data-split {requested} is neither a split nor a slice of one, such as train or train[:50%]"
         )
     if kind == "files":
         splits = files_by_split(root, name)
-        for part in requested.split("+"):
-            chosen = choose_split(name, list(splits), part.split("[")[0])
+        for split in splits_in(requested):
+            chosen = choose_split(name, list(splits), split)
         return splits, requested or chosen
     splits = saved_files(root, name)
     if (root / "dataset_dict.json").is_file():
@@ -66,6 +64,11 @@ def local_files(name: str, kind: str, location: str, requested: str) -> tuple[Fi
     (only,) = splits
     refuse_other_split(name, only, requested)
     return splits, only
+
+
+def splits_in(requested: str) -> list[str]:
+    """The splits that a request such as train[10:20]+test names."""
+    return [part.split("[")[0] for part in requested.split("+")]
 
 
 def refuse_other_split(name: str, only: str, requested: str) -> None:
@@ -162,14 +165,14 @@ def saved_files(root: Path, name: str) -> FileSplits:
     """
     folders = [root]
     if (root / "dataset_dict.json").is_file():
-        folders = [root / str(split) for split in described_by(root / "dataset_dict.json", "splits", name)]
+        listed = described_by(root / "dataset_dict.json", "splits", name)["splits"]
+        folders = [root / str(split) for split in listed]
     splits: FileSplits = {}
     for folder in folders:
         described_by(folder / "dataset_info.json", "", name)
-        entries = described_by(folder / "state.json", "_data_files", name)
-        only = described_by(folder / "state.json", "", name).get("_split") or ""
-        files = [folder / str(entry["filename"]) for entry in entries]
-        splits[str(only) if folder == root else folder.name] = files
+        state = described_by(folder / "state.json", "_data_files", name)
+        files = [folder / str(entry["filename"]) for entry in state["_data_files"]]
+        splits[str(state.get("_split") or "") if folder == root else folder.name] = files
     files = [file for of_split in splits.values() for file in of_split]
     missing = [file for file in files if not file.is_file()]
     if missing:
@@ -180,9 +183,9 @@ def saved_files(root: Path, name: str) -> FileSplits:
     return splits
 
 
-def described_by(file: Path, key: str, name: str) -> Any:
-    """The content of a file that save_to_disk wrote beside the rows, or the list under a key of it.
-    Raises InputError if it is damaged.
+def described_by(file: Path, key: str, name: str) -> dict[str, Any]:
+    """The content of a file that save_to_disk wrote beside the rows.
+    Raises InputError if it is damaged, or has no list under `key` ('': none is needed).
     """
     try:
         content = parse_json(read_bytes(file))
@@ -196,7 +199,7 @@ def described_by(file: Path, key: str, name: str) -> Any:
         raise InputError(
             f"cannot load data set '{name}': {file} is damaged ({reason_of(error)}): save the data set again"
         ) from None
-    return content[key] if key else content
+    return content
 
 
 # --- headers

@@ -58,10 +58,8 @@ def computed_by(device: str) -> dict[str, Any]:
     """What decides how kept parts round, and how they are written: parts made otherwise are not used."""
     import torch
 
-    own = machine(device)
-    return {"format": KEPT_FORMAT, "torch": torch.__version__} | {
-        key: own[key] for key in ("device", "gpu", "threads")
-    }
+    own = {key: machine(device)[key] for key in ("device", "gpu", "threads")}
+    return {"format": KEPT_FORMAT, "torch": torch.__version__, **own}
 
 
 def made_on(device: str) -> dict[str, Any]:
@@ -73,10 +71,11 @@ RUNNING = "not ended"  # of an experiment at work, or ended by a kill
 
 
 def write_manifest(context: Context, ledger: Ledger, status: int | None, ended: str) -> None:
-    """Write manifest.json, if cells ran or there is none yet.
+    """Write manifest.json: when the cells begin, and again at the end. A command that has no cell to run
+    leaves it as it is, if it tells of an end and of the present files of the data set.
 
-    `ended` says how the command ended, `status` is its exit status, None where it has none. It is written
-    when the cells begin, and again at the end. Manifests of earlier commands are kept in `earlier`.
+    `ended` says how the command ended; `status` is its exit status, None if an error or a signal ended it.
+    Manifests of earlier commands are kept in `earlier`.
     """
     path = context.store.folder / "manifest.json"
     previous = context.store.read_own("manifest.json")

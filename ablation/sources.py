@@ -22,6 +22,7 @@ from ablation.data_files import (
     local_files,
     reason_of,
     refuse_other_split,
+    splits_in,
 )
 from ablation.fields import InputError, shortened_text
 from checkpointing import file_stamps, hash_of
@@ -118,7 +119,7 @@ def load_files(name: str, splits: FileSplits, chosen: str) -> Dataset:
         counts = ", ".join(f"{split} ({len(of_split)} files)" for split, of_split in splits.items())
         log.info(f"Splits: {counts}; reading {chosen}")
     patterns = {}
-    for split in (part.split("[")[0] for part in chosen.split("+")):
+    for split in splits_in(chosen):
         rows = headers_of(name, splits[split]).rows
         # datasets cannot open a Parquet file without rows.
         patterns[split] = [glob.escape(str(file.resolve())) for file in splits[split] if rows[file]]

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import pyarrow as pa
 
-from ablation.data_files import headers_of, local_files, refuse_other_split
+from ablation.data_files import headers_of, local_files, refuse_other_split, splits_in
 from ablation.layers import is_layer, sd15_shapes
 from ablation.sources import SANITY_ROWS, SANITY_SHAPES, refuse_revision, resolve_name
 
@@ -47,8 +47,7 @@ def survey(name: str, data_split: str = "", revision: str = "") -> Survey | None
         types["category_label"] = pa.string()
         return Survey(len(SANITY_ROWS), SANITY_SHAPES, False, False, types)
     splits, chosen = local_files(name, kind, location, data_split)
-    parts = [part.split("[")[0] for part in chosen.split("+")]
-    headers = headers_of(name, [file for part in parts for file in splits[part]])
+    headers = headers_of(name, [file for split in splits_in(chosen) for file in splits[split]])
     rows = sum(headers.rows.values())
     return Survey(rows, shapes_of(headers.first), False, kind == "files", headers.types)
 

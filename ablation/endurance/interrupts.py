@@ -38,7 +38,8 @@ def signal_rounds(whole: Trial, folder: Path, rounds: int, seed: int = 0) -> dic
     table: dict[str, Counts] = collections.defaultdict(Counts)
     for number in SIGNALS:
         counts = table[signal.Signals(number).name]
-        trial, finished = Trial.at(folder / "stopped"), {}  # type: Trial, dict[str, tuple]
+        finished: dict[str, tuple] = {}
+        trial = Trial.at(folder / "stopped")
         for started in range(4 * rounds):
             if counts["signals"] == rounds:
                 break

@@ -258,7 +258,7 @@ def visible_files(*folders: Path) -> list[Path]:
         for folder in folders
         for path in folder.rglob("*")
         if path.is_file()
-        and not {part[0] for part in path.relative_to(folder).parts} & {"."}
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
         and "set_aside" not in path.parts
     )
 

@@ -13,7 +13,7 @@ from ablation.fields import InputError
 from ablation.log import describe_error
 from ablation.results import collect
 from ablation.settings import TrainingSettings
-from checkpointing import ResultStore, hash_of, parse_json, read_bytes
+from checkpointing import ResultStore, has_checksum, hash_of, parse_json, read_bytes
 
 Results = dict[str, Any]
 
@@ -92,11 +92,10 @@ def refusing_other_shapes(folders: list[Path]) -> Iterator[None]:
 def is_foreign(folder: Path) -> bool:
     """True for a folder's results.json whose checksum is not that of its content."""
     try:
-        results = parse_json(read_bytes(folder / "results.json"))
-        return results.pop("checksum", None) != hash_of(results)
+        return not has_checksum(parse_json(read_bytes(folder / "results.json")))
     except FileNotFoundError:
         return False
-    except RecursionError:  # this program nests nothing so deeply
+    except ValueError:  # this program nests nothing too deeply
         return True
 
 
