@@ -69,7 +69,7 @@ def answer(argv: list[str] | None) -> int:
     if actions.status:
         return watch_status(settings) if actions.watch else print_status(settings)
     if actions.dry_run:
-        return print_plan(settings)
+        return print_plan(settings, actions.default_sets)
     resolve_name(settings.dataset)  # a name that means nothing must leave no folder behind
     if actions.tensorboard:
         from ablation.tensorboard import check_installed
@@ -114,7 +114,7 @@ def open_context(settings: Settings, actions: Actions) -> Context:
     settings = dataclasses.replace(settings, training=resolve_training(settings.training, device))
     store = ResultStore(settings.output_folder)
     store.check()
-    data = load(settings, device, clock)
+    data = load(settings, device, clock, actions.default_sets)
     return Context(settings, actions, device, data, store, clock)
 
 

@@ -13,7 +13,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ablation.catalogue import INFERENCE_VERSION
+from ablation.catalogue import AUTO, INFERENCE_VERSION
 from ablation.settings import Settings
 from checkpointing import hash_of, read_events
 
@@ -25,6 +25,7 @@ log = logging.getLogger("visual_ablation")
 PRIMARY = "the mean drop from all_layers to visual_only over the representations above chance, one test"
 FAMILY = "then each representation's drop, by step-down max-T over joint sign flips"
 NO_PART = ("output_dir", "cache_features", "cache_dir", "device", "dataset")  # settings that change no test
+NO_PART_AT_DEFAULT = ("architecture", "layer_sides")  # so that plans of before they existed have their hash
 # The standard error of a drop times the root of the tested rows: of one representation (the median of the
 # nine), and of their mean. Those of `digits`: 2.2 and 1.0 points on 520 rows (docs/statistics.md).
 SPREAD_OF_ONE, SPREAD_OF_MEAN = 0.5, 0.23
@@ -35,12 +36,13 @@ SHORT = 12  # characters of the hash in the log
 def analysis_plan(settings: Settings, data: LoraCollection) -> dict[str, Any]:
     """The settings that decide what is tested, the order of the tests, and the data."""
     chosen = dataclasses.asdict(settings)
+    left_out = {*NO_PART, *(name for name in NO_PART_AT_DEFAULT if chosen[name] in (AUTO, {}))}
     return {
         "primary": PRIMARY,
         "family": FAMILY,
         "inference_version": INFERENCE_VERSION,
         "data": data.files.identity,
-        "settings": {name: value for name, value in chosen.items() if name not in NO_PART},
+        "settings": {name: value for name, value in chosen.items() if name not in left_out},
     }
 
 

@@ -91,24 +91,42 @@ def components_of(representation: str) -> tuple[str, ...]:
 
 # --- layer sets
 
-ATTENTION_KINDS = ("attn1", "attn2", "other")  # self-attention, cross-attention, neither
+LAYER_KINDS = ("visual", "text", "other")  # what a layer acts on; other: both, or neither
+# What --architecture takes, and its name in sentences; architectures.py says which layers are of which kind.
+ARCHITECTURES = {
+    "sd": "Stable Diffusion 1, 2 or XL",
+    "flux": "Flux 1",
+    "sd3": "Stable Diffusion 3",
+    "hunyuan-video": "Hunyuan-Video",
+    "qwen-image": "Qwen-Image",
+    "mochi": "Mochi",
+    "wan": "Wan",
+    "ltx": "LTX-Video",
+    "pixart": "PixArt",
+    "sana": "Sana",
+    "lumina": "Lumina-Next",
+    "lumina2": "Lumina 2",
+    "z-image": "Z-Image",
+    "cogvideox": "CogVideoX",
+    "krea2": "Krea 2",
+    "qwen-image-2.1": "Qwen-Image 2.1",
+    "language-model": "language model",
+}
 
 
 class LayerSet(NamedTuple):
-    """Which layers a cell sees: those of the attention kinds `kinds` and,
-    if given, of one `side` of the modules.
-    """
+    """Which layers a cell sees: those of the kinds `kinds` and, if given, of one `side` of the modules."""
 
     title: str  # in the progress summary
-    kinds: tuple[str, ...] = ATTENTION_KINDS
+    kinds: tuple[str, ...] = LAYER_KINDS
     side: str = ""  # "down" or "up"
     words: str = ""  # in sentences, where the name with spaces would not do
 
 
 LAYER_SETS = {
     "all_layers": LayerSet("All Layers"),
-    "visual_only": LayerSet("Visual-Only", ("attn1",), words="the visual layers"),
-    "text_only": LayerSet("Text-Only", ("attn2",), words="the text layers"),
+    "visual_only": LayerSet("Visual-Only", ("visual",), words="the visual layers"),
+    "text_only": LayerSet("Text-Only", ("text",), words="the text layers"),
 }
 CONTROL_SETS = {  # of --controls alone
     "down_only": LayerSet("Down-Only", side="down"),
@@ -118,6 +136,7 @@ CONTROL_SETS = {  # of --controls alone
 # Each of these names stands for several layer sets, called random_half.0, random_half.1,
 # by_block.mid_block...attn1
 LAYER_SET_GROUPS = {"random_half": "Random Half", "by_block": "By Block"}
+NEED_KINDS = ("visual_only", "text_only", *LAYER_SET_GROUPS)  # not possible for an unknown architecture
 
 
 def group_of(layer_set: str) -> str:
@@ -186,6 +205,8 @@ NEIGHBOURS = "neighbours"  # among a run's predictions: the nearest training row
 SPLITS = ("random", "stratified", "grouped")
 AUTO = "auto"  # with --folds: grouped where there are groups, else stratified
 GROUP_COLUMN = "category_name"  # used where a data set has it
+# Used in its place where a data set has only this one: checkpoints of one training have the same value.
+TRAINING_COLUMN = "training"
 
 
 class AuditKind(NamedTuple):

@@ -4,6 +4,7 @@ labels, classes, groups, metadata columns, layers, weights, splits.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 from collections.abc import Callable
@@ -14,11 +15,11 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from ablation.catalogue import ATTENTION_KINDS, METADATA_COLUMNS, PARTS
-from ablation.columns import Columns, numeric_columns, refuse_columns
+from ablation.catalogue import METADATA_COLUMNS, PARTS
+from ablation.columns import Columns, group_column_of, numeric_columns, refuse_columns
 from ablation.controls import labels_for
 from ablation.fields import InputError
-from ablation.layers import Layers, is_layer
+from ablation.layers import Layers, is_layer, layers_of
 from ablation.reading import WeightReader, layout_of
 from ablation.settings import Settings
 from ablation.sources import open_dataset
@@ -113,6 +114,7 @@ class LoraCollection:
     first: View  # the rows with their labels and the first split
     files: SourceFiles
     groups: np.ndarray | None = None  # (N,) numbers of what rows have in common; None without such a column
+    group_column: str = ""  # where the groups stand
     # (N,) float64 each, NaN where a row has no value.
     metadata: dict[str, np.ndarray] = field(default_factory=dict)
     views: dict[tuple[SplitSpec | None, str, int], View] = field(default_factory=dict)  # kept by `view`
@@ -161,7 +163,8 @@ class LoraCollection:
             "rows_per_class": {
                 str(name): int(count) for name, count in zip(self.classes, counts, strict=True)
             },
-            "layers": {kind: self.layers.kinds.count(kind) for kind in ATTENTION_KINDS},
+            "layers": self.layers.count_words(),
+            "architecture": self.layers.found.title,
             "ranks": sorted({min(layout.rows, layout.cols) for layout in layouts}),
             "weights_per_row": self.layers.weights_per_row,
             "split": {part: len(self.split.rows(part)) for part in PARTS},
@@ -184,8 +187,8 @@ def load_collection(settings: Settings, device: str) -> LoraCollection:
     columns = Columns(settings.label_column, settings.group_column, settings.metadata_columns)
     spec = split_spec(settings, "")
     collection = collect_rows(dataset, settings.dataset, device, columns, spec)
-    collection.layers.named_sets = settings.named_layer_sets
-    return collection
+    names, layouts = collection.layers.names, collection.layers.layouts
+    return dataclasses.replace(collection, layers=layers_of(settings, names, layouts))
 
 
 def collect_rows(
@@ -218,7 +221,8 @@ def collect_rows(
             f"{len(formatted)} layer columns are read through the torch formatter, which is slow: "
             f"'{formatted[0]}' is stored as {dataset.data.column(formatted[0]).type}"
         )
-    groups = encode_groups(dataset, columns.group) if columns.group in dataset.column_names else None
+    group_column = group_column_of(types, columns)
+    groups = encode_groups(dataset, group_column) if group_column else None
     return LoraCollection(
         weights=WeightReader(dataset, layers, device),
         layers=layers,
@@ -227,6 +231,7 @@ def collect_rows(
         first=make_view(labels, spec, groups, classes),
         files=SourceFiles([entry["filename"] for entry in dataset.cache_files]),
         groups=groups,
+        group_column=group_column,
         metadata=read_metadata(dataset, columns),
     )
 

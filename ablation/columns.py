@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import pyarrow as pa
 
-from ablation.catalogue import GROUP_COLUMN
+from ablation.catalogue import GROUP_COLUMN, TRAINING_COLUMN
 from ablation.fields import InputError
 from ablation.layers import is_layer
 
@@ -49,6 +49,20 @@ def refuse_columns(types: Mapping[str, pa.DataType], name: str, columns: Columns
             f"{', '.join(others)}"
         )
     refuse_metadata(types, name, columns)
+
+
+def group_column_of(types: Mapping[str, pa.DataType], columns: Columns) -> str:
+    """The column of what rows have in common; "" if the data set has none.
+
+    It is `columns.group`. In place of GROUP_COLUMN, the default, a data set that lacks it may have
+    TRAINING_COLUMN, with texts or whole numbers that are not the label.
+    """
+    chosen = columns.group
+    if chosen == GROUP_COLUMN and chosen not in types and columns.label != TRAINING_COLUMN:
+        kind = types.get(TRAINING_COLUMN, pa.null())
+        if pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_integer(kind):
+            return TRAINING_COLUMN
+    return chosen if chosen in types else ""
 
 
 def refuse_metadata(types: Mapping[str, pa.DataType], name: str, columns: Columns) -> None:

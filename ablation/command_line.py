@@ -27,6 +27,7 @@ SECTIONS = {  # of --help; every setting stands in one of them
     "what is computed": (
         "representations",
         "layer_sets",
+        "architecture",
         "random_halves",
         "halves_by",
         "sketch_size",
@@ -74,6 +75,7 @@ class Actions:
     watch: bool = False
     report: bool = True
     tensorboard: bool = False
+    default_sets: bool = False  # --layer-sets is the default: a set without a layer is left out
 
 
 class Parser(argparse.ArgumentParser):
@@ -91,7 +93,7 @@ def parse_command_line(argv: list[str] | None, description: str) -> tuple[Settin
     """
     parsed = vars(build_parser(description).parse_args(argv))
     config, quick, thorough = (parsed.pop(name) for name in ("config", "quick", "thorough"))
-    actions = Actions(**{f.name: parsed.pop(f.name) for f in dataclasses.fields(Actions)})
+    actions = Actions(**{f.name: parsed.pop(f.name) for f in dataclasses.fields(Actions) if f.name in parsed})
     fields = setting_fields()
     # A flag such as --controls without a value means all of its choices.
     typed = {name: every_choice(fields[name]) if value == [] else value for name, value in parsed.items()}
@@ -108,6 +110,7 @@ def parse_command_line(argv: list[str] | None, description: str) -> tuple[Settin
         from_file = read_yaml(config)
         build_settings(from_file, config)  # a bad value in the file is an error even if a flag replaces it
     chosen = (THOROUGH if thorough else {}) | from_file | typed
+    actions = dataclasses.replace(actions, default_sets="layer_sets" not in from_file | typed)
     return build_settings(preset(chosen) | chosen), actions
 
 

@@ -17,9 +17,10 @@ from ablation.splits import split_names, split_spec
 log = logging.getLogger("visual_ablation")
 
 
-def load(settings: Settings, device: str, clock: Clock) -> LoraCollection:
+def load(settings: Settings, device: str, clock: Clock, default_sets: bool = False) -> LoraCollection:
     """The collection, with the hash of its weights in `files.identity`; what it holds is logged.
 
+    `default_sets`: the layer sets are those of the default, so that a set without a layer is left out.
     Raises InputError for a data set, split or layer set that cannot be used.
     """
     with clock("load"), Progress(None, f"loading {settings.dataset}"):
@@ -37,7 +38,7 @@ def load(settings: Settings, device: str, clock: Clock) -> LoraCollection:
         log.warning(
             "ten rows or fewer: train, validation and test are the same rows, so accuracies mean nothing"
         )
-    refuse_empty_layer_sets(data.layers, settings)
+    refuse_empty_layer_sets(data.layers, settings, default_sets)
     with clock("read"):
         hash_weights(data, settings)
     return data
@@ -55,6 +56,7 @@ def log_contents(data: LoraCollection, settings: Settings) -> None:
         f"Data set: {settings.dataset} | {summary['rows']} rows, {summary['classes']} classes | "
         f"device: {data.weights.device}"
     )
+    log.info(f"Architecture: {summary['architecture']}")
     log.info(
         f"Layers: {len(data.layers)} ({kinds}) of rank {ranks} | {summary['weights_per_row']:,} weights a row"
     )
@@ -70,7 +72,7 @@ def log_groups(data: LoraCollection, settings: Settings) -> None:
     shared = data.shared_groups(data.split)
     advice = "" if not shared or "grouped" in settings.split else ": --split grouped keeps groups together"
     log.info(
-        f"Groups: {len(np.unique(data.groups))} by '{settings.group_column}'; {shared} of "
+        f"Groups: {len(np.unique(data.groups))} by '{data.group_column}'; {shared} of "
         f"{len(data.split.test)} test rows share theirs with a training row{advice}"
     )
 

@@ -99,6 +99,7 @@ def manifest(context: Context, ledger: Ledger, status: int | None) -> dict[str, 
         "settings": dataclasses.asdict(context.settings),
         "data": {
             "dataset": context.settings.dataset,
+            "architecture": data.layers.found.title,
             "identity": data.files.identity,
             "files": data.files.paths,
             "stamps": data.files.stamps,

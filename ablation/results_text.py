@@ -13,6 +13,7 @@ from ablation.cells import Cell
 from ablation.inference_text import audit_lines, inference_lines
 from ablation.text_table import TEXT_WIDTH, Column, percent, showable, table
 
+SHOWN_CELLS = 4  # of those that were skipped for one reason; results.json has all
 SELECTED_ON = "* the epoch was selected on these rows, so accuracy on them is too high; balanced: mean recall"
 
 
@@ -61,8 +62,7 @@ def head_lines(results: dict[str, Any]) -> list[str]:
         "",
         f"Data set:  {results['dataset']} ({results['data']['rows']} rows, {results['num_classes']} classes; "
         f"{sizes})",
-        f"Layers:    {results['num_all_layers']} ({results['num_visual_layers']} attn1, "
-        f"{results['num_text_layers']} attn2)",
+        f"Layers:    {results['num_all_layers']} ({kinds_text(results)})",
         f"Runs:      {results['num_runs']} a cell{' (kernel_ridge has one)' * has_ridge}; values are "
         "percent, mean±std over runs (training noise only)",
     ]
@@ -72,6 +72,15 @@ def head_lines(results: dict[str, Any]) -> list[str]:
             "means anything"
         )
     return lines
+
+
+def kinds_text(results: dict[str, Any]) -> str:
+    """How many layers are visual and text, and of which architecture, if that is not Stable Diffusion."""
+    layers = results["data"].get("layers")
+    if not layers:
+        return f"{results['num_visual_layers']} visual, {results['num_text_layers']} text"
+    kinds = ", ".join(f"{count} {word}" for word, count in layers.items() if word != "other")
+    return kinds if "attn1" in layers else f"{kinds}; {results['data'].get('architecture', '')}"
 
 
 def layer_set_names(results: dict[str, Any]) -> list[str]:
@@ -169,7 +178,7 @@ def kept_interval(interval: tuple[float, float] | None) -> str:
 
 
 def block_lines(results: dict[str, Any]) -> list[str]:
-    """A line for each block of the U-Net and kind of attention that was trained on alone."""
+    """A line for each block and kind of layer that was trained on alone."""
     blocks = []
     for name in layer_set_names(results):
         if group_of(name) == "by_block":
@@ -193,8 +202,13 @@ def block_lines(results: dict[str, Any]) -> list[str]:
 def closing_lines(results: dict[str, Any]) -> list[str]:
     """Skipped cells, cells that no table shows, failed cells."""
     lines = []
-    if results["skipped_cells"]:
-        lines += ["", *(f"Skipped: {entry['cell']}, {entry['reason']}" for entry in results["skipped_cells"])]
+    by_reason: dict[str, list[str]] = {}
+    for entry in results["skipped_cells"]:
+        by_reason.setdefault(entry["reason"], []).append(entry["cell"])
+    lines += [""] * bool(by_reason)
+    for reason, cells in by_reason.items():
+        more = f" and {len(cells) - SHOWN_CELLS} more" if len(cells) > SHOWN_CELLS else ""
+        lines.append(f"Skipped: {', '.join(cells[:SHOWN_CELLS])}{more}, {reason}")
     if results["further_cells"] and not results["inference"]:
         count = len(results["further_cells"])
         lines += ["", f"{count} cells of other splits, classifiers or controls are in results.json only"]

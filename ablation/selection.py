@@ -6,11 +6,11 @@ import logging
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ablation.catalogue import CONTROL_SETS, MAIN_COMPARISON, METADATA_COLUMNS, SPECS, group_of
+from ablation.catalogue import MAIN_COMPARISON, METADATA_COLUMNS, SPECS, group_of
 from ablation.cells import Cell, cells_of
 from ablation.controls import control_cells
 from ablation.fields import InputError
-from ablation.layers import Layers, expand_layer_sets
+from ablation.layers import Layers
 from ablation.settings import Settings
 from ablation.splits import split_names
 
@@ -19,11 +19,13 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("visual_ablation")
 
+NO_LAYER = "the data set has no layer of"
+
 
 def list_cells(settings: Settings, layer_sets: list[str]) -> list[Cell]:
     """Every cell that the settings ask for, once, the table first.
 
-    `layer_sets` are those of the settings with groups expanded (`layers.expand_layer_sets`).
+    `layer_sets` are those of the settings with groups expanded (`Layers.expand`).
     """
     by_another = settings.halves_by if settings.halves_by != "mlp" else ""
     halves = [name for name in layer_sets if by_another and group_of(name) == "random_half"]
@@ -74,9 +76,7 @@ def possible_cells(settings: Settings, data: Contents) -> tuple[list[Cell], dict
     """
     if "gauge" in settings.audit:
         data.layers.check_modules()
-    requested = list_cells(
-        settings, expand_layer_sets(settings.layer_sets, data.layers.names, settings.random_halves)
-    )
+    requested = list_cells(settings, data.layers.expand(settings.layer_sets, settings.random_halves))
     skipped = {cell: reason for cell in requested if (reason := why_impossible(cell, data))}
     for reason in dict.fromkeys(skipped.values()):
         names = ", ".join(cell.name for cell, cause in skipped.items() if cause == reason)
@@ -107,7 +107,7 @@ def why_impossible(cell: Cell, data: Contents) -> str:
         return f"{', '.join(data.metadata)} are the same for all training rows"
     if cell.fraction and data.overlaps:
         return "train, validation and test are the same rows"
-    is_empty = cell.layer_set in CONTROL_SETS and not data.layers.positions(cell.layer_set)
-    if is_empty and spec.source != "row":
-        return f"the data set has no layer of {cell.layer_set}"
+    if spec.source != "row" and not data.layers.positions(cell.layer_set):
+        name = group_of(cell.layer_set) or cell.layer_set
+        return f"{NO_LAYER} {name}{data.layers.why_empty(name)}"
     return ""

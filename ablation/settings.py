@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ablation.catalogue import (
+    ARCHITECTURES,
     AUDITS,
     AUTO,
     CHOICES,
@@ -95,6 +96,12 @@ class Settings:
     named_layer_sets: dict = setting(
         {}, "in a YAML file: a mapping of names to lists of shell patterns on layer names"
     )
+    architecture: str = setting(
+        AUTO,
+        "the model that was adapted, which tells visual layers from text layers; auto: by the layers' names",
+        (AUTO, *ARCHITECTURES),
+    )
+    layer_sides: dict = setting({}, "in a YAML file: shell patterns on layer names, for visual and for text")
     random_halves: int = setting(
         5,
         "draws of random_half: as many modules of each block as visual_only has, of both kinds",
@@ -177,6 +184,7 @@ class Settings:
         check_texts(self)
         check_lists(self)
         check_named_layer_sets(self.named_layer_sets)
+        check_layer_sides(self)
         check_layer_sets(self)
         check_folds(self)
         check_fractions(self.train_fractions)
@@ -319,6 +327,18 @@ def check_named_layer_sets(named: Mapping[str, tuple[str, ...]]) -> None:
             )
         if not patterns:
             raise InputError(f"named_layer_sets: '{name}' has no pattern: give a list such as ['*.to_q.*']")
+
+
+def check_layer_sides(settings: Settings) -> None:
+    """Raise InputError unless layer_sides has patterns for visual, text or both, and is the only say."""
+    for side, patterns in settings.layer_sides.items():
+        if side not in ("visual", "text") or not patterns:
+            example = "{visual: ['*.self_attn.*'], text: ['*.cross_attn.*']}"
+            raise InputError(
+                f"layer_sides: '{shortened_text(side)}': give visual or text patterns: {example}"
+            )
+    if settings.layer_sides and settings.architecture != AUTO:
+        raise InputError("--architecture and layer_sides both say which layers are visual: leave one out")
 
 
 def ambiguous_prefixes() -> set[str]:

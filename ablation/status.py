@@ -12,16 +12,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ablation.analysis_plan import expectation, tested_rows
-from ablation.catalogue import AUDITS, LAYER_SET_GROUPS, METADATA_COLUMNS, SPECS, components_of
+from ablation.catalogue import AUDITS, AUTO, LAYER_SET_GROUPS, METADATA_COLUMNS, SPECS, components_of
 from ablation.cells import Cell
-from ablation.columns import Columns, numeric_columns, refuse_columns
+from ablation.columns import Columns, group_column_of, numeric_columns, refuse_columns
 from ablation.command_line import find_device
 from ablation.fingerprints import requested_inputs
-from ablation.layers import ColumnLayout, Layers, expand_layer_sets, refuse_empty_layer_sets
+from ablation.layers import ColumnLayout, Layers, layers_of, refuse_empty_layer_sets
 from ablation.log import duration
 from ablation.provenance import changed_files
 from ablation.results import reported_entries
-from ablation.selection import Contents, list_cells, possible_cells
+from ablation.selection import NO_LAYER, Contents, list_cells, possible_cells
 from ablation.settings import Settings
 from ablation.splits import SMALLEST_SPLIT, refuse_impossible, split_names, split_spec
 from ablation.survey import Survey, survey
@@ -48,7 +48,7 @@ def print_progress_summary(cells: list[Cell], missing: list[Cell]) -> None:
         log.info(f"{title + ':':<22}{total - left}/{total} completed, {left} remaining")
     total = len(cells)
     done = total - len(missing)
-    log.info(f"{'Total Progress:':<22}{done}/{total} ({100 * done / total:.1f}%)")
+    log.info(f"{'Total Progress:':<22}{done}/{total} ({100 * done / max(total, 1):.1f}%)")
     if not missing:
         log.info("All experiments already completed! Loading results from checkpoints...")
     elif done:
@@ -57,17 +57,17 @@ def print_progress_summary(cells: list[Cell], missing: list[Cell]) -> None:
         log.info(f"No finished cell of these settings yet. Will run {len(missing)}...")
 
 
-def cell_states(settings: Settings, layers: list[str] | None = None) -> dict[Cell, State]:
+def cell_states(settings: Settings, layers: Layers | None = None) -> dict[Cell, State]:
     """The state of every cell that the settings ask for, from the files of the output folder alone.
 
-    `layers` are the names of the data set's layers, where they are known.
+    `layers` are the data set's, where they are known.
     """
     store = ResultStore(settings.output_folder)
     layer_sets = list(settings.layer_sets)
     if set(layer_sets) & set(LAYER_SET_GROUPS):
         if layers is None:
-            layers = reported_layers(store.folder)
-        layer_sets = expand_layer_sets(settings.layer_sets, layers, settings.random_halves)
+            layers = layers_of(settings, reported_layers(store.folder), {})
+        layer_sets = layers.expand(settings.layer_sets, settings.random_halves)
     if "by_block" in settings.layer_sets and not any(name.startswith("by_block.") for name in layer_sets):
         log.info(
             "The blocks of --layer-sets by_block are not known before the first run: they are not counted"
@@ -75,6 +75,8 @@ def cell_states(settings: Settings, layers: list[str] | None = None) -> dict[Cel
     skipped = reported_entries(store.folder, "skipped_cells", "reason")
     if settings.metadata_columns:  # they may not have been named when the cell was skipped
         skipped.pop(METADATA_CELL, None)
+    if not has_reported_kinds(settings):
+        skipped = {cell: reason for cell, reason in skipped.items() if not str(reason).startswith(NO_LAYER)}
     cells = [cell for cell in list_cells(settings, layer_sets) if cell not in skipped]
     return {cell: store.state(cell.name, requested_inputs(settings, cell)) for cell in cells}
 
@@ -86,6 +88,16 @@ def reported_layers(folder: Path) -> list[str]:
     except (OSError, ValueError):
         return []
     return [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
+
+
+def has_reported_kinds(settings: Settings) -> bool:
+    """True if the results in the output folder were made with the same say on which layers are visual."""
+    try:
+        made_with = read_own(settings.output_folder / "results.json")["settings"]
+        sides = {side: tuple(patterns) for side, patterns in made_with.get("layer_sides", {}).items()}
+        return (made_with.get("architecture", AUTO), sides) == (settings.architecture, settings.layer_sides)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
 
 
 def unfinished(states: dict[Cell, State]) -> list[Cell]:
@@ -185,30 +197,38 @@ def seconds_of(moment: str) -> int:
 # --- --dry-run
 
 
-def print_plan(settings: Settings) -> int:
+def print_plan(settings: Settings, default_sets: bool = False) -> int:
     """Say what would run and why, and what it needs.
     Reads file headers and writes nothing. Returns the exit status.
+
+    `default_sets`: the layer sets are those of the default.
     """
     surveyed = survey(settings.dataset, settings.data_split, settings.revision)
-    skipped = refuse_what_a_run_refuses(settings, surveyed)
-    layers = None if surveyed is None else [layer for layer, _, _ in surveyed.shapes]
+    layers = None
+    if surveyed is not None:
+        layouts = {layer: ColumnLayout(layer, rows, cols, "", True) for layer, rows, cols in surveyed.shapes}
+        layers = layers_of(settings, list(layouts), layouts)
+    skipped = refuse_what_a_run_refuses(settings, surveyed, layers, default_sets)
     states = cell_states(settings, layers)
     states = {cell: state for cell, state in states.items() if cell not in skipped}
     print_progress_summary(list(states), unfinished(states))
     log.info(f"\nOutput folder: {settings.output_folder}")
     for cell, state in states.items():
         log.info(f"  {cell.name:<28} {REASONS[state.kind]}{state.why}")
-    if surveyed is None:
+    if surveyed is None or layers is None:
         log.info(f"\nData set {settings.dataset}: its size is not known before the download")
     else:
         print_needs(settings, surveyed, unfinished(states))
+        log.info(f"Architecture: {layers.found.title}")
         if surveyed.rows >= SMALLEST_SPLIT:
             for line in expectation(settings, tested_rows(settings, surveyed.rows)):
                 log.info(f"Tests:   {line}")
     return 0
 
 
-def refuse_what_a_run_refuses(settings: Settings, surveyed: Survey | None) -> set[Cell]:
+def refuse_what_a_run_refuses(
+    settings: Settings, surveyed: Survey | None, layers: Layers | None, default_sets: bool
+) -> set[Cell]:
     """The cells that the data set has nothing for.
 
     Raises the InputError or Refused that a run would end with, as far as settings and file headers tell.
@@ -221,23 +241,22 @@ def refuse_what_a_run_refuses(settings: Settings, surveyed: Survey | None) -> se
 
             resolve_training(settings.training, device)
     refuse_place(settings.output_folder)
-    if surveyed is None or surveyed.columns is None:
+    if surveyed is None or surveyed.columns is None or layers is None:
         return set()
     columns = Columns(settings.label_column, settings.group_column, settings.metadata_columns)
     refuse_columns(surveyed.columns, settings.dataset, columns)
     numeric = numeric_columns(surveyed.columns, settings.label_column)
     wanted = {*METADATA_COLUMNS, *settings.metadata_columns}
-    layouts = {layer: ColumnLayout(layer, rows, cols, "", True) for layer, rows, cols in surveyed.shapes}
     contents = Contents(
-        Layers(list(layouts), layouts, settings.named_layer_sets),
+        layers,
         surveyed.rows,
         {name: None for name in numeric if name in wanted},
         surveyed.rows < SMALLEST_SPLIT,
     )
-    has_groups = settings.group_column in surveyed.columns
+    has_groups = bool(group_column_of(surveyed.columns, columns))
     for name in split_names(settings):
         refuse_impossible(surveyed.rows, split_spec(settings, name), has_groups)
-    refuse_empty_layer_sets(contents.layers, settings)
+    refuse_empty_layer_sets(layers, settings, default_sets)
     _, skipped = possible_cells(settings, contents)
     return set(skipped)
 

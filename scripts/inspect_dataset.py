@@ -51,7 +51,7 @@ def parse_command_line(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("name", metavar="NAME", help="a data set, named as for --dataset of the experiment")
     add("--json", action="store_true", help="print one JSON object instead of text")
-    text = "column whose groups should not cross the split (default: category_name)"
+    text = "column whose groups should not cross the split (default: category_name, or else training)"
     add("--group-column", default="", metavar="NAME", help=text)
     text = "column that holds the class (default: category_label)"
     add("--label-column", default="category_label", metavar="NAME", help=text)

@@ -2,10 +2,10 @@
 
 import json
 
-from running import FAST, folder
+from running import FAST, experiment_data, folder
 
 import visual_ablation_experiment as experiment
-from ablation.analysis_plan import expectation
+from ablation.analysis_plan import analysis_plan, expectation
 from ablation.conversion import build_settings
 
 
@@ -35,6 +35,16 @@ def test_the_plan_is_stated_before_training_and_its_hash_is_everywhere(run, plac
     assert changed["hash"] != first["hash"] and changed["other_plans"] == 1
     run("--representations", "stats", "--cache-dir", "elsewhere", fast=FAST)
     assert plan_in(place)["hash"] == first["hash"] and plan_in(place)["other_plans"] == 1
+
+
+def test_settings_that_came_later_are_no_part_of_the_plan_until_they_are_used(place):
+    def settings_of(**values):
+        return analysis_plan(build_settings(values), experiment_data())["settings"]
+
+    later = {"architecture", "layer_sides"}
+    assert not later & settings_of().keys()
+    assert later & settings_of(architecture="sd").keys() == {"architecture"}
+    assert later & settings_of(layer_sides={"visual": "*attn1*"}).keys() == {"layer_sides"}
 
 
 def test_what_a_margin_needs_is_said_before_the_run():

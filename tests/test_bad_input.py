@@ -493,8 +493,16 @@ BAD_WEIGHTS = [
             "data set './loras' has no layer for --layer-sets text_only: leave it out", "--layer-sets",
             "all_layers", "text_only"),
     refused("blocks without attention", disk(lambda: loras(columns={DOWN: None, UP: None,
-            "ff.lora.down.weight": pa.array(matrices(), FLOAT)})),
+            "unet.mid_block.ff.lora.down.weight": pa.array(matrices(), FLOAT)})),
             re.compile("data set './loras' has no .*--layer-sets by_block.*"), "--layer-sets", "by_block"),
+    refused("layers of an unknown model", disk(lambda: loras(columns={DOWN: None, UP: None,
+            "ff.lora.down.weight": pa.array(matrices(), FLOAT)})),
+            re.compile("data set './loras': .*--layer-sets visual_only .* the architecture is unknown.*"
+                       "begin with ff.*layer_sides: .*--layer-sets all_layers"),
+            "--layer-sets", "visual_only"),
+    refused("layers of another model than stated", plain,
+            re.compile("data set './loras': .*because no layer has a name as Wan has them.*"),
+            "--architecture", "wan", "--layer-sets", "visual_only"),
 ]
 ROWS = [
     accepted("two rows", disk(lambda: loras(2)), data={"rows": 2, "classes": 2, "overlap": True}),
@@ -765,6 +773,10 @@ LISTS = "representations layer_sets controls metadata_columns classifiers train_
 BOMB = f"{LISTS[0]}: &{LISTS[0]} [x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"{new}: &{new} [{', '.join(['*' + old] * 9)}]\n" for old, new in itertools.pairwise(LISTS)
 )
+NO_SIDE = (
+    "layer_sides: '{}': give visual or text patterns: "
+    "{{visual: ['*.self_attn.*'], text: ['*.cross_attn.*']}} (from a.yaml)"
+)
 LAYER_SET = (
     "named_layer_sets: '{}' is no name for a layer set: use letters, digits, - and _, and none of "
     "all_layers, visual_only, text_only, random_half, by_block, down_only, up_only, no_layers (from a.yaml)"
@@ -871,6 +883,17 @@ YAML = [
     settings_of("yes as a layer set", "named_layer_sets: {yes: ['*']}\n", NO_PATTERNS),
     settings_of("a mapping that holds itself", "named_layer_sets: &a {x: *a}\n",
             re.compile(f"{NO_PATTERNS.pattern}|cannot read --config a.yaml: .*")),
+    settings_of("a list for sides", "layer_sides: [a]\n", not_a(MAPPING, "layer_sides", "['a']", FROM)),
+    settings_of("a mapping as a side", "layer_sides: {visual: {b: c}}\n",
+            not_a(MAPPING, "layer_sides", "{'visual': {'b': 'c'}}", FROM)),
+    settings_of("a side of another name", "layer_sides: {image: ['*']}\n", NO_SIDE.format("image")),
+    settings_of("a side without a pattern", "layer_sides: {text: []}\n", NO_SIDE.format("text")),
+    settings_of("sides beside an architecture", "layer_sides: {visual: ['*']}\narchitecture: sd\n",
+            "--architecture and layer_sides both say which layers are visual: leave one out (from a.yaml)"),
+    settings_of("a layer on both sides", "layer_sides: {visual: ['*'], text: ['*']}\n",
+            re.compile("layer_sides: 'unet.* is visual and text by the patterns: make them narrower")),
+    settings_of("a side of no layer", "layer_sides: {text: ['x*']}\n",
+            re.compile("layer_sides: no layer has a name as the patterns of 'text' say; .* with unet.*")),
     settings_of("two dots as a layer set", "named_layer_sets: {'..': ['*']}\n", LAYER_SET.format("..")),
     settings_of("a path as a layer set", "named_layer_sets: {'../x': ['*']}\n", LAYER_SET.format("../x")),
     settings_of("a slash in a layer set", "named_layer_sets: {a/b: ['*']}\n", LAYER_SET.format("a/b")),

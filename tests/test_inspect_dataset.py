@@ -97,9 +97,9 @@ def test_contents(plain):
 
 def test_ranks_of_both_sides_and_layers_of_no_attention():
     columns = {
-        "unet.a.ff.lora.down.weight": np.ones((12, 2, 5), np.float32),
-        "unet.a.ff.lora.up.weight": np.ones((12, 1, 2), np.float32),
-        "x_attn1_to_q.lora_A.weight": np.ones((12, 3, 2), np.float32),
+        "unet.mid_block.ff.lora.down.weight": np.ones((12, 2, 5), np.float32),
+        "unet.mid_block.ff.lora.up.weight": np.ones((12, 1, 2), np.float32),
+        "unet.mid_block.attn1_to_q.lora_A.weight": np.ones((12, 3, 2), np.float32),
     }
     report = look(columns, np.arange(12) % 2)
     assert report["ranks"] == {"2": 2, "3": 1} and report["layers"] == {"attn1": 1, "attn2": 0, "other": 2}

@@ -5,13 +5,12 @@ from collections import Counter
 import pytest
 from builders import collect, lora_dataset
 
-from ablation.catalogue import ATTENTION_KINDS, CONTROL_SETS, LAYER_SET_GROUPS, LAYER_SETS
+from ablation.catalogue import CONTROL_SETS, LAYER_KINDS, LAYER_SET_GROUPS, LAYER_SETS
 from ablation.layers import (
     ColumnLayout,
     Layers,
     attention_kind,
     block_of,
-    expand_layer_sets,
     is_layer,
     module_and_side,
     sd15_shapes,
@@ -113,7 +112,7 @@ def test_random_halves_have_the_modules_of_visual_only_by_block_from_both_kinds(
 
 def test_by_block_is_one_set_for_each_block_and_kind():
     layers = of_published_topology()
-    sets = expand_layer_sets(("all_layers", "by_block", "random_half"), layers.names, 2)
+    sets = layers.expand(("all_layers", "by_block", "random_half"), 2)
     blocks = [name for name in sets if name.startswith("by_block.")]
     assert sets[0] == "all_layers" and sets[-2:] == ["random_half.0", "random_half.1"] and len(blocks) == 32
     assert blocks[0] == "by_block.down_blocks.0.attentions.0.attn1"
@@ -161,6 +160,6 @@ def test_named_sets_are_patterns_on_layer_names():
 def test_every_layer_set_of_the_catalogue_names_known_layers_and_has_a_title_of_its_own():
     sets = LAYER_SETS | CONTROL_SETS
     for name, spec in sets.items():
-        assert set(spec.kinds) <= set(ATTENTION_KINDS) and spec.side in ("", "down", "up"), name
+        assert set(spec.kinds) <= set(LAYER_KINDS) and spec.side in ("", "down", "up"), name
     titles = [spec.title for spec in sets.values()] + list(LAYER_SET_GROUPS.values())
     assert len(set(titles)) == len(titles)

@@ -27,7 +27,7 @@ def mean_square_by_class(data, kind):
     """Spread between classes of the mean square weight of the layers of a kind,
     in units of what chance gives.
     """
-    layers = [layer for layer, of in zip(data.layers.names, data.layers.kinds, strict=True) if of == kind][
+    layers = [layer for layer, of in zip(data.layers.names, data.layers.words, strict=True) if of == kind][
         :16
     ]
     # (n, layers)
@@ -65,7 +65,7 @@ def kernel_by_class(data, kind):
     """
     kernel = np.zeros((data.num_rows, data.num_rows))
     for module in data.layers.modules:
-        if data.layers.kinds[module.down] == kind:
+        if data.layers.words[module.down] == kind:
             down, up = (
                 data.weights.read_layer(data.layers.names[position], 0, data.num_rows).double().numpy()
                 for position in (module.down, module.up)

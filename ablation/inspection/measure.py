@@ -16,11 +16,12 @@ import xxhash
 
 from ablation.catalogue import GROUP_COLUMN, NINE, PARTS, SPECS
 from ablation.collection import LoraCollection
+from ablation.columns import Columns, group_column_of
 from ablation.fields import InputError
 from ablation.inspection.columns import INSPECTED, ColumnCensus, Moments
 from ablation.inspection.likeness import Likeness, initialisation
 from ablation.inspection.text import findings
-from ablation.layers import attention_kind, module_and_side
+from ablation.layers import module_and_side
 from ablation.making.progress import ProgressLine
 from ablation.reading import BLOCK_ROWS
 from representations import describe
@@ -120,12 +121,9 @@ def contents(data: LoraCollection) -> dict:
     """Rows, layers, ranks, shapes and bytes."""
     summary = data.summary()
     shapes: dict[tuple, int] = Counter()
-    for layer in data.layers.names:
+    for layer, word in zip(data.layers.names, data.layers.words, strict=True):
         shapes[
-            attention_kind(layer),
-            module_and_side(layer)[1],
-            data.layers.layouts[layer].rows,
-            data.layers.layouts[layer].cols,
+            word, module_and_side(layer)[1], data.layers.layouts[layer].rows, data.layers.layouts[layer].cols
         ] += 1
     ranks = Counter(
         matrix.rows if module_and_side(layer)[1] == "down" else matrix.cols
@@ -137,6 +135,7 @@ def contents(data: LoraCollection) -> dict:
         "rows": summary["rows"],
         "split": summary["split"],
         "split_overlaps": data.split.overlap,
+        "architecture": summary["architecture"],
         "layers": summary["layers"],
         "ranks": {str(rank): count for rank, count in sorted(ranks.items())},
         "shapes": [
@@ -202,12 +201,13 @@ def sides_of(data: LoraCollection) -> np.ndarray:
 
 
 def read_groups(data: LoraCollection, column: str) -> tuple[str, list] | None:
-    """The name and values of the group column; None if none was requested and GROUP_COLUMN is not there."""
+    """The name and values of the group column; None if none was requested or is there by default."""
     names = data.weights.dataset.column_names
     if not column:
-        if GROUP_COLUMN not in names:
+        types = dict(zip(names, data.weights.dataset.data.schema.types, strict=True))
+        column = group_column_of(types, Columns(group=GROUP_COLUMN))
+        if not column:
             return None
-        column = GROUP_COLUMN
     if column not in names or column in data.layers.layouts:
         raise InputError(
             f"no --group-column '{column}': use one of "

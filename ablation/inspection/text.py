@@ -6,7 +6,6 @@ import shutil
 import textwrap
 from typing import Any
 
-from ablation.catalogue import ATTENTION_KINDS
 from ablation.inspection.columns import REDUNDANCIES
 from ablation.text_table import showable
 
@@ -148,7 +147,7 @@ def print_wrapped(text: str, indent: str = "") -> None:
 def collection_lines(report: Report) -> list[str]:
     """Rows, layers, memory, split, classes, copies and groups."""
     classes, size, same = report["classes"], report["bytes"], report["duplicate_rows"]
-    kinds = ", ".join(f"{report['layers'][kind]} {kind}" for kind in ATTENTION_KINDS)
+    kinds = ", ".join(f"{count} {kind}" for kind, count in report["layers"].items())
     ranks = ", ".join(f"{rank} ({count} layers)" for rank, count in report["ranks"].items())
     shapes = [
         f"    {shape['layers']:5} {shape['kind']:5} {shape['side']:5} {shape['rows']} x {shape['cols']}"
@@ -161,6 +160,7 @@ def collection_lines(report: Report) -> list[str]:
     lines = [
         f"{report['dataset']}: {report['rows']} rows, {classes['count']} classes, "
         f"{report['weights_per_row']:,} weights a row",
+        f"Architecture: {report['architecture']}",
         f"Layers:  {kinds}; rank {ranks}",
         *shapes,
         f"Memory:  {size['row'] / 1e6:.2f} MB a row, {size['weights'] / 1e9:.2f} GB of weights, "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import matplotlib
@@ -87,17 +88,20 @@ def audits(results: Results) -> Figure | None:
     return figure
 
 
-SET_OF_KIND = {"attn1": "visual_only", "attn2": "text_only"}  # attention kind -> layer set of the same colour
+# Kind of layer -> layer set of the same colour, and column of a block.
+SET_OF_KIND = {"attn1": "visual_only", "visual": "visual_only", "attn2": "text_only", "text": "text_only"}
+KIND_COLUMNS = tuple(dict.fromkeys(SET_OF_KIND.values()))
 
 
 @drawn
 def blocks(results: Results) -> Figure | None:
-    """A map of the U-Net, each attention kind of each block alone,
+    """A map of the model, each kind of layer of each block alone,
     by the representation whose mean is highest.
 
-    Down blocks stand on the left from the top, the middle block below, up blocks on the right.
+    Down blocks of a U-Net stand on the left from the top, the middle block below, up blocks on the right. The
+    blocks of a transformer run down the left side, then down the right.
     """
-    rows = blocks_rows(results)
+    rows = [row for row in blocks_rows(results) if row["attention"] in SET_OF_KIND]
     if not rows:
         return None
     means: dict[str, list[float]] = {}
@@ -105,11 +109,11 @@ def blocks(results: Results) -> Figure | None:
         means.setdefault(row["representation"], []).append(row["accuracy"])
     best = max(means, key=lambda name: np.mean(means[name]))
     accuracies = {
-        (row["block"], row["attention"]): 100 * row["accuracy"]
+        (row["block"], SET_OF_KIND[row["attention"]]): 100 * row["accuracy"]
         for row in rows
         if row["representation"] == best
     }
-    columns = block_columns(sorted({block for block, _ in accuracies}))
+    columns = block_columns(sorted({block for block, _ in accuracies}, key=natural))
     height = max(len(columns["down"]), len(columns["up"]))
     figure = Figure((WIDTH, 0.6 + 0.24 * (height + len(columns["mid"]))))
     axes = figure.subplots()
@@ -120,16 +124,30 @@ def blocks(results: Results) -> Figure | None:
     axes.set_xlim(-1.6, 9.2)
     axes.set_ylim(height + len(columns["mid"]) - 0.4, -1.2)
     for x in (0.0, 6.0):
-        for j, (kind, layer_set) in enumerate(SET_OF_KIND.items()):
-            axes.text(x + 0.9 * j + 0.44, -0.75, kind, ha="center", fontsize=6, color=COLOURS[layer_set])
+        for j, layer_set in enumerate(KIND_COLUMNS):
+            kinds = dict.fromkeys(
+                row["attention"] for row in rows if SET_OF_KIND[row["attention"]] == layer_set
+            )
+            heading = ", ".join(sorted(kinds))
+            axes.text(x + 0.9 * j + 0.44, -0.75, heading, ha="center", fontsize=6, color=COLOURS[layer_set])
     axes.set_axis_off()
     axes.set_title(f"{best}: test accuracy of each block alone, %", loc="left")
     return figure
 
 
+def natural(block: str) -> list[tuple[int, str]]:
+    """A key that sorts block 2 before block 10."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", block)]
+
+
 def block_columns(blocks: list[str]) -> dict[str, list[str]]:
-    """The blocks of each column of the map, from the top; blocks of other names join the down blocks."""
+    """The blocks of each column of the map, from the top. Blocks that are no U-Net's join the down blocks of
+    a U-Net; if there are no others, half of them stands on each side.
+    """
     sides = ("down", "mid", "up")
+    if not any(block.startswith(sides) for block in blocks):
+        half = (len(blocks) + 1) // 2
+        return {"down": blocks[:half], "mid": [], "up": blocks[half:]}
     columns = {side: [block for block in blocks if block.startswith(side)] for side in sides}
     columns["up"].reverse()
     columns["down"] += [block for block in blocks if not block.startswith(sides)]
@@ -139,11 +157,11 @@ def block_columns(blocks: list[str]) -> dict[str, list[str]]:
 def draw_block(
     axes: Any, accuracies: dict, block: str, place: tuple[float, float], is_named_right: bool
 ) -> None:
-    """A block's cells, one for each attention kind, shaded by accuracy, with the block's name beside them."""
+    """A block's cells, one for each kind of layer, shaded by accuracy, with the block's name beside them."""
     x, y = place
     low, high = min(accuracies.values()), max(accuracies.values())
-    for j, kind in enumerate(SET_OF_KIND):
-        value = accuracies.get((block, kind))
+    for j, layer_set in enumerate(KIND_COLUMNS):
+        value = accuracies.get((block, layer_set))
         if value is None:
             continue
         share = (value - low) / (high - low) if high > low else 0.5
@@ -154,5 +172,6 @@ def draw_block(
         text = f"{value:.0f}"
         axes.text(x + 0.9 * j + 0.44, y, text, ha="center", va="center", fontsize=6.5, color=ink)
     name = block.replace("_blocks.", " ").replace(".attentions.", ".").replace("mid_block", "mid")
+    name = name.replace(".text_model.encoder.layers.", " ")
     side, anchor = (x + 1.9, "left") if is_named_right else (x - 0.1, "right")
     axes.text(side, y, name, ha=anchor, va="center", fontsize=6.5)

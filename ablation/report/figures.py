@@ -127,8 +127,8 @@ FIGURES = {
         control_figures.audits,
     ),
     "blocks": Drawing(
-        "Where in the U-Net",
-        "One block's attention layers of one kind alone.",
+        "Where in the model",
+        "One block's layers of one kind alone.",
         rows.blocks_rows,
         control_figures.blocks,
         is_narrow=True,

@@ -67,6 +67,7 @@ def data_block(results: Results) -> TextSection:
         ("name", results["dataset"]),
         ("LoRAs", data.get("rows", "")),
         ("split", counted["split"]),
+        ("architecture", data.get("architecture", "")),
         ("layers", counted["layers"]),
         ("rank", ", ".join(map(str, data.get("ranks", [])))),
         ("weights a LoRA", f"{data['weights_per_row']:,}" if data else ""),

@@ -287,7 +287,7 @@ def audits_rows(results: Results) -> Rows:
 
 
 def blocks_rows(results: Results) -> Rows:
-    """Accuracy of every block of the U-Net and kind of attention alone, by representation."""
+    """Accuracy of every block and kind of layer alone, by representation."""
     names = [key.removesuffix("_results") for key in results if key.startswith("by_block.")]
     return [
         {
