@@ -17,6 +17,7 @@ import hypothesis
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
 import yaml
 from builders import collect, lora_dataset
 from datasets import load_from_disk
@@ -551,12 +552,31 @@ def adapter_folder(place, config='{"lora_alpha": 4}', content=None):
     return path
 
 
+def matrices_of(path):
+    """An adapter whose matrices were made."""
+    adapter = read_adapter(path)
+    assert adapter.matrices
+    return adapter
+
+
+SHAPES = {  # of every kind of adapter but a plain LoRA, in one file of LyCORIS's names
+    "a.lora_down.weight": (2, 3, 1, 1), "a.lora_mid.weight": (2, 2, 3, 3), "a.lora_up.weight": (4, 2, 1, 1),
+    "b.hada_w1_a": (4, 2), "b.hada_w1_b": (2, 3), "b.hada_w2_a": (4, 2), "b.hada_w2_b": (2, 3),
+    "c.lokr_w1": (2, 2), "c.lokr_w2_a": (2, 1), "c.lokr_w2_b": (1, 3), "c.alpha": (),
+    "d.lora_down.weight": (2, 3), "d.lora_up.weight": (4, 2), "d.dora_scale": (4, 1), "d.alpha": (1,),
+    "e.lora_A": (2, 3), "e.lora_B": (4, 2), "e.lora_E": (2, 1), "e.ranknum": (1,), "e.alpha": (),
+}  # fmt: skip
+ALL_KINDS = {name: np.full(shape, 0.5, np.float32) for name, shape in SHAPES.items()}
+
+
 @limited(200)
-@given(damage=DAMAGE)
-def test_a_damaged_adapter_has_finite_matrices_of_its_layout_or_is_a_bad_file(tmp_path_factory, damage):
-    path = adapter_folder(tmp_path_factory.getbasetemp(), content=damaged(save(ADAPTER), damage))
+@given(damage=DAMAGE, which=st.sampled_from([ADAPTER, ALL_KINDS]))
+def test_a_damaged_adapter_has_finite_matrices_of_its_layout_or_is_a_bad_file(
+    tmp_path_factory, damage, which
+):
+    path = adapter_folder(tmp_path_factory.getbasetemp(), content=damaged(save(which), damage))
     surveyed = answer(lambda: survey_file(path), BadFile)
-    adapter = answer(lambda: read_adapter(path), BadFile)
+    adapter = answer(lambda: matrices_of(path), BadFile)
     if adapter is not None:
         assert surveyed == adapter.layout
         for column, rows, cols in adapter.layout.columns:
@@ -564,10 +584,30 @@ def test_a_damaged_adapter_has_finite_matrices_of_its_layout_or_is_a_bad_file(tm
             assert matrix.shape == (rows, cols) and matrix.dtype == np.float32 and np.isfinite(matrix).all()
 
 
+def test_the_files_of_the_fuzz_are_whole(tmp_path):
+    """Undamaged they are read, so that the test above can tell."""
+    for which, modules in ((ADAPTER, 1), (ALL_KINDS, 5)):
+        path = adapter_folder(tmp_path, content=save(which))
+        assert len(matrices_of(path).layout.modules) == modules
+
+
+@limited(60)
+@given(damage=DAMAGE)
+def test_a_damaged_pickle_has_finite_matrices_or_is_a_bad_file(tmp_path_factory, damage):
+    path = tmp_path_factory.getbasetemp() / "adapter.pt"
+    torch.save(
+        {"lora_unet_a.lora_down.weight": torch.ones(2, 3), "lora_unet_a.lora_up.weight": torch.ones(4, 2)},
+        path,
+    )
+    path.write_bytes(damaged(path.read_bytes(), damage))
+    adapter = answer(lambda: matrices_of(path), BadFile)
+    assert adapter is None or all(np.isfinite(w).all() for w in adapter.matrices.values())
+
+
 def test_hostile_adapters_are_bad_files(tmp_path):
     for content in hostile_safetensors():
         path = adapter_folder(tmp_path, content=content)
-        for read in (survey_file, read_adapter):
+        for read in (survey_file, matrices_of):
             assert answer(lambda: read(path), BadFile) is None
 
 
@@ -575,7 +615,7 @@ def test_hostile_adapters_are_bad_files(tmp_path):
 @given(config=st.dictionaries(st.sampled_from(["lora_alpha", "use_rslora", "r"]), JSON) | JSON)
 def test_any_configuration_of_an_adapter_gives_a_finite_scale_or_a_bad_file(tmp_path_factory, config):
     path = adapter_folder(tmp_path_factory.getbasetemp(), json.dumps(config))
-    adapter = answer(lambda: read_adapter(path), BadFile)
+    adapter = answer(lambda: matrices_of(path), BadFile)
     assert adapter is None or all(np.isfinite(scale) for scale in adapter.scales.values())
 
 
@@ -597,7 +637,7 @@ def test_a_hostile_configuration_is_a_bad_file(tmp_path, config, style):
             f"{module}.lora.up.weight": ADAPTER[f"{MODULE}.lora_B.weight"],
         }
         save_file(tensors, path, metadata={"lora_adapter_metadata": config})
-    assert answer(lambda: read_adapter(path), BadFile) is None
+    assert answer(lambda: matrices_of(path), BadFile) is None
 
 
 # --- data sets

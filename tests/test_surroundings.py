@@ -624,7 +624,7 @@ FORBIDDEN_MODULES = {
     "_pickle",
     "torch.package",
 }
-FORBIDDEN_CALLS = {"eval", "exec", "compile", "torch.load", "os.system", "os.popen", "np.loads"}
+FORBIDDEN_CALLS = {"eval", "exec", "compile", "os.system", "os.popen", "np.loads"}
 
 
 def dotted(node):
@@ -646,6 +646,10 @@ def dangers(tree):
             pickling = (
                 name in ("np.load", "numpy.load")
                 and ast.unparse(keywords.get("allow_pickle", ast.Constant(True))) != "False"
+            )
+            # With weights_only torch makes tensors and plain containers, and runs nothing.
+            pickling |= name == "torch.load" and (
+                ast.unparse(keywords.get("weights_only", ast.Constant(False))) != "True"
             )
             loader = keywords.get("Loader") or (node.args[1:] or [None])[0]
             unsafe = name in ("yaml.load", "yaml.load_all") and dotted(loader) not in SAFE_LOADERS
@@ -673,6 +677,8 @@ def test_nothing_that_is_read_is_run():
         "import pickle",
         "from marshal import loads",
         "import torch; torch.load('x')",
+        "torch.load('x', weights_only=False)",
+        "torch.load('x', weights_only=trusted)",
         "eval('1')",
         "import numpy as np; np.load('x')",
         "import numpy as np; np.load('x', allow_pickle=True)",

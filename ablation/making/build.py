@@ -13,13 +13,24 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ablation.catalogue import ATTENTION_KINDS
 from ablation.fields import InputError
-from ablation.layers import attention_kind
+from ablation.layers import Layers
+from ablation.log import visible
 from ablation.making.arrow_folder import finish_folder
+from ablation.making.duplicates import duplicate_files
+from ablation.making.findings import findings_of, say_findings
+from ablation.making.headers import chosen_columns
 from ablation.making.inputs import Inputs, find_inputs
 from ablation.making.labels import Labels, label_source
-from ablation.making.plan import BUILD_VERSION, BuildOptions, BuildPlan, describe_bad, make_plan, refuse_bad
+from ablation.making.plan import (
+    BUILD_VERSION,
+    BuildOptions,
+    BuildPlan,
+    describe_bad,
+    make_plan,
+    refuse_bad,
+    refused_kinds,
+)
 from ablation.making.progress import say
 from ablation.making.shards import Shard, ShardWriter
 from checkpointing import Held, Refused, holding, write_json
@@ -27,13 +38,16 @@ from checkpointing import Held, Refused, holding, write_json
 
 @dataclass(frozen=True)
 class BuildRequest:
-    """What is built from what. `label_from` is folder, metadata, csv, or None to choose by what is there."""
+    """What is built from what. `label_from` is folder, metadata, civitai, csv, or None to choose by
+    what is there.
+    """
 
     folders: list[Path]
     output: Path
     label_from: str | None = None
     labels: Path | None = None
     label_field: str = ""
+    header_columns: tuple[str, ...] = ()  # names of fields in the files' headers, or `all`
     overwrite: bool = False
     options: BuildOptions = field(default_factory=BuildOptions)
 
@@ -49,7 +63,7 @@ def run_build(request: BuildRequest) -> int:
                 if not (work / "set").exists():  # nothing to resume from
                     shutil.rmtree(work)
     except (InputError, Refused) as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        print(f"error: {visible(str(error))}", file=sys.stderr, flush=True)
         return 2
     except Held:
         message = f"another process builds {request.output}: wait for it"
@@ -64,8 +78,9 @@ def build_dataset(request: BuildRequest, work: Path) -> None:
     output, options = request.output, request.options
     if output.exists() and not (output / "build.json").is_file():
         raise InputError(f"{output} exists and was not built by this program: choose another --output")
-    inputs = find_inputs(request.folders, options.pattern)
-    labels = label_source(request.label_from, request.labels, request.label_field, inputs)
+    inputs = find_inputs(request.folders, options.pattern, options.pickles == "read")
+    columns = chosen_columns(request.header_columns)
+    labels = label_source(request.label_from, request.labels, request.label_field, inputs, columns)
     plan = make_plan(options, inputs, labels)
     if output.exists() and not request.overwrite:
         say_already_built(request, plan)
@@ -74,10 +89,14 @@ def build_dataset(request: BuildRequest, work: Path) -> None:
         f"{len(plan.kept)} files to read, {len(plan.layout.columns)} layers of rank {plan.rank}, "
         f"{plan.row_bytes * len(plan.kept) / 1e9:.2f} GB of weights; labels from {labels.kind}"
     )
+    duplicates = duplicate_files({name: inputs.path(name) for name in plan.kept})
     writer = ShardWriter(options, plan, labels, work)
     writer.prepare()
     shards = list(writer.write())
     summary = summarise(request, plan, labels, shards)
+    left_out = {name for name, _ in summary["bad"]}
+    rows = [name for name in plan.kept if name not in left_out]
+    summary |= findings_of(labels, rows, duplicates)
     names = [shard.name for shard in shards if shard.rows]
     finish_folder(work / "set", plan.features, names, plan.fingerprint)
     write_json(work / "set" / "build.json", summary, indent=2)
@@ -123,6 +142,12 @@ def summarise(request: BuildRequest, plan: BuildPlan, labels: Labels, shards: li
         "of_another_rank": plan.other_rank,
         "rank": plan.rank,
         "styles": plan.styles,
+        "kinds": plan.kinds,
+        "refused_kinds": refused_kinds(bad),
+        "rank_error": {
+            "mean": sum(shard.sum_of_errors for shard in shards) / rows,
+            "largest": max(shard.largest_error for shard in shards),
+        },
         "labels_from": labels.kind,
         "rows_per_class": dict(classes),
         "alpha": request.options.alpha,
@@ -140,8 +165,8 @@ def print_summary(
     request: BuildRequest, plan: BuildPlan, inputs: Inputs, summary: dict[str, Any], seconds: float
 ) -> None:
     """Say what was built, what was left out, and the command that reads it."""
-    kinds = collections.Counter(attention_kind(column) for column, _, _ in plan.layout.columns)
-    counts = ", ".join(f"{kinds[kind]} {kind}" for kind in ATTENTION_KINDS)
+    layers = Layers([column for column, _, _ in plan.columns], {})
+    counts = ", ".join(f"{count} {word}" for word, count in layers.count_words().items())
     rows, files = summary["rows"], summary["files"]
     say(
         f"\nWrote {request.output}: {rows} rows, {len(summary['rows_per_class'])} classes, "
@@ -153,7 +178,10 @@ def print_summary(
         f"Files:   {files} found = {rows} written + {len(summary['bad'])} bad + {plan.other_rank} of another "
         "rank" + passed
     )
+    say(f"Model:   {layers.found.title}")
     say("Styles:  " + ", ".join(f"{count} {style}" for style, count in sorted(plan.styles.items())))
+    say("Kinds:   " + ", ".join(f"{count} {kind}" for kind, count in sorted(plan.kinds.items())))
+    say_approximations(request, plan, summary)
     scaled = f"it is not 1 in {summary['rows_scaled']} files"
     scale = {
         "apply": f"applied to `up`; {scaled}",
@@ -168,11 +196,33 @@ def print_summary(
         )
     for column, count in summary["nulls"].items():
         say(f"Nulls:   {count} files have no '{column}'")
+    say_findings(summary, rows, plan.others)
     if summary["bad"]:
         say(f"WARNING: left out, {describe_bad(summary['bad'])}")
     column = "" if "category_label" in plan.others else f" --label-column {request.label_field}"
     path = shlex.quote(as_path(request.output))
     say(f"Next:    python3 visual_ablation_experiment.py --dataset {path}{column}")
+
+
+def say_approximations(request: BuildRequest, plan: BuildPlan, summary: dict[str, Any]) -> None:
+    """Say what of the files the rows do not have, or have otherwise."""
+    if plan.magnitudes:
+        count = sum(files for kind, files in plan.kinds.items() if kind.startswith("DoRA"))
+        say(
+            f"DoRA:    {count} files: up @ down is the change of direction alone, because the magnitude "
+            f"needs the base model; the {len(plan.magnitudes)} magnitudes are columns, of no layer set"
+        )
+    if request.options.pads:
+        say(
+            "Rank:    padded with zeros: exact for what looks at up @ down; down and up alone have zeros "
+            "that their file has not"
+        )
+    if request.options.svd_rank:
+        error = summary["rank_error"]
+        say(
+            f"Rank:    best approximation of up @ down; its relative error is {error['mean']:.2g} on "
+            f"average, at most {error['largest']:.2g} (column rank_error)"
+        )
 
 
 def as_path(output: Path) -> str:

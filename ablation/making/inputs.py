@@ -9,13 +9,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from ablation.adapter_storage import PICKLES
 from ablation.fields import InputError
 
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 # Files that trainers leave beside the weights. They hold no adapter, and nobody takes them for one.
 TRAINER_STATE = re.compile(
     r"(training_args|optimizer|scheduler|scaler|rng_state|random_states|sampler)\w*\.(bin|pt|pth|pkl)"
 )
+HUB_MODEL = "models--"  # how the folder of a model begins in the Hub's cache: models--owner--name
+HUB_FILES = ("blobs", "refs")  # folders in it that are no snapshots; the files of `snapshots` link to blobs
 
 
 class Inputs(NamedTuple):
@@ -26,7 +28,8 @@ class Inputs(NamedTuple):
     roots: dict[str, Path]  # name of a FOLDER ("" for a single one) -> where it is
     files: list[str]
     pickles: list[str]
-    passed_over: int  # hidden files and trainer state
+    passed_over: int  # hidden files and folders, trainer state, the Hub's own files
+    above: tuple[str, ...] = ()  # the last parts of a single FOLDER's path, if it is of the Hub
 
     @property
     def file_count(self) -> int:
@@ -40,27 +43,64 @@ class Inputs(NamedTuple):
         root, _, rest = name.partition("/")
         return self.roots[root] / rest
 
+    def parts(self, name: str) -> list[str]:
+        """The parts of a file's name, without the Hub's `snapshots/<revision>`.
 
-def find_inputs(folders: list[Path], pattern: str) -> Inputs:
-    """The adapter files in some folders and their subfolders. Raises InputError if there is none."""
+        If nothing but the file is left, and FOLDER is a model's folder of the Hub, that folder comes first.
+        """
+        parts = [(part, False) for part in self.above] + [(part, True) for part in name.split("/")]
+        model = None
+        for i, (part, _) in enumerate(parts[:-3]):
+            if part.startswith(HUB_MODEL) and parts[i + 1][0] == "snapshots":
+                model = part
+                del parts[i + 1 : i + 3]
+                break
+        below = [part for part, is_below in parts if is_below]
+        return [model, *below] if model and len(below) == 1 else below
+
+
+def find_inputs(folders: list[Path], pattern: str, read_pickles: bool = False) -> Inputs:
+    """The adapter files in some folders and their subfolders. Raises InputError if there is none.
+
+    A pickle is a file like others if pickles are read, but for one beside a .safetensors of the same name,
+    which is the same adapter.
+    """
     roots = roots_of(folders)
     files: list[str] = []
     pickles: list[str] = []
     passed_over = 0
     for root_name, root in roots.items():
+        own_name = root.resolve().name
         for path in walk(root):
             name = "/".join(filter(None, (root_name, path.relative_to(root).as_posix())))
             if not is_candidate(path, pattern):
                 continue
-            if path.name.startswith(".") or TRAINER_STATE.fullmatch(path.name):
+            if is_passed_over([own_name, *path.relative_to(root).parts]):
+                passed_over += 1
+            elif not read_pickles or path.suffix not in PICKLES:
+                (pickles if path.suffix in PICKLES else files).append(name)
+            elif path.with_suffix(".safetensors").exists():
                 passed_over += 1
             else:
-                (pickles if path.suffix in PICKLES else files).append(name)
+                files.append(name)
     if not files:
         where = ", ".join(map(str, folders))
-        more = f"; {len(pickles)} pickled files are there, which are not read: convert them to safetensors"
+        more = f"; {len(pickles)} pickled files are there, which are not read without --pickles read"
         raise InputError(f"no {pattern or '.safetensors'} file in {where}{more if pickles else ''}")
-    return Inputs(roots, sorted(files), sorted(pickles), passed_over)
+    above = folders[0].resolve().parts[-2:] if len(folders) == 1 else ()
+    above = above if any(part.startswith(HUB_MODEL) for part in above) else ()
+    return Inputs(roots, sorted(files), sorted(pickles), passed_over, above)
+
+
+def is_passed_over(parts: list[str]) -> bool:
+    """True for a hidden file, one in a hidden folder, trainer state, and the Hub's own files.
+
+    `parts` are those of the path from FOLDER's name on.
+    """
+    _, *below = parts
+    if any(part.startswith(".") for part in below) or TRAINER_STATE.fullmatch(below[-1]):
+        return True
+    return any(a.startswith(HUB_MODEL) and b in HUB_FILES for a, b in zip(parts, below, strict=False))
 
 
 def is_candidate(path: Path, pattern: str) -> bool:

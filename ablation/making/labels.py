@@ -1,4 +1,4 @@
-"""Labels and further columns of a row: from folders, from metadata.json files, or from a CSV table."""
+"""Labels and further columns of a row: from folders, from files beside it, from a CSV table, from headers."""
 
 from __future__ import annotations
 
@@ -6,61 +6,114 @@ import collections
 import csv
 import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ablation.adapters import BadFile
-from ablation.fields import InputError
+from ablation.adapter_kinds import BadFile
+from ablation.catalogue import TRAINING_COLUMN
+from ablation.fields import InputError, is_utf8, shortened_text
+from ablation.making.headers import HeaderSurvey, header_values, stated_in_header
 from ablation.making.inputs import Inputs
+from ablation.making.sidecars import (
+    civitai_files,
+    civitai_values,
+    read_fields,
+    refuse_no_label,
+    refuse_no_text,
+)
+from ablation.making.trainings import group_by_training, training_by_name
 
 
 @dataclass
 class Labels:
     """A row's columns besides the weights. `types` of the columns are known once every file was surveyed."""
 
-    kind: str  # folder, metadata or csv
+    kind: str  # folder, metadata, civitai or csv
     inputs: Inputs
     label: str = "category_label"  # the column that every row must have
+    civitai_field: str = ""  # the field that becomes the label
+    header_columns: tuple[str, ...] = ()
     table: dict[str, dict[str, Any]] = field(default_factory=dict)  # of a CSV, by file
     types: dict[str, str] = field(default_factory=dict)
     present: collections.Counter = field(default_factory=collections.Counter)
     surveyed: int = 0
+    headers: HeaderSurvey = field(default_factory=HeaderSurvey)
+    trainings: dict[str, str] = field(default_factory=dict)  # by file; empty if the column is not written
 
     def of(self, name: str) -> dict[str, Any]:
-        """The values of a file's columns. Raises BadFile if there is no label."""
+        """The values of a file's columns. Raises BadFile if there is no label, and InputError if a column has
+        two sources.
+        """
+        if not is_utf8(name):
+            raise BadFile("its name is no UTF-8 text: rename it")
+        values = self.from_source(name)
+        if self.header_columns:
+            stated = header_values(stated_in_header(self.inputs.path(name)), self.header_columns)
+            twice = sorted(values.keys() & stated.keys())
+            if twice:
+                raise InputError(
+                    f"'{twice[0]}' stands in the header of {name} and among its fields: leave it out of "
+                    "--header-columns, or rename the field"
+                )
+            values = values | stated
+        return values | {TRAINING_COLUMN: self.trainings[name]} if self.trainings else values
+
+    def from_source(self, name: str) -> dict[str, Any]:
+        """The values that --label-from gives a file. Raises BadFile if there is no label."""
+        path = self.inputs.path(name)
         if self.kind == "folder":
-            if "" in self.inputs.roots and "/" not in name:
+            first, *rest = self.inputs.parts(name)
+            if not rest:
                 raise BadFile("lies in no folder below FOLDER, so it has no class")
-            return {self.label: name.partition("/")[0]}
+            return {self.label: first}
         if self.kind == "csv":
             if name not in self.table:
                 raise BadFile("has no line in --labels")
             return self.table[name]
-        return self.from_metadata(self.inputs.path(name).parent / "metadata.json")
+        if self.kind == "civitai":
+            return civitai_values(path, self.civitai_field)
+        return self.from_metadata(path.parent / "metadata.json")
 
     def from_metadata(self, path: Path) -> dict[str, Any]:
         """The fields of a metadata.json. Raises BadFile if it cannot be read or has no label."""
-        try:
-            fields = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise BadFile("has no metadata.json beside it") from None
-        except (OSError, ValueError) as error:
-            reason = " ".join(str(error).split())
-            raise BadFile(f"its metadata.json cannot be read: {reason}") from error
-        if not isinstance(fields, dict):
-            raise BadFile(f"its metadata.json holds {type(fields).__name__}, not fields")
-        label = fields.get(self.label)
-        if label in (None, ""):
-            raise BadFile(f"its metadata.json has no '{self.label}'")
-        if isinstance(label, (float, bool, list, dict)):
-            raise BadFile(f"its '{self.label}' is {json.dumps(label)}: labels are text or whole numbers")
+        fields = read_fields(path)
+        if fields is None:
+            raise BadFile("has no metadata.json beside it")
+        refuse_no_label(fields.get(self.label), self.label, path.name)
+        for key, value in fields.items():
+            refuse_no_text(key, key, path.name)
+            refuse_no_text(value, key, path.name)
         plain = (str, int, float, type(None))
-        return {
-            key: value if isinstance(value, plain) else json.dumps(value, sort_keys=True)
-            for key, value in fields.items()
-        }
+        try:
+            return {
+                key: value if isinstance(value, plain) else json.dumps(value, sort_keys=True)
+                for key, value in fields.items()
+            }
+        except RecursionError:
+            raise BadFile(f"its {path.name} cannot be read: it is nested too deeply") from None
+
+    def files_beside(self, path: Path) -> list[Path]:
+        """The files beside an adapter whose content changes its row."""
+        return civitai_files(path) if self.kind == "civitai" else []
+
+    def survey_headers(self, kept: Sequence[str]) -> None:
+        """Look at the headers of the files that become rows, after the survey of their values, and add the
+        column `training` if a training has several of them. A field of that name among the labels wins.
+
+        Raises InputError for a header column that no file has.
+        """
+        for name in kept:
+            self.headers.add(name, stated_in_header(self.inputs.path(name)))
+        self.headers.refuse_absent(self.header_columns)
+        if TRAINING_COLUMN in self.types:
+            return
+        by_name = {name: training_by_name(self.inputs.parts(name)) for name in kept}
+        self.trainings = group_by_training(by_name, self.headers.sessions)
+        if self.trainings:
+            self.types[TRAINING_COLUMN] = "string"
+            self.present[TRAINING_COLUMN] = self.surveyed
 
     def survey(self, values: dict[str, Any]) -> None:
         """Widen the columns' types by one row's values."""
@@ -113,8 +166,14 @@ def as_type(value: Any, kind: str) -> Any:
 # --- where labels come from
 
 
-def label_source(kind: str | None, table: Path | None, label_field: str, inputs: Inputs) -> Labels:
-    """The labels of --label-from `kind`, --labels `table` and --label-field.
+def label_source(
+    kind: str | None,
+    table: Path | None,
+    label_field: str,
+    inputs: Inputs,
+    header_columns: tuple[str, ...] = (),
+) -> Labels:
+    """The labels of --label-from `kind`, --labels `table` and --label-field, and the --header-columns.
 
     Without `kind` it is csv if there is a table, metadata if any file has a metadata.json beside it, else
     folder.
@@ -127,11 +186,18 @@ def label_source(kind: str | None, table: Path | None, label_field: str, inputs:
             f"--label-from {kind} and {'--labels' if table else 'no --labels'}: --labels FILE.csv belongs to "
             "--label-from csv"
         )
-    if label_field and kind != "metadata":
-        raise InputError(f"--label-field {label_field} needs --label-from metadata, not {kind}")
+    if label_field and kind not in ("metadata", "civitai"):
+        raise InputError(
+            f"--label-field {shortened_text(label_field)} needs --label-from metadata or civitai, not {kind}"
+        )
+    labels = Labels(kind, inputs, header_columns=header_columns)
     if table is not None:
-        return Labels(kind, inputs, table=read_csv(table, inputs))
-    return Labels(kind, inputs, label=label_field or "category_label")
+        labels.table = read_csv(table, inputs)
+    elif kind == "civitai":
+        labels.civitai_field = label_field or "baseModel"
+    else:
+        labels.label = label_field or labels.label
+    return labels
 
 
 def read_csv(path: Path, inputs: Inputs) -> dict[str, dict[str, Any]]:

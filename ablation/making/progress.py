@@ -8,6 +8,8 @@ import sys
 import time
 from typing import TextIO
 
+from ablation.log import visible
+
 SECONDS_A_LINE = 10.0
 
 
@@ -42,5 +44,5 @@ class ProgressLine:
 
 
 def say(line: str) -> None:
-    """Print a line at once."""
-    print(line, flush=True)
+    """Print a line at once, without characters that cannot be seen or encoded."""
+    print(visible(line), flush=True)

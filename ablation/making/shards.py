@@ -14,7 +14,8 @@ import numpy as np
 import pyarrow as pa
 import xxhash
 
-from ablation.adapters import BadFile, read_adapter
+from ablation.adapter_kinds import BadFile, best_of_rank
+from ablation.adapters import Adapter, read_adapter
 from ablation.making.arrow_folder import arrow_matrices, write_shard
 from ablation.making.labels import Labels, as_type
 from ablation.making.plan import BuildOptions, BuildPlan, difference_of_columns, refuse_bad
@@ -33,6 +34,8 @@ class Shard:
     bad: list[tuple[str, str]] = field(default_factory=list)  # (file, reason)
     scaled: int = 0  # rows with a scale other than 1
     classes: dict[str, int] = field(default_factory=dict)  # rows of each class
+    largest_error: float = 0.0  # of the rows' rank_error, and their sum
+    sum_of_errors: float = 0.0
 
 
 class ShardWriter:
@@ -86,7 +89,7 @@ class ShardWriter:
         plan = self.plan
         schema = plan.features.arrow_schema
         size = min(len(names), max(1, BATCH_BYTES // plan.row_bytes), 1000)
-        weights = {column: np.empty((size, r, c), np.float32) for column, r, c in plan.layout.columns}
+        weights = {column: np.empty((size, r, c), np.float32) for column, r, c in plan.columns}
         for start in range(0, len(names), size):
             rows: list[dict[str, Any]] = []
             for name in names[start : start + size]:
@@ -110,25 +113,57 @@ class ShardWriter:
         values = self.labels.of(name)
         alpha = self.options.alpha
         path = self.labels.inputs.path(name)
-        adapter = read_adapter(path, self.options.leave_out, with_scales=alpha != "ignore")
-        if adapter.layout.columns != self.plan.layout.columns:
-            what = difference_of_columns(adapter.layout.columns, self.plan.layout.columns)
+        adapter = read_adapter(path, self.options.reading, with_scales=alpha != "ignore")
+        frame = self.options.frame_of(adapter.layout)
+        if frame != self.plan.frame:
+            what = difference_of_columns(frame, self.plan.frame)
             raise BadFile(f"changed while it was read: {what}")
-        for column, matrix in adapter.matrices.items():
-            targets[column][:] = matrix
         scales = adapter.scales or {}
+        error = self.fill(targets, adapter)
+        shard.largest_error, shard.sum_of_errors = (
+            max(shard.largest_error, error),
+            shard.sum_of_errors + error,
+        )
         if alpha == "apply":
             apply_scales(scales, targets)
         shard.scaled += any(scale != 1 for scale in scales.values())
         label = str(values[self.labels.label])
         shard.classes[label] = shard.classes.get(label, 0) + 1
-        row = {"rank": max(adapter.layout.ranks), "lora_file": name, "lora_scale": list(scales.values())}
+        row = {
+            "rank": max(adapter.layout.ranks),
+            "lora_file": name,
+            "lora_scale": list(scales.values()),
+            "rank_error": error,
+            **{column: adapter.magnitudes.get(column) for column in self.plan.magnitudes},
+        }
         stated = {
             key: as_type(values.get(key), kind)
             for key, kind in self.plan.others.items()
             if key in values or key not in row
         }
         return row | stated
+
+    def fill(self, targets: dict[str, np.ndarray], adapter: Adapter) -> float:
+        """Fill `targets` with a file's matrices at the data set's rank; returns the relative error of its
+        products, which is 0 but for --rank svd.
+        """
+        lost = total = 0.0
+        for module, down, up in adapter.factors():
+            sides = [f"{module}.lora.{side}.weight" for side in ("down", "up")]
+            if self.options.svd_rank:
+                down, up, its_loss, energy = best_of_rank(
+                    down.astype(np.float64), up.astype(np.float64), self.options.svd_rank
+                )
+                weight = (adapter.scales or {}).get(module, 1.0) ** 2
+                lost, total = lost + weight * its_loss, total + weight * energy
+            for side, matrix in zip(sides, (down, up), strict=True):
+                rows, cols = matrix.shape
+                target = targets[side]
+                if rows > target.shape[0] or cols > target.shape[1]:
+                    raise BadFile("changed while it was read: its rank is larger")
+                target[:rows, :cols] = matrix
+                target[rows:] = target[:, cols:] = 0
+        return float(np.sqrt(lost / total)) if total else 0.0
 
 
 def apply_scales(scales: dict[str, float], targets: dict[str, np.ndarray]) -> None:
