@@ -221,7 +221,7 @@ def parse_key(key: str) -> TensorName | None:
     xlabs = XLABS.fullmatch(key)
     if xlabs:
         part = XLABS_PARTS.get((xlabs["kind"], xlabs["part"], xlabs["stream"]))
-        own = key.partition("_lora")[0]
+        own = key.removesuffix(f".{xlabs['side']}.weight")
         return TensorName(f"transformer.{xlabs['path']}.{part}", xlabs["side"], own) if part else None
     lora = LORA.fullmatch(key)
     if lora:

@@ -133,9 +133,12 @@ def one_below_another(modules: list[str], heights: list[int]) -> list[Part]:
 
 
 def is_block_diagonal(up: np.ndarray, parts: list[Part]) -> bool:
-    """True if the rows of each part use only its own share of the rank, which is all zeros for the others."""
+    """True if the rows of each part use only its own share of the rank, which is all zeros for the others.
+
+    A matrix of zeros, as before training, is not.
+    """
     rank, left = divmod(up.shape[1], len(parts))
-    if left or len(parts) == 1 or rank == 0:
+    if left or len(parts) == 1 or rank == 0 or not up.any():
         return False
     for i, part in enumerate(parts):
         rows = up[part.start : part.stop]

@@ -481,6 +481,26 @@ def test_files_of_xlabs_are_what_diffusers_makes_of_them(place):
     ]
 
 
+def test_of_a_file_of_xlabs_each_stream_is_looked_at_by_itself(place):
+    """Block diagonal `up` in the image's module alone; and a module of zeros is not split by blocks."""
+    rng = np.random.default_rng(0)
+    state = {}
+    for stream in "12":
+        pair = random_pair(rng, 24, 3, 8)
+        if stream == "1":
+            pair["up"] *= torch.block_diag(*[torch.ones(8, 1)] * 3)
+        state |= {f"double_blocks.0.processor.qkv_lora{stream}.{s}.weight": w for s, w in pair.items()}
+        state |= {f"double_blocks.1.processor.qkv_lora{stream}.{s}.weight": 0 * w for s, w in pair.items()}
+    save_file({key: value.clone() for key, value in state.items()}, place / "xlabs.safetensors")
+    modules = read_adapter(place / "xlabs.safetensors", Reading(split_qkv=True)).layout.modules
+    ranks = {name.removeprefix("transformer.transformer_blocks."): m.rank for name, m in modules.items()}
+    assert ranks == {
+        f"{block}.attn.{part}": 1 if (block, part[:2]) == (0, "to") else 3
+        for block in (0, 1)
+        for part in ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")
+    }
+
+
 def test_split_sd3_names_are_those_of_diffusers_model():
     """Every module of diffusers' small SD 3.5 is made from a name of the first code, and the last block's
     context norm has its halves swapped.
