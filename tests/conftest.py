@@ -6,6 +6,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
+import build_dataset  # noqa: E402
 import hypothesis  # noqa: E402
 import pytest  # noqa: E402
 from builders import lora_dataset  # noqa: E402
@@ -17,6 +18,29 @@ hypothesis.settings.register_profile(
     "any speed", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
 )
 hypothesis.settings.load_profile("any speed")
+
+
+# Files of few tests that take long, the longest first: begun last they would leave a core idle at the end.
+LONGEST = (
+    "test_report.py",
+    "test_endurance.py",
+    "test_experiment.py",
+    "test_folds.py",
+    "test_processes.py",
+    "test_inference.py",
+    "test_resuming.py",
+    "test_surroundings.py",
+    "test_training.py",
+    "test_status.py",
+    "test_thorough.py",
+    "test_benchmark.py",
+)
+
+
+def pytest_collection_modifyitems(items):
+    """The files of LONGEST first, the others as they were found."""
+    place_of = {name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place_of.get(item.path.name, len(LONGEST)))
 
 
 @pytest.fixture
@@ -39,3 +63,16 @@ def run(place, capsys):
         return status, captured.out + captured.err
 
     return run
+
+
+@pytest.fixture
+def build(place, capsys):
+    """Run the builder in this process: (exit status, what it said)."""
+
+    def build(*flags, output="out"):
+        capsys.readouterr()
+        status = build_dataset.main([*map(str, flags), "--output", output])
+        captured = capsys.readouterr()
+        return status, captured.out + captured.err
+
+    return build

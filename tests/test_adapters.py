@@ -8,7 +8,6 @@ import logging
 import re
 from pathlib import Path
 
-import build_dataset
 import inspect_dataset
 import numpy as np
 import pytest
@@ -32,19 +31,6 @@ def place(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "hf")
     return tmp_path
-
-
-@pytest.fixture
-def build(place, capsys):
-    """Run the builder in this process: (exit status, what it said)."""
-
-    def build(*flags, output="out"):
-        capsys.readouterr()
-        status = build_dataset.main([*map(str, flags), "--output", output])
-        captured = capsys.readouterr()
-        return status, captured.out + captured.err
-
-    return build
 
 
 def product(adapter, module):

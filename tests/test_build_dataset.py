@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 
-import build_dataset
 import numpy as np
 import pytest
 import torch
@@ -66,19 +65,6 @@ def place(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "hf")
     return tmp_path
-
-
-@pytest.fixture
-def build(place, capsys):
-    """Run the builder in this process: (exit status, what it said)."""
-
-    def build(*flags, output="out"):
-        capsys.readouterr()
-        status = build_dataset.main([*map(str, flags), "--output", output])
-        captured = capsys.readouterr()
-        return status, captured.out + captured.err
-
-    return build
 
 
 def weights_of(output="out", label_column="category_label"):

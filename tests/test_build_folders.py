@@ -5,7 +5,6 @@ what trainers write into headers, copies.
 import json
 import os
 
-import build_dataset
 import inspect_dataset
 import numpy as np
 import pyarrow as pa
@@ -26,20 +25,6 @@ from ablation.making.headers import chosen_columns, header_values
 from ablation.making.inputs import find_inputs
 from ablation.making.sidecars import civitai_values, field_at, read_fields
 from ablation.making.trainings import group_by_training, training_by_name
-
-
-@pytest.fixture
-def build(place, capsys):
-    """Run the builder in this process: (exit status, what it said)."""
-
-    def build(*flags, output="out"):
-        capsys.readouterr()
-        status = build_dataset.main([*map(str, flags), "--output", output])
-        captured = capsys.readouterr()
-        return status, captured.out + captured.err
-
-    return build
-
 
 REVISIONS = ("a" * 40, "b" * 40)
 
