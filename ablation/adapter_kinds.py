@@ -320,7 +320,8 @@ REFUSED_KINDS = (
     RefusedKind("GLoRA adapters", r"\.(a1|a2|b1|b2)\.weight"),
     RefusedKind("changes of whole matrices (diff)", r"\.diff"),
     RefusedKind(
-        "whole weights (modules_to_save)", r"(\.modules_to_save\..+|^base_model\.model\..+\.(weight|bias))"
+        "whole weights (modules_to_save)",
+        r"(\.modules_to_save\..+|^base_model\.model\.(?!.*\.lora_)(?!.*norm).+\.(weight|bias))",
     ),
     RefusedKind("changes of biases", r"(\.diff_b|\.bias|\.bias_(values|indices|size))"),
     RefusedKind("changes of norms", r"(\.w_norm|\.b_norm|norm\w*\.weight)"),

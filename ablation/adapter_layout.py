@@ -11,7 +11,10 @@ from typing import NamedTuple
 from ablation.adapter_kinds import KINDS, SCALARS, BadFile, Sizes, kind_of, refused_kind
 from ablation.adapter_names import parse_key, style_of
 from ablation.adapter_storage import WEIGHT_TYPES, TensorHeader
-from ablation.fused_modules import Part, diffusers_parts, in_blocks
+from ablation.fused_modules import Part, diffusers_parts, family_of, in_blocks
+
+MAGNITUDE = "dora_magnitude"  # end of the columns of a DoRA's magnitudes
+LONGEST_KEY = 1000  # characters of a tensor's name
 
 
 class FileModule(NamedTuple):
@@ -21,6 +24,7 @@ class FileModule(NamedTuple):
     own: str  # its name in the file, without PEFT's prefix
     keys: Mapping[str, str]
     sizes: Sizes  # of the whole module, also where this is a part of it
+    dimensions: int  # the most of any of its tensors
     part: Part | None = None  # of a fused module
 
     @property
@@ -76,9 +80,10 @@ def layout_of_tensors(
     """
     kept = [entry for entry in headers if not (reading.leave_out and re.search(reading.leave_out, entry[0]))]
     modules: dict[str, FileModule] = {}
-    for name, module in sorted(modules_of(kept).items()):
-        sizes = module.sizes
-        parts = diffusers_parts(name, sizes.outputs, sizes.inputs) if reading.split_qkv else []
+    whole = modules_of(kept)
+    family = family_of(whole) if reading.split_qkv else None
+    for name, module in sorted(whole.items()):
+        parts = diffusers_parts(family, name, module.sizes.outputs, module.sizes.inputs) if family else []
         if module.own in diagonal:
             parts = in_blocks(parts)
         for part in parts:
@@ -92,16 +97,27 @@ def layout_of_tensors(
         if module.sizes.is_convolution:
             flattened.append(down)
         if "magnitude" in module.keys:
-            magnitudes[f"{name}.dora_magnitude"] = module.keys["magnitude"]
-    styles = Counter(style_of(key) for module in modules.values() for key in module.keys.values())
+            magnitudes[f"{name}.{MAGNITUDE}"] = module.keys["magnitude"]
     return Layout(
-        style=styles.most_common(1)[0][0],
+        style=style_of_file([key for module in modules.values() for key in module.keys.values()]),
         columns=tuple(sorted(columns)),
         modules=dict(sorted(modules.items())),
         alphas={name: m.keys["alpha"] for name, m in sorted(modules.items()) if "alpha" in m.keys},
         flattened=tuple(flattened),
         magnitudes=magnitudes,
     )
+
+
+def style_of_file(keys: list[str]) -> str:
+    """The tool whose names most tensors follow. Raises BadFile where only some are PEFT's: their scale stands
+    in adapter_config.json, that of the others in the file.
+    """
+    styles = {key: style_of(key) for key in keys}
+    counts = Counter(styles.values())
+    if "peft" in counts and len(counts) > 1:
+        other = next(key for key, style in styles.items() if style != "peft")
+        raise BadFile(f"holds names of PEFT and others, such as '{other}': their scales stand in two places")
+    return counts.most_common(1)[0][0]
 
 
 def add_once(modules: dict[str, FileModule], name: str, module: FileModule) -> None:
@@ -119,6 +135,8 @@ def modules_of(headers: list[TensorHeader]) -> dict[str, FileModule]:
     own_names: dict[str, str] = {}
     strays = []
     for entry in headers:
+        if len(entry[0]) > LONGEST_KEY:
+            raise BadFile(f"'{entry[0][:60]}...' is a name of {len(entry[0])} characters")
         parsed = parse_key(entry[0])
         if parsed is None:
             strays.append(entry[0])
@@ -130,8 +148,10 @@ def modules_of(headers: list[TensorHeader]) -> dict[str, FileModule]:
                 f"{parsed.module}: two adapters in one file; keep one with --leave-out"
             )
         tensors[parsed.role] = entry
-        if parsed.own:
-            own_names[parsed.module] = parsed.own
+        if parsed.own and own_names.setdefault(parsed.module, parsed.own) != parsed.own:
+            raise BadFile(
+                f"holds '{own_names[parsed.module]}' and '{parsed.own}', both of which are {parsed.module}"
+            )
     has_layers = any(set(tensors) - SCALARS for tensors in by_module.values())
     refuse_strays(strays, [entry[0] for entry in headers if entry[0] not in strays] if has_layers else [])
     if not has_layers:
@@ -175,7 +195,10 @@ def leaving_out(strays: list[str], of_layers: list[str]) -> str:
     if not any(re.search(pattern, key) for key in of_layers):
         return pattern
     stems = dict.fromkeys(key.rpartition(".")[0] for key in strays)
-    return "|".join(rf"^{re.escape(stem)}\.[^.]+$" for stem in stems)
+    pattern = "|".join(rf"^{re.escape(stem)}\.[^.]+$" for stem in stems)
+    if not any(re.search(pattern, key) for key in of_layers):
+        return pattern
+    return "|".join(f"^{re.escape(key)}$" for key in strays)
 
 
 def file_module(name: str, own: str, tensors: dict[str, TensorHeader]) -> FileModule:
@@ -196,4 +219,5 @@ def file_module(name: str, own: str, tensors: dict[str, TensorHeader]) -> FileMo
         sizes = KINDS[kind].sizes({role: shape for role, (_, _, shape) in tensors.items()})
     except BadFile as error:
         raise BadFile(f"module '{name}': {error}") from None
-    return FileModule(kind, own, {role: key for role, (key, _, _) in tensors.items()}, sizes)
+    keys = {role: key for role, (key, _, _) in tensors.items()}
+    return FileModule(kind, own, keys, sizes, max(len(shape) for _, _, shape in tensors.values()))

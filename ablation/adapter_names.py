@@ -12,7 +12,7 @@ import functools
 import re
 from typing import NamedTuple
 
-COMPONENTS = ("unet", "text_encoder", "text_encoder_2", "text_encoder_3", "transformer")
+COMPONENTS = ("unet", "text_encoder", "text_encoder_2", "text_encoder_3", "transformer", "transformer_2")
 # Of kohya's scripts, OneTrainer and LyCORIS; "" where the first part of the path tells the component.
 FLAT_PREFIXES = {
     "lora_unet_": "",
@@ -24,6 +24,7 @@ FLAT_PREFIXES = {
     "lycoris_": "",
 }
 PEFT_PREFIX = "base_model.model."
+PEFT_START = re.compile(rf"({'|'.join(COMPONENTS)})?\.?\bbase_model\.model\.")
 COMFY_PREFIXES = ("model.diffusion_model.", "diffusion_model.")
 # PEFT and kohya's scripts do not say which model of a pipeline they adapt: the module's path does.
 FIRST_PARTS = {
@@ -147,6 +148,14 @@ def component_of(path: str) -> str:
     return next((which for which, parts in FIRST_PARTS.items() if re.match(rf"({parts})(\.|$)", path)), "")
 
 
+def without_peft(name: str) -> str:
+    """A module's name without the prefix of PEFT, which may come after that of a component."""
+    found = PEFT_START.match(name)
+    if found is None:
+        return name
+    return (f"{found[1]}." if found[1] else "") + name[found.end() :]
+
+
 @functools.lru_cache(maxsize=100_000)
 def canonical_module(name: str) -> str:
     """`<component>.<module path>` of a module as a file names it; a component nobody can tell is left out."""
@@ -163,7 +172,7 @@ def canonical_module(name: str) -> str:
         component = component_of(path) or "transformer"
     else:
         # The processors of early diffusers held the LoRA.
-        path = name.removeprefix(PEFT_PREFIX).replace(".processor.", ".")
+        path = without_peft(name).replace(".processor.", ".")
         first, _, rest = path.partition(".")
         if first in COMPONENTS:
             component, path = first, rest
@@ -228,7 +237,7 @@ def parse_key(key: str) -> TensorName | None:
         module = canonical_module(lora["module"])
         if lora["joint"] == "_" and module.endswith(".to_out"):
             module += ".0"  # in early diffusers to_out_lora stands for to_out.0
-        own = lora["module"].removeprefix(PEFT_PREFIX)
+        own = without_peft(lora["module"])
         return TensorName(module, LORA_ROLES[lora["side"] or lora["bare"]], own)
     alpha = ALPHA.fullmatch(key)
     if alpha:
@@ -237,12 +246,12 @@ def parse_key(key: str) -> TensorName | None:
     if other is None:
         return None
     role = "magnitude" if other["role"] in ("dora_scale", "lora_magnitude_vector") else other["role"]
-    return TensorName(canonical_module(other["module"]), role, other["module"].removeprefix(PEFT_PREFIX))
+    return TensorName(canonical_module(other["module"]), role, without_peft(other["module"]))
 
 
 def style_of(key: str) -> str:
     """The tool whose names a tensor's name follows."""
-    if key.startswith(PEFT_PREFIX):
+    if PEFT_START.match(key):
         return "peft"
     if key.startswith("lycoris_"):
         return "lycoris"

@@ -13,6 +13,7 @@ import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from ablation.adapter_kinds import BadFile
 from ablation.adapter_layout import FileModule, Layout
@@ -30,44 +31,80 @@ UNREADABLE = (
     ArithmeticError,
     re.error,
 )
-REPEATED_GROUP = re.compile(r"\)[+*{?]")  # such as (a|a)+, whose search may take exponential time
+REPEATED_GROUP = re.compile(r"\)[+*{]")  # such as (a|a)+, whose search may take exponential time
+MOST_REPEATS = 3  # such as .*, each of which may multiply the time by the length of a name
 # Initialisations that take a part out of the base model, so that the product is no change of the model that
 # the adapter was trained from.
 OF_A_CHANGED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 PEFT_KINDS = ("LORA", "ADALORA", "LOHA", "LOKR")
-OTHER_VARIANTS = ("use_qalora", "use_bdlora", "kasa_config", "arrow_config", "monteclora_config")
+OTHER_VARIANTS = (
+    "use_qalora",
+    "use_bdlora",
+    "kasa_config",
+    "arrow_config",
+    "monteclora_config",
+    "target_parameters",
+)
 ADALORA_EPS = 1e-5  # PEFT adds it to the rank
 
 
-def scales_of(
-    path: Path, layout: Layout, numbers: Mapping[str, float], metadata: Mapping[str, str]
-) -> dict[str, float]:
+Configurations = dict[str, dict]  # by component; of a single model under ""
+
+
+def configurations_of(
+    path: Path, layout: Layout, metadata: Mapping[str, str], is_needed: bool
+) -> Configurations:
+    """What adapter_config.json beside a file, or its header, says of it. Raises BadFile for a kind of
+    adapter that is not read; and, if `is_needed`, where PEFT's configuration is not there.
+
+    adapter_config.json counts for PEFT's names, and for others if neither alphas nor a header say more.
+    """
+    beside = path.parent / "adapter_config.json"
+    has_lora_a = any(
+        re.search(r"\.lora_[AB]\b", key) for m in layout.modules.values() for key in m.keys.values()
+    )
+    try:
+        if "lora_adapter_metadata" in metadata and layout.style != "peft":
+            configs = by_component(json.loads(metadata["lora_adapter_metadata"]))
+        elif beside.is_file() and (layout.style == "peft" or (layout.style == "diffusers" and has_lora_a)):
+            configs = {"": json.loads(beside.read_text(encoding="utf-8"))}
+        elif layout.style == "peft" and is_needed and not layout.alphas:
+            raise BadFile(
+                "no adapter_config.json beside it, so its alpha is unknown: add it, or build with --alpha "
+                "ignore"
+            )
+        else:
+            return {}
+        for config in configs.values():
+            refuse_other_products(config)
+    except UNREADABLE as error:
+        if not is_needed:  # a configuration that cannot be read says nothing else either
+            return {}
+        raise BadFile(f"its alpha cannot be read ({type(error).__name__}: {error})") from error
+    return configs
+
+
+def scales_of(layout: Layout, numbers: Mapping[str, float], configs: Configurations) -> dict[str, float]:
     """The scale of each module, in the order of `layout.modules`. Raises BadFile.
 
-    `numbers` are the values of its one-number tensors (alpha, ranknum), `metadata` is the file's header.
+    `numbers` are the values of its one-number tensors (alpha, ranknum).
     """
+    if layout.alphas:
+        return {name: stored_scale(module, numbers) for name, module in layout.modules.items()}
     try:
-        if layout.alphas:
-            return {name: stored_scale(module, numbers) for name, module in layout.modules.items()}
-        if layout.style == "peft":
-            configs = {"": json.loads((path.parent / "adapter_config.json").read_text(encoding="utf-8"))}
-        else:
-            configs = by_component(json.loads(metadata.get("lora_adapter_metadata", "{}")))
-        scales = {}
-        for name, module in layout.modules.items():
-            component = next((which for which in COMPONENTS if module.own.startswith(f"{which}.")), "")
-            config = configs.get(component)
-            if config is None:
-                scales[name] = stored_scale(module, numbers)
-            else:
-                scales[name] = peft_scale(config, module.own.removeprefix(f"{component}."), module, numbers)
-        return scales
-    except FileNotFoundError:
-        raise BadFile(
-            "no adapter_config.json beside it, so its alpha is unknown: add it, or build with --alpha ignore"
-        ) from None
+        return {name: scale_of(module, numbers, configs) for name, module in layout.modules.items()}
     except UNREADABLE as error:
         raise BadFile(f"its alpha cannot be read ({type(error).__name__}: {error})") from error
+
+
+def scale_of(module: FileModule, numbers: Mapping[str, float], configs: Configurations) -> float:
+    """The scale of a module by the configuration of its component, or of the file's only model."""
+    component = next((which for which in COMPONENTS if module.own.startswith(f"{which}.")), "")
+    if component in configs:
+        return peft_scale(configs[component], module.own.removeprefix(f"{component}."), module, numbers)
+    if "" in configs:
+        return peft_scale(configs[""], module.own, module, numbers)
+    return stored_scale(module, numbers)
 
 
 def stored_scale(module: FileModule, numbers: Mapping[str, float]) -> float:
@@ -103,14 +140,19 @@ def peft_scale(config: dict, name: str, module: FileModule, numbers: Mapping[str
     `rank_pattern` and `alpha_pattern` map ends of module names, or regular expressions, to values. Source:
     peft/utils/other.py get_pattern_key, tuners/lora, tuners/adalora, tuners/lycoris_utils.
     """
-    refuse_other_products(config)
     key = "alpha" if module.kind in ("LoHa", "LoKr") else "lora_alpha"
-    alpha = by_pattern(config.get("alpha_pattern") or {}, name, config[key])
-    if module.kind == "AdaLoRA":
+    alphas, ranks = config.get("alpha_pattern") or {}, config.get("rank_pattern") or {}
+    if module.kind == "AdaLoRA":  # which knows no alpha_pattern, and keeps the scale of the first rank
         first: float = numbers.get(module.keys.get("ranknum", "")) or config["init_r"]
+        alpha = config[key]
         scale = (alpha if alpha > 0 else first) / (first + ADALORA_EPS)
     else:
-        rank: float = module.sizes.divisor or by_pattern(config.get("rank_pattern") or {}, name, config["r"])
+        alpha, stated = by_pattern(alphas, name, config[key]), by_pattern(ranks, name, config.get("r"))
+        rank = module.sizes.divisor or stated
+        if stated is not None and stated != rank:
+            raise BadFile(f"module '{module.own}' has rank {rank}, but its configuration says {stated}")
+        if module.kind == "LoKr" and module.dimensions == 3:
+            raise BadFile(f"module '{module.own}' is a LoKr of a Conv1d, whose parts PEFT orders otherwise")
         scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
     if not math.isfinite(scale):
         raise ValueError(f"alpha {alpha}")
@@ -133,11 +175,12 @@ def refuse_other_products(config: dict) -> None:
         )
 
 
-def by_pattern(patterns: dict, name: str, default: float) -> float:
+def by_pattern(patterns: dict, name: str, default: Any) -> Any:
     """The value of the first pattern that a module's name ends with. Raises ValueError for one that could be
     searched for without end.
     """
-    endless = [end for end in patterns if len(end) > LONGEST_PATTERN or REPEATED_GROUP.search(end)]
-    if endless:
-        raise ValueError(f"the pattern '{endless[0][:LONGEST_PATTERN]}' could be searched for without end")
+    for end in patterns:
+        repeats = len(re.findall(r"[*+]|\{\d*,", end))
+        if len(end) > LONGEST_PATTERN or REPEATED_GROUP.search(end) or repeats > MOST_REPEATS:
+            raise ValueError(f"the pattern '{end[:LONGEST_PATTERN]}' could be searched for without end")
     return next((value for end, value in patterns.items() if re.match(rf"(.*\.)?({end})$", name)), default)

@@ -56,6 +56,12 @@ class Stored(NamedTuple):
     shape: tuple[int, ...]
     data: bytes | bytearray | np.ndarray
 
+    def as_numbers(self) -> np.ndarray:
+        """Its values, flat, as float64: for single numbers. Raises BadFile as `as_float32`."""
+        if self.dtype == "F64" or self.dtype in INTEGER_TYPES:
+            return np.frombuffer(self.data, (FLOAT_TYPES | INTEGER_TYPES)[self.dtype]).astype(np.float64)
+        return self.as_float32().astype(np.float64)
+
     def as_float32(self) -> np.ndarray:
         """Its values, flat, exactly but for a float64 (which is rounded, and may become inf).
         Raises BadFile for a type that is no number's.
@@ -82,8 +88,15 @@ def from_float8(tensor: Stored) -> np.ndarray:
     return as_bytes.view(kind).to(torch.float32).numpy()
 
 
+def refuse_no_file(path: Path) -> None:
+    """Raise BadFile for a pipe, a socket or a device, which might be waited for without end."""
+    if path.exists() and not path.is_file():
+        raise BadFile("is no regular file")
+
+
 def read_headers_of(path: Path) -> tuple[TensorHeader, ...]:
     """Name, type and shape of every tensor, by name. Of safetensors no weight is read. Raises BadFile."""
+    refuse_no_file(path)
     if path.suffix in PICKLES:
         return headers_of_tensors(read_pickle(path))
     try:
@@ -96,6 +109,7 @@ def read_headers_of(path: Path) -> tuple[TensorHeader, ...]:
 
 def read_tensors(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
     """The tensors of a file by name, and the metadata in its header. Raises BadFile."""
+    refuse_no_file(path)
     if path.suffix in PICKLES:
         return read_pickle(path), {}
     try:
@@ -138,7 +152,10 @@ def read_pickle(path: Path) -> dict[str, Stored]:
         content = content["state_dict"]
     if not isinstance(content, dict):
         raise BadFile(f"a pickle of {type(content).__name__}: a dictionary of tensors is expected")
-    return {key: as_stored(key, content[key]) for key in sorted(content, key=str)}
+    try:
+        return {key: as_stored(key, content[key]) for key in sorted(content, key=str)}
+    except (RuntimeError, ArithmeticError, TypeError, ValueError, MemoryError) as error:
+        raise BadFile(f"a pickle of no plain tensors: {' '.join(str(error).split())[:200]}") from error
 
 
 def as_stored(key: Any, value: Any) -> Stored:
@@ -147,7 +164,9 @@ def as_stored(key: Any, value: Any) -> Stored:
 
     if isinstance(value, (int, float)) and isinstance(key, str):  # such as an alpha
         value = torch.tensor(value)
-    if not (isinstance(key, str) and isinstance(value, torch.Tensor)) or value.layout != torch.strided:
+    is_plain = isinstance(key, str) and isinstance(value, torch.Tensor)
+    is_plain = is_plain and not (value.is_nested or value.is_meta) and value.layout == torch.strided
+    if not is_plain or value.nbytes > value.untyped_storage().nbytes():  # the last: repeated without end
         raise BadFile(f"a pickle that holds {type(value).__name__} under {str(key)[:60]!r}: no plain tensor")
     name = str(value.dtype).removeprefix("torch.")
     data = value.detach().contiguous().reshape(-1).view(torch.uint8).numpy() if value.numel() else b""

@@ -15,10 +15,12 @@ from pathlib import Path
 import numpy as np
 
 from ablation.adapter_kinds import KINDS, SCALARS, BadFile
-from ablation.adapter_layout import Layout, Reading, layout_of_tensors
-from ablation.adapter_scales import scales_of
+from ablation.adapter_layout import MAGNITUDE, FileModule, Layout, Reading, layout_of_tensors
+from ablation.adapter_scales import configurations_of, scales_of
 from ablation.adapter_storage import Stored, headers_of_tensors, read_headers_of, read_tensors
 from ablation.fused_modules import Part, is_block_diagonal
+
+SMALLEST = float(np.finfo(np.float32).tiny)  # below, float32 loses digits
 
 
 def survey_file(path: Path, reading: Reading = Reading()) -> Layout:  # noqa: B008 (immutable)
@@ -66,11 +68,19 @@ class Adapter:
         if any(module.part for module in self.layout.modules.values()):
             self.layout = layout_of_tensors(headers, reading, diagonal_modules(self.layout, self._tensors))
         self.scales: dict[str, float] | None = None
+        configs = configurations_of(path, self.layout, metadata, is_needed=with_scales)
         if with_scales:
-            self.scales = scales_of(path, self.layout, numbers_of(self.layout, self._tensors), metadata)
+            self.scales = scales_of(self.layout, numbers_of(self.layout, self._tensors), configs)
         self.magnitudes = {
-            column: finite_values(key, self._tensors[key]) for column, key in self.layout.magnitudes.items()
+            column: self.magnitudes_of(self.layout.modules[column.removesuffix(f".{MAGNITUDE}")])
+            for column in self.layout.magnitudes
         }
+
+    def magnitudes_of(self, module: FileModule) -> np.ndarray:
+        """The magnitudes of a DoRA's module: one a row, or one a column, of its matrix."""
+        key = module.keys["magnitude"]
+        values = finite_values(key, self._tensors[key])
+        return module.part.rows_of(values) if module.part and len(values) == module.sizes.outputs else values
 
     def factors(self) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
         """(module, down, up) one after another: those of a LoHa may be too large to be held all at once.
@@ -113,10 +123,13 @@ def factors_of(
     if kind == "LoRA":
         return KINDS[kind].factors(arrays)
     exact = {role: array.astype(np.float64) for role, array in arrays.items()}
-    with np.errstate(over="ignore"):
-        down, up = (factor.astype(np.float32) for factor in KINDS[kind].factors(exact))
+    factors = KINDS[kind].factors(exact)
+    with np.errstate(over="ignore", under="ignore"):
+        down, up = (factor.astype(np.float32) for factor in factors)
     if not (np.isfinite(down).all() and np.isfinite(up).all()):
         raise BadFile(f"'{keys[0][1]}': the factors of its module are beyond float32")
+    if any(0 < np.abs(factor).max(initial=0) < SMALLEST for factor in factors):
+        raise BadFile(f"'{keys[0][1]}': the factors of its module are too small for float32")
     return down, up
 
 
@@ -138,7 +151,7 @@ def numbers_of(layout: Layout, tensors: dict[str, Stored]) -> dict[str, float]:
     for module in layout.modules.values():
         for role in SCALARS & module.keys.keys():
             key = module.keys[role]
-            values = tensors[key].as_float32()
+            values = tensors[key].as_numbers()
             if values.size != 1 or not np.isfinite(values[0]):
                 raise BadFile(f"'{key}' is not one finite number")
             numbers[key] = float(values[0])

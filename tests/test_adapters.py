@@ -5,6 +5,7 @@ The oracle of a kind is the change that the library makes to a layer's output or
 
 import json
 import logging
+import os
 import re
 from pathlib import Path
 
@@ -297,7 +298,8 @@ def test_a_lora_of_a_changed_base_model_is_refused(place, start):
     path, _ = peft_files(LoraConfig(r=4, init_lora_weights=start, target_modules=TARGETS[:2]), False)
     with pytest.raises(BadFile, match=f"init_lora_weights '{start}' had changed"):
         read_adapter(path)
-    assert read_adapter(path, with_scales=False).scales is None
+    with pytest.raises(BadFile):  # also where no scale is wanted
+        read_adapter(path, with_scales=False)
 
 
 @pytest.mark.parametrize(
@@ -307,6 +309,11 @@ def test_a_lora_of_a_changed_base_model_is_refused(place, start):
         ({"peft_type": "XLORA"}, "says XLORA"),
         ({"use_qalora": True}, "says use_qalora"),
         ({"kasa_config": {"beta": 1}}, "says kasa_config"),
+        ({"target_parameters": ["experts.up"]}, "says target_parameters"),
+        ({"r": 3}, "has rank 4, but its configuration says 3"),
+        ({"rank_pattern": {"to_q": 8}}, "has rank 4, but its configuration says 8"),
+        ({"alpha_pattern": {"(a|a)+": 1}}, "could be searched for without end"),
+        ({"alpha_pattern": {".*a.*b.*c.*d": 1}}, "could be searched for without end"),
     ],
 )
 def test_a_configuration_of_another_product_is_refused(place, setting, said):
@@ -318,6 +325,94 @@ def test_a_configuration_of_another_product_is_refused(place, setting, said):
     (place / "saved/adapter_config.json").write_text(json.dumps(config | setting))
     with pytest.raises(BadFile, match=said):
         read_adapter(path)
+
+
+def test_a_pattern_of_an_optional_group_is_harmless(place):
+    from peft import LoraConfig
+
+    path, model = peft_files(
+        LoraConfig(r=4, lora_alpha=6, target_modules=TARGETS, alpha_pattern={r"(.*\.)?to_q": 3})
+    )
+    for module, change in peft_changes(model).items():
+        agree(product(read_adapter(path), module), change)
+
+
+def test_a_language_model_under_the_name_of_a_component(place):
+    """GPT-2's modules are called transformer.h.0...., which is no component of a pipeline there."""
+    from peft import LoraConfig, get_peft_model
+
+    class Language(nn.Module):
+        def __init__(self):
+            super().__init__()
+            block = nn.ModuleDict({"attn": nn.ModuleDict({"c_attn": nn.Linear(6, 9)})})
+            self.transformer = nn.ModuleDict({"h": nn.ModuleList([block])})
+
+    config = LoraConfig(r=2, lora_alpha=16, target_modules=["c_attn"], alpha_pattern={"h.0.attn.c_attn": 4})
+    model = get_peft_model(Language(), config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(torch.randn(parameter.shape))
+    model.save_pretrained("saved")
+    path = place / "saved/adapter_model.safetensors"
+    (module,) = read_adapter(path).layout.modules
+    layer = model.base_model.model.transformer.h[0].attn.c_attn
+    agree(product(read_adapter(path), module), layer.get_delta_weight("default").detach().numpy())
+    # The same without PEFT's prefix, as transformers saves it: its configuration counts.
+    bare = {key.removeprefix("base_model.model."): value for key, value in load_file(path).items()}
+    save_file(bare, path)
+    agree(product(read_adapter(path), module), layer.get_delta_weight("default").detach().numpy())
+    (place / "saved/adapter_config.json").unlink()
+    assert read_adapter(path).scales == {module: 1.0}  # as diffusers takes it
+
+
+def test_peft_prefixes_after_a_component_and_among_others(place):
+    prefix = "unet.base_model.model.mid_block.attn1.to_q"
+    pair = {
+        f"{prefix}.lora_{side}.weight": torch.ones(shape) for side, shape in (("A", (2, 6)), ("B", (8, 2)))
+    }
+    save_file(pair, place / "adapter_model.safetensors")
+    with pytest.raises(BadFile, match=r"no adapter_config\.json beside it"):
+        read_adapter(place / "adapter_model.safetensors")
+    (place / "adapter_config.json").write_text('{"lora_alpha": 8, "r": 2}')
+    assert read_adapter(place / "adapter_model.safetensors").scales == {"unet.mid_block.attn1.to_q": 4.0}
+    save_file(pair | lora_tensors(), place / "adapter_model.safetensors")
+    with pytest.raises(BadFile, match="holds names of PEFT and others"):
+        survey_file(place / "adapter_model.safetensors")
+
+
+def test_adalora_knows_no_alpha_pattern(place):
+    from peft import AdaLoraConfig
+
+    config = AdaLoraConfig(
+        init_r=4, lora_alpha=5, total_step=10, target_modules=["to_q"], alpha_pattern={"to_q": 40}, tinit=1,
+        tfinal=1,
+    )  # fmt: skip
+    path, model = peft_files(config)
+    for module, change in peft_changes(model).items():
+        agree(product(read_adapter(path), module), change)
+
+
+def test_a_bias_of_a_lora_is_left_out_by_the_pattern_that_is_given(place):
+    from peft import LoraConfig
+
+    path, model = peft_files(LoraConfig(r=4, lora_alpha=6, target_modules=TARGETS, lora_bias=True))
+    with pytest.raises(BadFile, match="changes of biases") as error:
+        read_adapter(path)
+    pattern = re.search(r"--leave-out '([^']+)'", str(error.value))[1]
+    for module, change in peft_changes(model).items():
+        agree(product(read_adapter(path, Reading(pattern)), module), change)
+
+
+def test_a_lokr_of_a_conv1d_is_peft_s_alone(place):
+    tensors = {
+        "base_model.model.x.lokr_w1": torch.ones(2, 2),
+        "base_model.model.x.lokr_w2": torch.ones(2, 3, 5),
+    }
+    save_file(tensors, place / "adapter_model.safetensors")
+    (place / "adapter_config.json").write_text('{"peft_type": "LOKR", "alpha": 8, "r": 2}')
+    with pytest.raises(BadFile, match="a LoKr of a Conv1d"):
+        read_adapter(place / "adapter_model.safetensors")
 
 
 # --- diffusers: files of the first codes of Flux, and XLabs'
@@ -487,6 +582,43 @@ def test_of_a_file_of_xlabs_each_stream_is_looked_at_by_itself(place):
     }
 
 
+def test_the_magnitudes_of_a_fused_module_are_split_with_its_rows(place):
+    rng = np.random.default_rng(0)
+    name = "lora_unet_double_blocks_0_img_attn_qkv"
+    state = {f"{name}.lora_{side}.weight": w for side, w in random_pair(rng, 12, 2, 4).items()}
+    save_file(state | {f"{name}.dora_scale": torch.arange(12.0).reshape(12, 1)}, place / "x.safetensors")
+    found = read_adapter(place / "x.safetensors", Reading(split_qkv=True)).magnitudes
+    assert {column.split(".")[-2]: values.tolist() for column, values in found.items()} == {
+        "to_q": [0, 1, 2, 3],
+        "to_k": [4, 5, 6, 7],
+        "to_v": [8, 9, 10, 11],
+    }
+
+
+@pytest.mark.parametrize(
+    "modules",
+    [
+        ["layers.0.attention.qkv", "final_layer.adaLN_modulation.1"],  # Lumina 2
+        ["transformer_blocks.0.attn.to_q", "img_in", "txt_in"],  # Qwen-Image
+        ["double_blocks.0.img_attn.qkv", "double_blocks.0.img_mod.linear", "img_in.proj"],  # Hunyuan-Video
+        ["final_layer.adaLN_modulation.1"],
+    ],
+)
+def test_other_models_keep_their_names_with_split_qkv(place, build, modules):
+    tensors = {
+        f"diffusion_model.{module}.lora_{side}.weight": torch.ones(shape)
+        for module in modules
+        for side, shape in (("A", (2, 8)), ("B", (24, 2)))
+    }
+    save_file(tensors, place / "x.safetensors")
+    layout = read_adapter(place / "x.safetensors", Reading(split_qkv=True)).layout
+    assert layout == read_adapter(place / "x.safetensors").layout
+    for label in ("a", "b"):
+        (place / "in" / label).mkdir(parents=True)
+        save_file(tensors, place / f"in/{label}/x.safetensors")
+    assert "nothing was split or renamed" in build("in", "--split-qkv")[1]
+
+
 def test_split_sd3_names_are_those_of_diffusers_model():
     """Every module of diffusers' small SD 3.5 is made from a name of the first code, and the last block's
     context norm has its halves swapped.
@@ -517,13 +649,12 @@ def test_split_sd3_names_are_those_of_diffusers_model():
     sources |= {"joint_blocks.0.x_block.attn2.qkv": (24, 8), "joint_blocks.0.x_block.attn2.proj": (8, 8)}
     found = {}
     for name, (outputs, inputs) in sources.items():
-        for part in diffusers_parts(f"transformer.{name}", outputs, inputs):
+        for part in diffusers_parts("sd3", f"transformer.{name}", outputs, inputs):
             found[part.module.removeprefix("transformer.")] = (
                 part.stop - part.start,
                 inputs,
                 part.is_swapped,
             )
-    found["context_embedder"] = (8, 6, False)  # called alike
     assert {name: size[:2] for name, size in found.items()} == sizes
     assert {name for name, size in found.items() if size[2]} == {
         "norm_out.linear",
@@ -797,6 +928,61 @@ def test_float8_is_read_exactly(place, kind):
     assert survey_file(place / "x.safetensors").columns == adapter.layout.columns
 
 
+def test_numbers_that_float32_cannot_hold(place):
+    halves = (("a", (8, 2), 1e15), ("b", (2, 6), 1e-25))
+    loha = {f"x.hada_w{i}_{side}": torch.full(shape, value) for i in (1, 2) for side, shape, value in halves}
+    save_file(loha, place / "x.safetensors")
+    with pytest.raises(BadFile, match="too small for float32"):
+        _ = read_adapter(place / "x.safetensors").matrices
+    tiny = {
+        f"{BLOCK}.{kind}.to_q.alpha": torch.tensor(1e-300, dtype=torch.float64) for kind in ("attn1", "attn2")
+    }
+    save_file(lora_tensors() | tiny, place / "x.safetensors")
+    assert set(read_adapter(place / "x.safetensors").scales.values()) == {5e-301}
+
+
+def test_halves_of_two_names_are_no_module(place):
+    tensors = {"lora_unet_mid_block_attentions_0_proj_in.lora_down.weight": torch.ones(2, 6),
+               "unet.mid_block.attentions.0.proj_in.lora.up.weight": torch.ones(8, 2)}  # fmt: skip
+    save_file(tensors, place / "x.safetensors")
+    with pytest.raises(BadFile, match="both of which are unet.mid_block.attentions.0.proj_in"):
+        survey_file(place / "x.safetensors")
+
+
+def test_a_name_of_many_characters_is_no_module(place):
+    save_file({f"{'a_' * 100_000}.lora_down.weight": torch.ones(2, 6)}, place / "x.safetensors")
+    with pytest.raises(BadFile) as error:
+        survey_file(place / "x.safetensors")
+    assert len(str(error.value)) < 200
+
+
+@pytest.mark.parametrize("name", ["x.safetensors", "x.bin"])
+def test_a_pipe_is_not_waited_for(place, name):
+    os.mkfifo(place / name)
+    for read in (survey_file, read_adapter):
+        with pytest.raises(BadFile, match="is no regular file"):
+            read(place / name)
+
+
+def test_the_second_transformer_of_wan_has_its_own_configuration(place):
+    from safetensors.torch import save_file as save
+
+    tensors = {f"{component}.blocks.0.attn1.to_q.lora_{side}.weight": torch.ones(shape)
+               for component in ("transformer", "transformer_2")
+               for side, shape in (("A", (2, 6)), ("B", (8, 2)))}  # fmt: skip
+    config = {
+        "transformer.lora_alpha": 2,
+        "transformer_2.lora_alpha": 6,
+        "transformer.r": 2,
+        "transformer_2.r": 2,
+    }
+    save(tensors, place / "x.safetensors", metadata={"lora_adapter_metadata": json.dumps(config)})
+    assert read_adapter(place / "x.safetensors").scales == {
+        "transformer.blocks.0.attn1.to_q": 1.0,
+        "transformer_2.blocks.0.attn1.to_q": 3.0,
+    }
+
+
 # --- pickles
 
 
@@ -840,6 +1026,9 @@ class Evil:
             "is stored as complex64",
         ),
         ({}, "holds no LoRA layer"),
+        ({"x.alpha": 10**400}, "no plain tensors"),
+        ({"x.lora_down.weight": torch.ones(1, 1).expand(2**20, 2**20)}, "no plain tensor"),
+        ({"x.lora_down.weight": torch.ones(2, 3, device="meta")}, "no plain tensor"),
     ],
 )
 def test_a_pickle_of_anything_else_is_a_bad_file_and_runs_nothing(place, build, content, reason):
@@ -1008,7 +1197,7 @@ def test_files_of_every_kind_become_results(place, build, capsys, name):
             torch.save(tensors, folder / "pytorch_lora_weights.bin")
         else:
             save_file(tensors, folder / "adapter_model.safetensors")
-        config = {"lora_alpha": 5, "r": 3, "init_r": 3}
+        config = {"lora_alpha": 5, "init_r": 3} | ({} if kind == "AdaLoRA" else {"r": 2})
         (folder / "adapter_config.json").write_text(json.dumps(config))
     status, said = build("in", *flags)
     assert status == 0 and re.search(rf"Kinds: +12 {re.escape(kind)}\n", said), said

@@ -9,6 +9,7 @@ import shlex
 import shutil
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -129,9 +130,6 @@ def summarise(request: BuildRequest, plan: BuildPlan, labels: Labels, shards: li
         raise RuntimeError(
             f"{files} files became {rows} rows and {len(bad)} bad ones: this is a defect of the builder"
         )
-    classes: collections.Counter[str] = collections.Counter()
-    for shard in shards:
-        classes.update(shard.classes)
     return {
         "fingerprint": plan.fingerprint,
         "version": BUILD_VERSION,
@@ -141,21 +139,29 @@ def summarise(request: BuildRequest, plan: BuildPlan, labels: Labels, shards: li
         "bad": bad,
         "of_another_rank": plan.other_rank,
         "rank": plan.rank,
-        "styles": plan.styles,
-        "kinds": plan.kinds,
+        "styles": added_up(shard.styles for shard in shards),
+        "kinds": added_up(shard.kinds for shard in shards),
         "refused_kinds": refused_kinds(bad),
         "rank_error": {
             "mean": sum(shard.sum_of_errors for shard in shards) / rows,
             "largest": max(shard.largest_error for shard in shards),
         },
         "labels_from": labels.kind,
-        "rows_per_class": dict(classes),
+        "rows_per_class": added_up(shard.classes for shard in shards),
         "alpha": request.options.alpha,
         "rows_scaled": sum(shard.scaled for shard in shards),
         "modules": list(plan.layout.modules),
         "flattened": list(plan.layout.flattened),
         "nulls": labels.nulls(),
     }
+
+
+def added_up(counts: Iterable[dict[str, int]]) -> dict[str, int]:
+    """The sum of the numbers of each name."""
+    sums: collections.Counter[str] = collections.Counter()
+    for some in counts:
+        sums.update(some)
+    return dict(sums)
 
 
 # --- what is said
@@ -179,8 +185,8 @@ def print_summary(
         "rank" + passed
     )
     say(f"Model:   {layers.found.title}")
-    say("Styles:  " + ", ".join(f"{count} {style}" for style, count in sorted(plan.styles.items())))
-    say("Kinds:   " + ", ".join(f"{count} {kind}" for kind, count in sorted(plan.kinds.items())))
+    say("Styles:  " + ", ".join(f"{count} {style}" for style, count in sorted(summary["styles"].items())))
+    say("Kinds:   " + ", ".join(f"{count} {kind}" for kind, count in sorted(summary["kinds"].items())))
     say_approximations(request, plan, summary)
     scaled = f"it is not 1 in {summary['rows_scaled']} files"
     scale = {
@@ -207,11 +213,13 @@ def print_summary(
 def say_approximations(request: BuildRequest, plan: BuildPlan, summary: dict[str, Any]) -> None:
     """Say what of the files the rows do not have, or have otherwise."""
     if plan.magnitudes:
-        count = sum(files for kind, files in plan.kinds.items() if kind.startswith("DoRA"))
+        count = sum(files for kind, files in summary["kinds"].items() if kind.startswith("DoRA"))
         say(
             f"DoRA:    {count} files: up @ down is the change of direction alone, because the magnitude "
             f"needs the base model; the {len(plan.magnitudes)} magnitudes are columns, of no layer set"
         )
+    if request.options.split_qkv and not any(module.part for module in plan.layout.modules.values()):
+        say("Split:   no modules of the first code of Flux or SD 3 alone: nothing was split or renamed")
     if request.options.pads:
         say(
             "Rank:    padded with zeros: exact for what looks at up @ down; down and up alone have zeros "
