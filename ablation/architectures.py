@@ -277,10 +277,13 @@ TABLE = (
         why_none="the visual question does not apply to a language model",
     ),
 )
+# How the path of every module of Stable Diffusion 1, 2 and XL with attn1 or attn2 begins.
+UNET_BLOCKS = "(down_blocks|mid_block|up_blocks|input_blocks|middle_block|output_blocks).*"
 # A U-Net that has one of these is no Stable Diffusion 1, 2 or XL: there attn2 may not see the text.
 OTHER_UNETS = (
-    "*.motion_modules.* *.temporal_transformer_blocks.* "
-    "*.attentions.N.(to_q|to_k|to_v|to_out|add_k_proj|add_v_proj)(.*)?"
+    "*.motion_modules.* *.temporal_transformer_blocks.* *.temp_attentions.* *.temp_convs.* transformer_in.* "
+    "*.attentions.N.(to_q|to_k|to_v|to_out|add_k_proj|add_v_proj|query|key|value|proj_attn)(.*)? "
+    "*.attention.(to_q|to_k|to_v|to_out)(.*)?"
 )
 COMPONENT = re.compile(r"(unet|transformer(_2)?)\.")
 NOT_KNOWN = "unknown"  # the title of a data set of no row, or of rows that differ
@@ -319,14 +322,13 @@ def kind_in(architecture: Architecture, module: str, is_stated: bool = False) ->
     if is_text_encoder(module):
         return "text"
     path = own_path(module)
-    if (
-        architecture.name == "sd"
-        and not is_stated
-        and (not module.startswith("unet.") or compiled(OTHER_UNETS).fullmatch(path))
-    ):
-        return ""
     patterns = {"visual": architecture.visual, "text": architecture.text, "other": architecture.neither}
-    return next((kind for kind, some in patterns.items() if compiled(some).fullmatch(path)), "")
+    kind = next((kind for kind, some in patterns.items() if compiled(some).fullmatch(path)), "")
+    if architecture.name == "sd" and not is_stated:
+        is_unet = module.startswith("unet.") and not compiled(OTHER_UNETS).fullmatch(path)
+        if not is_unet or (kind != "other" and not compiled(UNET_BLOCKS).fullmatch(path)):
+            return ""
+    return kind
 
 
 # --- a collection of modules

@@ -7,6 +7,7 @@ it, and an attention is cross-attention if its query and its key see tokens of t
 import json
 import re
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -333,6 +334,15 @@ TITLES = [
     (["transformer.transformer_blocks.7.img_mlp.net.2"], "Qwen-Image (diffusers names)", "v"),
     (["diffusion_model.layers.0.attention.to_q"], None, "o"),
     (["text_encoder.text_model.encoder.layers.0.self_attn.q_proj"], "text encoders alone", "t"),
+    (
+        [
+            "lora_unet_down_blocks_0_strange_attn1_to_q",
+            "unet.middle_block.strange.attn2.to_q",
+            "lora_unet_output_blocks_11_strange_attn2_to_q",
+        ],
+        "Stable Diffusion 1, 2 or XL",
+        "vtt",
+    ),
 ]
 LETTERS = {"v": "visual", "t": "text", "o": "other"}
 
@@ -358,7 +368,15 @@ def test_the_architecture_is_found_from_names_in_every_style(modules, title, let
         (["unet.down_blocks.0.motion_modules.0.transformer_blocks.0.attn2.to_q"], NOT_KNOWN),
         (["unet.down_blocks.0.attentions.0.temporal_transformer_blocks.0.attn2.to_q"], NOT_KNOWN),
         (["unet.down_blocks.0.attentions.0.to_q"], NOT_KNOWN),
+        (["unet.mid_block.temp_attentions.0.transformer_blocks.0.attn2.to_k"], NOT_KNOWN),
+        (["lora_unet_mid_block_temp_attentions_0_transformer_blocks_0_attn2_to_k"], NOT_KNOWN),
+        (["unet.transformer_in.transformer_blocks.0.attn2.to_k"], NOT_KNOWN),
+        ([f"{SD}.attn1.to_q", "unet.down_blocks.0.temp_convs.0.conv1.2"], NOT_KNOWN),
+        (["unet.down_blocks.0.2.attention.to_q"], NOT_KNOWN),  # Stable Cascade
         (["transformer.transformer_blocks.0.audio_attn1.to_q"], NOT_KNOWN),  # LTX 2
+        (["lora_unet_transformer_blocks_0_audio_attn2_to_q"], NOT_KNOWN),
+        (["unet.attn1.to_q"], NOT_KNOWN),
+        (["unet.stages.0.down_blocks.0.attn2.to_q"], NOT_KNOWN),
         (["base_model.model.model.visual.blocks.0.attn.qkv"], NOT_KNOWN),  # a vision-language model
         ([*FLUX_RAW, "transformer.double_blocks.0.img_attn.other"], NOT_KNOWN),
     ],
@@ -378,6 +396,46 @@ def test_a_chosen_architecture_decides_and_leaves_other_layers_out():
     assert kinds_of(modules, "flux").problem and kinds_of(["double_blocks_0_img_attn_qkv"], "flux").kinds == [
         "visual"
     ]
+
+
+NOT_OF_SD = (
+    "UNet3DConditionModel",
+    "I2VGenXLUNet",
+    "UNetMotionModel",
+    "UNetSpatioTemporalConditionModel",
+    "StableCascadeUNet",
+    "Kandinsky3UNet",
+    "UVit2DModel",
+    "UNet2DModel",
+    "UNet1DModel",
+)
+
+
+@pytest.mark.parametrize("name", [*NOT_OF_SD, "UNet2DConditionModel"])
+def test_which_unet_of_diffusers_is_stable_diffusion(name):
+    with torch.device("meta"):
+        model = getattr(diffusers, name)()
+    kinds = (torch.nn.Linear, torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)
+    modules = [f"unet.{path}" for path, module in model.named_modules() if isinstance(module, kinds)]
+    attention = [path for path in modules if re.search(r"\.(to_)?(q|k|v|query|key|value)$", path)]
+    for some in (modules, attention, [f"lora_{path.replace('.', '_')}" for path in attention]):
+        assert some and (kinds_of(some).title == NOT_KNOWN) == (name in NOT_OF_SD)
+
+
+def test_attention_over_time_does_not_see_the_text():
+    """In a U-Net of frames attn2 sees the text or other frames, by the part that it is in."""
+    blocks = {"down_block_types": ("CrossAttnDownBlock3D",), "up_block_types": ("CrossAttnUpBlock3D",)}
+    sizes = {"block_out_channels": (8,), "attention_head_dim": 4, "cross_attention_dim": 12}
+    model = diffusers.UNet3DConditionModel(**blocks, **sizes, layers_per_block=1, norm_num_groups=4)
+    seen = {}
+    for path, module in model.named_modules():
+        if path.endswith("attn2.to_k"):
+            module.register_forward_hook(lambda _, given, __, path=path: seen.update({path: given[0].shape}))
+    with torch.no_grad():
+        model(torch.zeros(1, 4, 3, 8, 8), 1, torch.zeros(1, TEXT, 12))
+    of_text = {path for path, shape in seen.items() if shape[1:] == (TEXT, 12)}
+    other = {path for path in seen if compiled(OTHER_UNETS).fullmatch(path)}
+    assert of_text and other and other == seen.keys() - of_text
 
 
 def test_a_unet_of_motion_is_kept_apart():

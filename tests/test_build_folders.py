@@ -4,6 +4,8 @@ what trainers write into headers, copies.
 
 import json
 import os
+import socket
+import warnings
 
 import inspect_dataset
 import numpy as np
@@ -126,6 +128,92 @@ def test_a_link_to_a_blob_that_is_gone(place, build):
     status, said = build("hub")
     assert status == 2 and f"snapshots/{REVISIONS[0]}/y.safetensors: cannot be read" in said
     assert build("hub", "--on-bad", "skip")[0] == 0 and len(column("rank")) == 1
+
+
+def no_file(path, kind):
+    """A pipe, a socket or a device under a name."""
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    else:
+        with socket.socket(socket.AF_UNIX) as sock:
+            sock.bind(os.path.relpath(path))  # a socket's path is short
+
+
+NOT_READ = {  # a name beside the first adapter -> what is said of it, and the flags
+    "x.safetensors": ("x.safetensors: is no regular file", []),
+    "x.bin": ("x.bin: is no regular file", ["--pickles", "read"]),
+    "x.pt": ("x.pt: a pickle", []),
+    "adapter_config.json": ("no adapter_config.json beside it", []),
+    "metadata.json": ("has no metadata.json beside it", ["--label-from", "metadata"]),
+    "adapter_model.civitai.info": (
+        "has none of adapter_model.civitai.info",
+        ["--label-from", "civitai", "--label-field", "a"],
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", ["pipe", "socket", "device"])
+@pytest.mark.parametrize("name", NOT_READ)
+def test_what_is_no_file_is_never_opened(place, build, name, kind):
+    paths = make_files(place / "in", n=2, style="peft")
+    for path in paths:
+        (path.parent / "metadata.json").write_text('{"category_label": "c"}')
+        (path.parent / "adapter_model.civitai.info").write_text('{"a": "c"}')
+    there = paths[0].parent / name
+    there.unlink(missing_ok=True)
+    no_file(there, kind)
+    reason, flags = NOT_READ[name]
+    status, said = build("in", *flags)
+    assert status == 2 and reason in said and "1 bad file:" in said
+    status, said = build("in", *flags, "--on-bad", "skip")
+    assert status == 0 and "+ 1 bad" in said, said
+
+
+def link_all(folders):
+    """Links from every folder to all others."""
+    for folder_ in folders:
+        for other in folders:
+            if other != folder_:
+                (folder_ / f"to_{other.name}").symlink_to(other)
+
+
+def test_folders_that_link_to_each_other(place, build):
+    make_files(place / "in", n=2)
+    link_all([place / "in/class_0", place / "in/class_1"])
+    name = "pytorch_lora_weights.safetensors"
+    assert find_inputs([place / "in"], "").files == [
+        f"class_0/000/{name}",
+        f"class_0/to_class_1/001/{name}",
+        f"class_1/001/{name}",
+        f"class_1/to_class_0/000/{name}",
+    ]
+    crowd = [place / f"crowd/{i:02}" for i in range(30)]
+    for folder_ in crowd:
+        folder_.mkdir(parents=True)
+    link_all(crowd)
+    status, said = build("crowd")
+    path = "crowd/00/to_01/to_02/to_03/to_04/to_05"
+    assert status == 2 and f"'{path}' goes through 5 linked folders, and 4 are followed: remove" in said
+    assert len(said.splitlines()) == 1
+
+
+def test_four_links_are_followed_and_one_to_itself_is_no_folder(place, build):
+    make_files(place / "in", n=1)
+    (place / "in/loop").symlink_to("loop")
+    (place / "in/loop.safetensors").symlink_to("loop.safetensors")
+    for i in range(4):
+        (place / f"far{i}").mkdir()
+        (place / (f"far{i - 1}/next" if i else "in/next")).symlink_to(place / f"far{i}")
+    adapter(place / "far3/x.safetensors", 1)
+    status, said = build("in", "--on-bad", "skip")
+    assert status == 0 and "3 found = 2 written + 1 bad" in said, said
+    assert "loop.safetensors: cannot be read" in said
+    assert column("lora_file")[1] == "next/next/next/next/x.safetensors"
+    (place / "far4").mkdir()
+    (place / "far3/next").symlink_to(place / "far4")
+    assert "goes through 5 linked folders" in build("in", "--overwrite")[1]
 
 
 def test_hidden_folders_are_passed_over_but_not_the_one_that_is_named(place, build):
@@ -716,3 +804,94 @@ def test_only_files_that_may_be_equal_are_hashed(place, monkeypatch):
     assert sorted(hashed) == ["a", "b", "e"]  # c ends otherwise; d has another size
     with pytest.raises(InputError, match=r"cannot compare .*gone"):
         duplicate_files({"gone": place / "gone"})
+
+
+# --- files that turn out bad as their weights are read
+
+
+def as_loha(path, value=1.0):
+    """A LoHa with the layers and ranks of `make_files`."""
+    made_of = {}
+    for key, matrix in load_file(path).items():
+        module, _, end = key.partition(".lora.")
+        if end == "down.weight":
+            made_of[f"{module}.hada_w1_b"] = np.full((1, matrix.shape[1]), value, np.float32)
+            made_of[f"{module}.hada_w2_b"] = np.ones((2, matrix.shape[1]), np.float32)
+        elif end == "up.weight":
+            made_of[f"{module}.hada_w1_a"] = np.ones((matrix.shape[0], 1), np.float32)
+            made_of[f"{module}.hada_w2_a"] = np.ones((matrix.shape[0], 2), np.float32)
+    save_file(made_of, path, metadata={"ss_base_model_version": "other"})
+
+
+def test_kinds_styles_and_base_models_are_those_of_the_rows(place, build, monkeypatch):
+    paths = make_files(place / "in", n=5)
+    as_loha(paths[0])
+    as_loha(paths[2], np.nan)
+    status, said = build("in", "--on-bad", "skip")
+    assert status == 0 and "5 found = 4 written + 1 bad" in said, said
+    assert "Kinds:   1 LoHa, 3 LoRA\n" in said and "Styles:  4 diffusers\n" in said
+    found = made(place)
+    assert found["kinds"] == {"LoHa": 1, "LoRA": 3} and found["styles"] == {"diffusers": 4}
+    assert found["base_models"] == {"ss_base_model_version": {"other": 1}}
+
+    def fails(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("ablation.making.build.finish_folder", fails)
+        with pytest.raises(KeyboardInterrupt):
+            build("in", "--on-bad", "skip", output="again")
+    status, said = build("in", "--on-bad", "skip", output="again")
+    assert status == 0 and "is finished: 4 rows are kept" in said
+    assert {**made(place, "again"), "command": ""} == {**found, "command": ""}
+
+
+def of_numbers(path, value, alpha=None):
+    """An adapter whose matrices hold one number, and its alpha."""
+    tensors = {
+        key: np.full_like(matrix, value) for key, matrix in load_file(path).items() if matrix.ndim == 2
+    }
+    if alpha is not None:
+        modules = {key.partition(".lora.")[0] for key in tensors}
+        tensors |= {f"{module}.alpha": np.array(alpha, np.float64) for module in modules}
+    save_file(tensors, path)
+
+
+TOO_MUCH = {
+    "large factors": (3e38, None, ["--rank", "svd:1"], "is beyond float32"),
+    "small factors": (1e-44, None, ["--rank", "svd:1"], "is too small for float32"),
+    "large alpha": (1.0, 1e300, [], "times alpha / rank = 5e+299 is beyond float32"),
+    "large alpha, svd": (1.0, 1e300, ["--rank", "svd:1"], "is beyond float32"),
+    "large alpha of zeros": (0.0, 1e300, [], "is beyond float32"),
+    "small alpha": (1.0, 1e-320, [], "is too small for float32"),
+    "small alpha, svd": (1.0, 1e-200, ["--rank", "svd:1"], "is too small for float32"),
+}
+
+
+@pytest.mark.parametrize(("value", "alpha", "flags", "reason"), TOO_MUCH.values(), ids=TOO_MUCH)
+def test_numbers_beyond_float32_are_bad_files(place, build, value, alpha, flags, reason):
+    paths = make_files(place / "in", n=3)
+    of_numbers(paths[1], value, alpha)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        status, said = build("in", *flags)
+        assert status == 2 and "class_1/001/" in said and reason in said, said
+        status, said = build("in", *flags, "--on-bad", "skip")
+    assert status == 0 and "3 found = 2 written + 1 bad" in said, said
+    for name in experiment_columns():
+        if is_layer(name):
+            assert np.isfinite(column(name)).all()
+
+
+def test_the_error_of_an_approximation_with_a_large_scale(place, build):
+    """With --alpha record the scale is not applied: its square is beyond float64."""
+    paths = make_files(place / "in", n=2)
+    for path in paths:
+        tensors = {key: matrix for key, matrix in load_file(path).items() if matrix.ndim == 2}
+        modules = {key.partition(".lora.")[0] for key in tensors}
+        alpha = 1e200 if path == paths[0] else 2.0
+        save_file(tensors | {f"{module}.alpha": np.array(alpha) for module in modules}, path)
+    assert build("in", "--rank", "svd:1", "--alpha", "record")[0] == 0
+    large = column("rank_error")[0]
+    assert build("in", "--rank", "svd:1", "--alpha", "ignore", output="plain")[0] == 0
+    assert large == pytest.approx(column("rank_error", "plain")[0], rel=1e-12) and 0 < large < 1

@@ -31,7 +31,7 @@ def findings_of(labels: Labels, rows: Sequence[str], duplicates: Iterable[Sequen
     return {
         "duplicates": copies,
         "duplicates_with_several_labels": [group for group in copies if has_several_labels(labels, group)],
-        "base_models": {key: dict(counts) for key, counts in labels.headers.base_models.items()},
+        "base_models": labels.headers.base_models_of(rows),
         **trainings_found(labels, rows),
     }
 

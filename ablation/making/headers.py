@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import collections
 import json
 import math
 import re
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -112,21 +112,33 @@ def chosen_columns(names: Iterable[str]) -> tuple[str, ...]:
 class HeaderSurvey:
     """What the headers of the files that become rows state."""
 
-    base_models: dict[str, collections.Counter] = field(default_factory=dict)  # of each of BASE_FIELDS
+    base_models: dict[str, dict[str, str]] = field(default_factory=dict)  # file -> those of BASE_FIELDS
     sessions: dict[str, str] = field(default_factory=dict)  # file -> what tells its training
     names: set[str] = field(default_factory=set)  # of the fields in any header
 
     def add(self, name: str, stated: Mapping[str, str]) -> None:
-        """Count what the header of the file `name` states."""
-        for base in BASE_FIELDS:
-            if as_stated(stated.get(base, ""), "text"):
-                counts = self.base_models.setdefault(base, collections.Counter())
-                counts[shortened_text(stated[base])] += 1
+        """Remember what the header of the file `name` states."""
+        bases = {
+            base: sys.intern(shortened_text(stated[base]))
+            for base in BASE_FIELDS
+            if as_stated(stated.get(base, ""), "text")
+        }
+        if bases:
+            self.base_models[name] = bases
         session = [stated.get(part, "None") for part in SESSION_FIELDS]
         if not {"None", ""} & set(session):
             self.sessions[name] = shortened_text(json.dumps(session))
         if len(self.names) < MOST_NAMES:
             self.names.update(stated)
+
+    def base_models_of(self, names: Iterable[str]) -> dict[str, dict[str, int]]:
+        """How many of some files state each base model, for each of BASE_FIELDS that is stated."""
+        counts: dict[str, dict[str, int]] = {}
+        for name in names:
+            for base, value in self.base_models.get(name, {}).items():
+                of_base = counts.setdefault(base, {})
+                of_base[value] = of_base.get(value, 0) + 1
+        return counts
 
     def refuse_absent(self, columns: Iterable[str]) -> None:
         """Raise InputError for a column that was asked for by name and that no header states."""

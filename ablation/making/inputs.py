@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ablation.adapter_storage import PICKLES
-from ablation.fields import InputError
+from ablation.fields import InputError, shortened_text
 
 # Files that trainers leave beside the weights. They hold no adapter, and nobody takes them for one.
 TRAINER_STATE = re.compile(
     r"(training_args|optimizer|scheduler|scaler|rng_state|random_states|sampler)\w*\.(bin|pt|pth|pkl)"
 )
 HUB_MODEL = "models--"  # how the folder of a model begins in the Hub's cache: models--owner--name
+MOST_LINKS = 4  # linked folders on the path to a file
 HUB_FILES = ("blobs", "refs")  # folders in it that are no snapshots; the files of `snapshots` link to blobs
 
 
@@ -133,18 +134,27 @@ def roots_of(folders: list[Path]) -> dict[str, Path]:
     return roots
 
 
-def walk(folder: Path, above: frozenset = frozenset()) -> Iterator[Path]:
-    """Every file below a folder. Links are followed, but not to a folder that this one lies in."""
+def walk(folder: Path, above: frozenset = frozenset(), links: int = 0) -> Iterator[Path]:
+    """Every file below a folder. Links are followed, but not to a folder that this one lies in.
+
+    `links` of the folders on the path to this one are links. Raises InputError above MOST_LINKS: folders that
+    link to each other have more paths than anybody can read.
+    """
     here = os.path.realpath(folder)
     if here in above:
         return
+    if links > MOST_LINKS:
+        raise InputError(
+            f"'{shortened_text(str(folder))}' goes through {links} linked folders, and {MOST_LINKS} are "
+            "followed: remove links between folders, or give the folders that hold the files"
+        )
     try:
         with os.scandir(folder) as entries:
             in_order = sorted(entries, key=lambda entry: entry.name)
     except OSError as error:
         raise InputError(f"cannot look into '{folder}': {error.strerror}") from None
     for entry in in_order:
-        if entry.is_dir():
-            yield from walk(Path(entry.path), above | {here})
+        if os.path.isdir(entry.path):  # False for a link to itself too
+            yield from walk(Path(entry.path), above | {here}, links + entry.is_symlink())
         else:
             yield Path(entry.path)

@@ -80,8 +80,6 @@ class BuildPlan(NamedTuple):
     bad: list[tuple[str, str]]  # (file, reason)
     other_rank: int  # files left out by --rank
     rank: str
-    styles: dict[str, int]  # how many files of each key style are kept
-    kinds: dict[str, int]  # and of each kind of adapter
     others: dict[str, str]  # columns besides weights and magnitudes -> type
     magnitudes: tuple[str, ...]  # columns of the magnitudes of DoRA
     row_bytes: int
@@ -128,13 +126,12 @@ def make_plan(options: BuildOptions, inputs: Inputs, labels: Labels) -> BuildPla
         labels.survey(labels.of(name))
     refuse_bad(options.on_bad, headers.bad)
     labels.survey_headers(chosen.files)
-    layouts = [layout for layout, _ in chosen.counts]
-    columns, rank = columns_and_rank(options, layouts, rank)
-    magnitudes = tuple(sorted({column for layout in layouts for column in layout.magnitudes}))
+    columns, rank = columns_and_rank(options, chosen.layouts, rank)
+    magnitudes = tuple(sorted({column for layout in chosen.layouts for column in layout.magnitudes}))
     others = other_columns(labels, {*(column for column, _, _ in columns), *magnitudes})
     row_bytes = 4 * sum(rows * cols for _, rows, cols in columns)
     return BuildPlan(
-        layout=layouts[0],
+        layout=chosen.layouts[0],
         columns=columns,
         frame=chosen.frame,
         features=dataset_features(columns, others, magnitudes, options),
@@ -142,8 +139,6 @@ def make_plan(options: BuildOptions, inputs: Inputs, labels: Labels) -> BuildPla
         bad=headers.bad,
         other_rank=chosen.other_rank,
         rank=rank,
-        styles=added_up((layout.style, count) for layout, count in chosen.counts),
-        kinds=added_up((layout.kind, count) for layout, count in chosen.counts),
         others=others,
         magnitudes=magnitudes,
         row_bytes=row_bytes,
@@ -153,11 +148,11 @@ def make_plan(options: BuildOptions, inputs: Inputs, labels: Labels) -> BuildPla
 
 
 class Chosen(NamedTuple):
-    """The files that share a frame, and how many have each layout."""
+    """The files that share a frame, and their layouts."""
 
     frame: ColumnShapes
     files: list[str]
-    counts: list[tuple[Layout, int]]
+    layouts: list[Layout]
     other_rank: int  # files that --rank leaves out
 
 
@@ -176,16 +171,8 @@ def choose_files(options: BuildOptions, inputs: Inputs, headers: Headers, rank: 
         else:
             files.append(name)
             numbers.append(number)
-    counts = [(headers.layouts[number], count) for number, count in collections.Counter(numbers).items()]
-    return Chosen(frame, files, counts, other_rank)
-
-
-def added_up(pairs: Iterable[tuple[str, int]]) -> dict[str, int]:
-    """The sum of the numbers of each name."""
-    sums: collections.Counter[str] = collections.Counter()
-    for name, count in pairs:
-        sums[name] += count
-    return dict(sums)
+    layouts = [headers.layouts[number] for number in dict.fromkeys(numbers)]
+    return Chosen(frame, files, layouts, other_rank)
 
 
 def fingerprint_of(options: BuildOptions, inputs: Inputs, labels: Labels) -> str:

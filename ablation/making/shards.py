@@ -15,7 +15,7 @@ import pyarrow as pa
 import xxhash
 
 from ablation.adapter_kinds import BadFile, best_of_rank
-from ablation.adapters import Adapter, read_adapter
+from ablation.adapters import SMALLEST, Adapter, read_adapter
 from ablation.making.arrow_folder import arrow_matrices, write_shard
 from ablation.making.labels import Labels, as_type
 from ablation.making.plan import BuildOptions, BuildPlan, difference_of_columns, refuse_bad
@@ -34,6 +34,8 @@ class Shard:
     bad: list[tuple[str, str]] = field(default_factory=list)  # (file, reason)
     scaled: int = 0  # rows with a scale other than 1
     classes: dict[str, int] = field(default_factory=dict)  # rows of each class
+    kinds: dict[str, int] = field(default_factory=dict)  # rows of each kind of adapter
+    styles: dict[str, int] = field(default_factory=dict)  # rows of each key style
     largest_error: float = 0.0  # of the rows' rank_error, and their sum
     sum_of_errors: float = 0.0
 
@@ -120,15 +122,18 @@ class ShardWriter:
             raise BadFile(f"changed while it was read: {what}")
         scales = adapter.scales or {}
         error = self.fill(targets, adapter)
-        shard.largest_error, shard.sum_of_errors = (
-            max(shard.largest_error, error),
-            shard.sum_of_errors + error,
-        )
         if alpha == "apply":
             apply_scales(scales, targets)
+        # From here on the file is a row.
+        shard.largest_error = max(shard.largest_error, error)
+        shard.sum_of_errors += error
         shard.scaled += any(scale != 1 for scale in scales.values())
-        label = str(values[self.labels.label])
-        shard.classes[label] = shard.classes.get(label, 0) + 1
+        for counts, value in (
+            (shard.classes, str(values[self.labels.label])),
+            (shard.kinds, adapter.layout.kind),
+            (shard.styles, adapter.layout.style),
+        ):
+            counts[value] = counts.get(value, 0) + 1
         row = {
             "rank": max(adapter.layout.ranks),
             "lora_file": name,
@@ -145,17 +150,20 @@ class ShardWriter:
 
     def fill(self, targets: dict[str, np.ndarray], adapter: Adapter) -> float:
         """Fill `targets` with a file's matrices at the data set's rank; returns the relative error of its
-        products, which is 0 but for --rank svd.
+        products, which is 0 but for --rank svd. Raises BadFile.
         """
         lost = total = 0.0
+        scales = adapter.scales or {}
+        largest = max(map(abs, scales.values()), default=1.0) or 1.0  # whose square may be beyond float64
         for module, down, up in adapter.factors():
             sides = [f"{module}.lora.{side}.weight" for side in ("down", "up")]
             if self.options.svd_rank:
-                down, up, its_loss, energy = best_of_rank(
+                best_down, best_up, its_loss, energy = best_of_rank(
                     down.astype(np.float64), up.astype(np.float64), self.options.svd_rank
                 )
-                weight = (adapter.scales or {}).get(module, 1.0) ** 2
+                weight = (scales.get(module, largest) / largest) ** 2
                 lost, total = lost + weight * its_loss, total + weight * energy
+                down, up = as_float32(best_down, module), as_float32(best_up, module)
             for side, matrix in zip(sides, (down, up), strict=True):
                 rows, cols = matrix.shape
                 target = targets[side]
@@ -166,16 +174,34 @@ class ShardWriter:
         return float(np.sqrt(lost / total)) if total else 0.0
 
 
+def as_float32(factor: np.ndarray, module: str) -> np.ndarray:
+    """A factor of an approximation as float32. Raises BadFile for one that is too large, or that is too small
+    and would lose its digits.
+    """
+    with np.errstate(over="ignore", under="ignore"):
+        rounded = factor.astype(np.float32)
+    if not np.isfinite(rounded).all():
+        raise BadFile(f"the approximation of '{module}' is beyond float32")
+    if 0 < np.abs(factor).max(initial=0) < SMALLEST:
+        raise BadFile(f"the approximation of '{module}' is too small for float32")
+    return rounded
+
+
 def apply_scales(scales: dict[str, float], targets: dict[str, np.ndarray]) -> None:
-    """Multiply each module's `up` with its scale. Raises BadFile if a product is beyond float32."""
+    """Multiply each module's `up` with its scale. Raises BadFile if a product is beyond float32, or a scale
+    is so small that it would lose its digits.
+    """
     for module, scale in scales.items():
         if scale == 1:
             continue
         up = targets[f"{module}.lora.up.weight"]
-        with np.errstate(over="ignore"):
-            up *= np.float32(scale)
+        with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+            factor = np.float32(scale)
+            up *= factor
         if not np.isfinite(up).all():
             raise BadFile(f"the `up` of '{module}' times alpha / rank = {scale:g} is beyond float32")
+        if scale != 0 and abs(factor) < SMALLEST:
+            raise BadFile(f"the scale of '{module}', alpha / rank = {scale:g}, is too small for float32")
 
 
 def finished_shard(path: Path, marker: Path) -> Shard | None:
