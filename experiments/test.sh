@@ -9,4 +9,5 @@ echo "Runs the tests of experiment 6; the first call also sets up experiments/.v
 install requirements-test.txt requirements.txt
 [ "${1:-}" = --set-up ] && exit
 export OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 MKL_NUM_THREADS=1   # two processes that share two cores
-exec "$venv/bin/python" -m pytest -n 2 "$@"
+# Two tests at a time to each: the long ones, which tests/conftest.py begins with, are shared out.
+exec "$venv/bin/python" -m pytest -n 2 --maxschedchunk 2 "$@"

@@ -20,21 +20,20 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("any speed")
 
 
-# Files of few tests that take long, the longest first: begun last they would leave a core idle at the end.
+# Files that take long, the longest first: begun last they would leave a core idle at the end.
 LONGEST = (
     "test_report.py",
     "test_endurance.py",
-    "test_experiment.py",
     "test_folds.py",
-    "test_processes.py",
     "test_inference.py",
-    "test_resuming.py",
+    "test_processes.py",
     "test_surroundings.py",
+    "test_resuming.py",
     "test_training.py",
-    "test_status.py",
-    "test_thorough.py",
-    "test_benchmark.py",
+    "test_experiment.py",
+    "test_reading.py",
 )
+assert all((ROOT / "tests" / name).is_file() for name in LONGEST)
 
 
 def pytest_collection_modifyitems(items):

@@ -945,7 +945,7 @@ def test_halves_of_two_names_are_no_module(place):
     tensors = {"lora_unet_mid_block_attentions_0_proj_in.lora_down.weight": torch.ones(2, 6),
                "unet.mid_block.attentions.0.proj_in.lora.up.weight": torch.ones(8, 2)}  # fmt: skip
     save_file(tensors, place / "x.safetensors")
-    with pytest.raises(BadFile, match="both of which are unet.mid_block.attentions.0.proj_in"):
+    with pytest.raises(BadFile, match=r"both of which are unet\.mid_block\.attentions\.0\.proj_in"):
         survey_file(place / "x.safetensors")
 
 

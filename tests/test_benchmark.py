@@ -23,6 +23,14 @@ def small_set(tmp_path):
     return str(tmp_path / "loras")
 
 
+@pytest.fixture(autouse=True)
+def short_turns(monkeypatch):
+    """Times that mean nothing, soon measured."""
+    monkeypatch.setattr(timing, "LEAST_SECONDS", 0.01)
+    monkeypatch.setattr(timing, "GEMM_SIDE", 128)
+    monkeypatch.setattr(timing.gemm_rate, "__defaults__", (0.05,))
+
+
 def run(capsys, *flags):
     assert benchmark.main([*flags, "--json"]) == 0
     return json.loads(capsys.readouterr().out)

@@ -98,22 +98,9 @@ def test_predictions_give_the_confusion_counts_and_accuracies(run, place):
 @pytest.mark.slow
 def test_what_only_the_text_layers_know_is_lost_without_them(run, place):
     lora_dataset(n=200, signal=True).save_to_disk("many")
-    status, _ = run(
-        "--layer-sets",
-        "all_layers",
-        "visual_only",
-        "text_only",
-        "--representations",
-        "simple_stats",
-        "--num-runs",
-        "3",
-        "--max-epochs",
-        "60",
-        "--hidden-dim",
-        "32",
-        dataset="./many",
-        fast=[],
-    )
+    chosen = "--layer-sets all_layers visual_only text_only --representations simple_stats --num-runs 3"
+    fast = "--max-epochs 20 --hidden-dim 32 --batch-size 16 --learning-rate 0.01 --no-report"
+    status, _ = run(*chosen.split(), dataset="./many", fast=fast.split())
     assert status == 0
     (entry,) = json.loads((folder(place, "many") / "results.json").read_text())["comparison"]
     assert (
@@ -346,19 +333,8 @@ def test_the_verdict_is_right_where_the_answer_is_known_or_says_that_it_cannot_t
     run, place, knowing, strength
 ):
     lora_dataset(n=400, signal=strength, knowing=knowing).save_to_disk("known")
-    fast = [
-        "--num-runs",
-        "5",
-        "--max-epochs",
-        "50",
-        "--hidden-dim",
-        "64",
-        "--batch-size",
-        "16",
-        "--margin",
-        "0.05",
-        "--no-report",
-    ]
+    flags = "--num-runs 5 --max-epochs 20 --hidden-dim 32 --batch-size 32 --learning-rate 0.01 --margin 0.05"
+    fast = [*flags.split(), "--no-report"]
     status, _ = run("--representations", "stats", dataset="./known", fast=fast)
     results = json.loads((folder(place, "known") / "results.json").read_text())
     said = [meaning for words, meaning in SAID.items() if words in results["verdict"]]

@@ -216,17 +216,18 @@ def test_the_overlap_of_training_sets_counts_more_where_rounds_cannot_show_it():
 @pytest.fixture
 def only_rates(monkeypatch):
     """Leave out what no rate of a simulation rests on: the sign-flip test too where the t test claims
-    nothing, because the larger p-value of the two counts.
+    nothing, because the larger p-value of the two counts. Fewer flips, which make no rate larger.
     """
 
     def p_values(D, spread, groups):
         t_test = estimators.p_of_mean(float(D.mean()), spread)
-        flip = estimators.sign_flip_test(D.mean(0), groups) if t_test < estimators.LEVEL else 0.0
+        flip = estimators.sign_flip_test(D.mean(0), groups, 499) if t_test < estimators.LEVEL else 0.0
         return flip, t_test
 
     monkeypatch.setattr(fold_estimators, "p_values_of_mean", p_values)
     monkeypatch.setattr(estimators, "training_noise", lambda drops: None)
     monkeypatch.setattr(family, "retained", lambda first, second: None)
+    monkeypatch.setattr(family, "JOINT_FLIPS", 799)
 
 
 @pytest.mark.slow
@@ -430,7 +431,8 @@ def test_groups_are_kept_together_where_there_are_some(run, place):
     rows["category_name"] = [f"{i % 3} {i % 18}" for i in range(90)]
     Dataset.from_dict(rows).save_to_disk("leaves")
     chosen = ("--folds", "5", "--representations", "stats", "--classifiers", "linear")
-    status, log = run(*chosen, dataset="./leaves", fast=TEN)
+    five = ["--num-runs", "5", *FAST[2:]]
+    status, log = run(*chosen, dataset="./leaves", fast=five)
     assert status == 0, log
     found = json.loads((folder(place, "leaves") / "results.json").read_text())
     assert found["inference"]["test_rows_that_share_a_group_with_training"] == 0
@@ -438,7 +440,7 @@ def test_groups_are_kept_together_where_there_are_some(run, place):
     made = json.loads((folder(place, "leaves") / "checkpoints" / "all_layers_stats.json").read_text())
     assert made["made_with"]["is_weighted"]
     status, log = run(
-        "--split", "stratified", "grouped", *chosen, "--output-dir", "both", dataset="./leaves", fast=TEN
+        "--split", "stratified", "grouped", *chosen, "--output-dir", "both", dataset="./leaves", fast=five
     )
     assert status == 0, log
     found = json.loads((folder(place, "leaves", "both") / "results.json").read_text())["inference"]
@@ -488,7 +490,7 @@ def test_representations_with_fewer_rounds_are_compared_and_averaged_too(run, pl
     lora_dataset(n=40, signal=3.0).save_to_disk("clear")
     names = ("simple_stats", "stats", "kernel_ridge", "product_norms")
     chosen = ("--folds", "5", "--repeats", repeats, "--representations", *names)
-    fast = ["--num-runs", runs, "--max-epochs", "30", *FAST[4:]]
+    fast = ["--num-runs", runs, "--max-epochs", "6", "--learning-rate", "0.01", *FAST[4:]]
     status, log = run(*chosen, dataset="./clear", fast=fast)
     assert status == 0, log
     found = json.loads((folder(place, "clear") / "results.json").read_text())["inference"]

@@ -11,7 +11,7 @@ from sklearn.dummy import DummyClassifier
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.weightstats import ttost_paired
 
-from ablation import estimators, inference, simulation
+from ablation import estimators, family, inference, simulation
 from ablation import verdict as sentences
 from ablation.cells import Cell
 from ablation.estimators import (
@@ -178,6 +178,7 @@ def allowed(experiments):
 @pytest.fixture
 def quick(monkeypatch):
     monkeypatch.setattr(estimators, "FLIPS", 499)
+    monkeypatch.setattr(family, "JOINT_FLIPS", 799)
     for function in (estimators.sign_flip_test, estimators.two_level_bootstrap):
         monkeypatch.setattr(
             estimators, function.__name__, lambda *a, f=function: f(*a, 499 if f is sign_flip_test else 400)
@@ -736,7 +737,8 @@ TABLES = {
 
 
 @pytest.mark.parametrize("table, only", TABLES.items())
-def test_the_tables_of_the_documentation_are_made_by_their_command(table, only, capsys):
+def test_the_tables_of_the_documentation_are_made_by_their_command(table, only, capsys, monkeypatch):
+    monkeypatch.setattr(family, "JOINT_FLIPS", 799)
     simulate_inference.main(["--table", table, "--experiments", "20", "--only", only])
     head, rule, *lines = capsys.readouterr().out.splitlines()
     assert lines and all(line.startswith(f"| {only}") for line in lines)

@@ -78,8 +78,8 @@ def wait_for(process, text):
     "number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
 )
 def test_signals_end_a_run_with_their_status_and_release_the_folder(run, place, number, status):
-    process = start()
-    wait_for(process, "[1/18]")
+    process = start("--representations", "stats")
+    wait_for(process, "[1/2]")
     process.send_signal(number)
     rest = process.communicate(timeout=600)[0]
     assert process.returncode == status and f"Stopped by {number.name}" in rest and "Traceback" not in rest
@@ -187,6 +187,7 @@ def test_under_nohup_a_hangup_is_ignored_and_the_log_has_whole_lines(place):
         "--representations",
         "stats",
         "frequency",
+        "--no-report",
         prefix=["nohup"],
         stdin=subprocess.DEVNULL,
         env={**os.environ, "HF_DATASETS_CACHE": str(place / "hf")},
@@ -195,14 +196,14 @@ def test_under_nohup_a_hangup_is_ignored_and_the_log_has_whole_lines(place):
     process.send_signal(signal.SIGHUP)
     log += process.communicate(timeout=600)[0]
     assert (
-        process.returncode == 0 and "\r" not in log and "Results: " in log and log.endswith("report.html\n")
+        process.returncode == 0 and "\r" not in log and "Results: " in log and log.endswith("results.txt\n")
     )
 
 
 def test_a_second_run_on_the_same_folder_ends_with_status_3(place):
-    process = start()
+    process = start("--representations", "stats")
     try:
-        wait_for(process, "[1/18]")
+        wait_for(process, "[1/2]")
         second = start()
         assert "another process holds" in second.communicate(timeout=600)[0] and second.returncode == 3
         third = start("--status")

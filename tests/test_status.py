@@ -16,7 +16,17 @@ from ablation.status import FITTED_BYTES
 # --- the report
 
 
+@pytest.fixture
+def two_figures(monkeypatch):
+    """A report with two of its figures, in a resolution that is soon drawn: all of them take seconds."""
+    from ablation.report import figures, write
+
+    monkeypatch.setattr(figures, "FIGURES", {name: figures.FIGURES[name] for name in ("accuracy", "drop")})
+    monkeypatch.setattr(write, "RESOLUTION", 40)
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("two_figures")
 def test_the_page_follows_a_run_and_an_unchanged_one_leaves_it(run, place, monkeypatch):
     from ablation.report import write
 
@@ -59,6 +69,7 @@ def test_the_page_follows_a_run_and_an_unchanged_one_leaves_it(run, place, monke
     ).read_text()
 
 
+@pytest.mark.usefixtures("two_figures")
 @pytest.mark.parametrize("what", ["refresh", "write_report"])
 def test_a_report_that_cannot_be_made_costs_no_result(run, place, monkeypatch, what):
     from ablation.report import write
@@ -74,6 +85,7 @@ def test_a_report_that_cannot_be_made_costs_no_result(run, place, monkeypatch, w
     assert len(checkpoints(place)) == 2 + 2 and (folder(place) / "results.json").exists()
 
 
+@pytest.mark.usefixtures("two_figures")
 def test_an_error_of_tensorboard_costs_neither_a_cell_nor_the_page(run, place, monkeypatch):
     monkeypatch.setattr("ablation.tensorboard.check_installed", lambda: None)
     monkeypatch.setattr("ablation.tensorboard.log_curves", never)

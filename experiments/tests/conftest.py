@@ -10,7 +10,7 @@ sys.path[:0] = [str(EXPERIMENTS)]
 
 import pytest  # noqa: E402
 from filelock import FileLock  # noqa: E402
-from sae_analysis import program  # noqa: E402
+from sae_analysis import dashboard, program  # noqa: E402
 from sae_analysis.language_model import load  # noqa: E402
 from sae_analysis.samples import read_samples  # noqa: E402
 from sae_analysis.settings import parse_settings, parser_of  # noqa: E402
@@ -18,6 +18,20 @@ from sae_analysis.toy import Effort, make_toy  # noqa: E402
 
 DATA = EXPERIMENTS / "data"
 LAYERS = (1, 2, 3)
+# Tests that take long, the longest first: begun last they would leave a core idle at the end.
+LONGEST = (
+    "test_two_workers_give_the_bytes_of_one_process",
+    "test_a_run_that_failed_goes_on_where_it_stopped",
+    "test_gemma_and_gemma_scope_are_found_in_the_hubs_cache",
+    "test_a_run_that_was_killed_goes_on_where_it_stopped",
+    "test_the_benchmark_compares_versions_and_recommends_a_size",
+)
+
+
+def pytest_collection_modifyitems(items):
+    """The tests of LONGEST first, the others as they were found."""
+    place_of = {name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place_of.get(item.name, len(LONGEST)))
 
 
 def script(name):
@@ -66,15 +80,23 @@ def tiny(toy, toys, monkeypatch):
     monkeypatch.setattr(program, "make_toy", lambda folder, texts, layers: toy)
 
 
+def undrawn(monkeypatch):
+    """Runs have no figure, which takes seconds."""
+    monkeypatch.setattr(dashboard, "draw", lambda *_: None)
+
+
 @pytest.fixture
 def run(flags, tmp_path, capsys):
     """Run a version in this process: (exit status, folder of the new run or None, what it printed)."""
 
-    def run(name, *more, model=flags):
+    def run(name, *more, model=flags, drawn=False):
         runs = tmp_path / "runs"
         before = set(runs.glob("*"))
         capsys.readouterr()
-        status = script(name).main([*model, "--output-dir", str(runs), *more])
+        with pytest.MonkeyPatch.context() as patch:
+            if not drawn:
+                undrawn(patch)
+            status = script(name).main([*model, "--output-dir", str(runs), *more])
         captured = capsys.readouterr()
         new = set(runs.glob("*")) - before
         return status, (new.pop() if new else None), captured.out + captured.err

@@ -7,7 +7,6 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +15,8 @@ import pytest
 import scipy.stats
 import torch
 import transformers
-from conftest import DATA, EXPERIMENTS, LAYERS, script
-from sae_analysis import program, runs
+from conftest import DATA, LAYERS, LONGEST, script, undrawn
+from sae_analysis import program, runs, workers
 from sae_analysis.random_gemma import ACTIVE, make_random
 from sae_analysis.samples import FILES, read_samples, spread
 from sae_analysis.settings import parse_settings, parser_of
@@ -26,6 +25,10 @@ from sae_analysis.workers import ranges
 from sae_lens import JumpReLUSAE, JumpReLUSAEConfig
 
 BATCHED, SEQUENTIAL = "06_comprehensive_analysis_parallel.py", "06_comprehensive_analysis.py"
+
+
+def test_the_longest_tests_are_here():
+    assert set(LONGEST) <= set(globals())
 
 
 def content(folder):
@@ -37,7 +40,7 @@ def content(folder):
 
 @pytest.mark.parametrize("name", [BATCHED, SEQUENTIAL])
 def test_a_run_of_the_toy_writes_its_files_and_says_that_it_is_a_toy(run, tiny, name):
-    status, folder, log = run(name, "--max-samples", "9", model=["--model", "tiny"])
+    status, folder, log = run(name, "--max-samples", "9", model=["--model", "tiny"], drawn=True)
     assert status == 0
     assert re.fullmatch(r"\d{8}_\d{6}(_\d+)?", folder.name)
     names = {
@@ -250,32 +253,34 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on(run, monkeypatch, tmp_path)
     assert run(BATCHED, "--resume", str(stopped), model=[])[0] == 0
 
 
-# A version of the experiment, killed when it adds the rows of a batch for the fourth time.
-KILLED = f"""
-import os, signal, sys
-sys.path[:0] = [{str(EXPERIMENTS)!r}, {str(EXPERIMENTS / "tests")!r}]
-from conftest import script
-from sae_analysis import runs
+def kill_in_the_middle(argv):
+    """Run a version in a fork of this process, which kills itself when it adds rows for the fourth time.
+    Returns how it ended. A process of its own would import TransformerLens anew, for a quarter of a minute.
+    """
+    pid = os.fork()
+    if pid == 0:
+        signal.alarm(300)  # rather than hang
+        real, added = runs.Run.add, []
 
-real, added = runs.Run.add, []
+        def add(self, rows):
+            added.append(rows)
+            if len(added) == 4:
+                os.kill(os.getpid(), signal.SIGKILL)
+            real(self, rows)
 
-def add(self, rows):
-    added.append(rows)
-    if len(added) == 4:
-        os.kill(os.getpid(), signal.SIGKILL)
-    real(self, rows)
-
-runs.Run.add = add
-script({SEQUENTIAL!r}).main(sys.argv[1:])
-"""
+        try:
+            runs.Run.add = add
+            script(SEQUENTIAL).main(argv)
+        finally:
+            os._exit(99)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
 def test_a_run_that_was_killed_goes_on_where_it_stopped(flags, run, tmp_path):
     _, whole, _ = run(BATCHED, "--max-samples", "40")
     runs_folder = tmp_path / "killed"
     more = [*flags, "--max-samples", "40", "--output-dir", str(runs_folder)]
-    killed = subprocess.run([sys.executable, "-c", KILLED, *more], capture_output=True, text=True)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert kill_in_the_middle(more) == -signal.SIGKILL
     (stopped,) = runs_folder.iterdir()
     status, _, log = run(BATCHED, "--resume", str(stopped), model=[])
     assert status == 0 and "Resumed: " in log
@@ -316,7 +321,7 @@ def test_ranges_are_contiguous_and_hold_every_batch_once(count, reader):
 # --- the Hub's layout
 
 
-def test_gemma_and_gemma_scope_are_found_in_the_hubs_cache(tmp_path):
+def test_gemma_and_gemma_scope_are_found_in_the_hubs_cache(run, tmp_path, monkeypatch):
     """The default names, offline, with small weights in files named and shaped as on the Hub."""
     hub, width, features = tmp_path / "hub", 2304, 16384
 
@@ -345,12 +350,11 @@ def test_gemma_and_gemma_scope_are_found_in_the_hubs_cache(tmp_path):
         folder = saes / f"layer_{layer}" / "width_16k" / f"average_l0_{active}"
         folder.mkdir(parents=True)
         os.link(tmp_path / "params.npz", folder / "params.npz")
-    environment = os.environ | {"HF_HUB_CACHE": str(hub), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, str(EXPERIMENTS / BATCHED), "--layers", "0", "1", "2", "--max-samples", "4"]
-    command += ["--output-dir", str(tmp_path / "runs")]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    (folder,) = (tmp_path / "runs").iterdir()
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(hub))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(workers, "_measurers", {})  # the gigabytes of these SAEs are given back
+    status, folder, log = run(BATCHED, "--layers", "0", "1", "2", "--max-samples", "4", model=[])
+    assert status == 0, log
     table = pl.read_parquet(folder / "metrics.parquet")
     assert 0 < table["l1_fact_l0_norm"].mean() < 256
     assert json.loads((folder / "manifest.json").read_text())["model"]["commit"] == "a" * 40
@@ -445,6 +449,7 @@ def test_the_benchmark_compares_versions_and_recommends_a_size(flags, capsys, mo
         return subprocess.CompletedProcess(command, status, "", capsys.readouterr().err)
 
     monkeypatch.setattr(benchmark.subprocess, "run", in_this_process)
+    undrawn(monkeypatch)
     assert benchmark.main(["--quick", "--repeats", "1", "--batch-sizes", "4", "8", *flags]) == 0
     out = capsys.readouterr().out
     assert ran == [SEQUENTIAL, BATCHED, BATCHED]
