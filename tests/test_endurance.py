@@ -14,7 +14,7 @@ from conftest import ROOT
 COMMAND = ROOT / "scripts" / "crash_test.py"
 FLAGS = {
     "kills": ("--rounds", "8"),
-    "signals": ("--rounds", "1"),
+    "signals": ("--rounds", "2"),
     "soak": (
         "--rounds",
         "9",
