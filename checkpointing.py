@@ -16,16 +16,18 @@ import glob
 import io
 import json
 import logging
+import math
 import os
 import re
 import shutil
 import signal
 import socket
 import stat
+import struct
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 import filelock
 import xxhash
@@ -351,33 +353,44 @@ class FeatureCache:
     """One safetensors file for each representation,
     of all layers, in a folder named by the hash of the weights.
 
-    `description_of(representation)` gives the version and the settings that change its numbers.
+    `description_of(representation)` gives the version and the settings that change its numbers. `variant`
+    stands in the names of the files of an audit's changed rows, or of features of another type.
     """
 
     def __init__(
-        self, cache_dir: Path, identity: str, layers: list[str], description_of: Callable[[str], dict]
+        self,
+        cache_dir: Path,
+        identity: str,
+        layers: list[str],
+        description_of: Callable[[str], dict],
+        variant: str = "",
     ):
         self.folder = cache_dir / identity
         self.source = {"data": identity, "layers": hash_of(layers)}
         self.description_of = description_of
+        self.variant = variant
 
     def path(self, representation: str) -> Path:
         """The file of a representation."""
-        return self.folder / f"{representation}.safetensors"
+        return self.folder / f"{representation}{self.variant}.safetensors"
+
+    def is_there(self, representations: Iterable[str]) -> bool:
+        """True if each of these representations has a file, whatever is in it."""
+        return all(os.path.lexists(self.path(name)) for name in representations)
 
     def description(self, representation: str) -> dict:
         """What the features depend on."""
         return self.source | {"representation": representation} | self.description_of(representation)
 
     def load(self, representation: str, shape: tuple[int, int]) -> tuple[np.ndarray | None, str]:
-        """Features (N, L*k) float32 of that shape; or None and the reason:
+        """Features (N, L*k) float32 of that shape, mapped into memory from the file; or None and the reason:
         '' if there is no file, else what is wrong with it.
         """
         path = self.path(representation)
         if not os.path.lexists(path):
             return None, ""
         try:
-            arrays, made_with = read_arrays(path)
+            arrays, made_with = map_arrays(path)
         except (OSError, ValueError) as error:
             return None, f"unreadable ({error})"
         if made_with != self.description(representation):
@@ -393,6 +406,13 @@ class FeatureCache:
         make_folder(path.parent)
         with locked(path):
             write_arrays(path, {"features": features}, self.description(representation))
+
+    def growing(
+        self, representation: str, shape: tuple[int, int]
+    ) -> contextlib.AbstractContextManager[ArrayFile]:
+        """The file of a representation, to be written row by row in a `with` statement."""
+        layout: ArrayLayout = {"features": ("float32", shape)}
+        return growing_arrays(self.path(representation), layout, self.description(representation))
 
 
 def write_arrays(path: Path, arrays: dict[str, np.ndarray], made_with: dict) -> None:
@@ -412,24 +432,112 @@ def write_arrays(path: Path, arrays: dict[str, np.ndarray], made_with: dict) -> 
             raise OSError(int(code.group(1)) if code else 0, str(error)) from error
 
 
+ARRAY_TYPES = {"float32": "F32", "float16": "F16", "float64": "F64", "int8": "I8"}  # NumPy's, safetensors'
+ArrayLayout = dict[str, tuple[str, tuple[int, ...]]]  # type and shape by name
+PIECE_BYTES = 2**26  # hashed at a time, so that a signal is answered in between
+
+
+class ArrayFile:
+    """A safetensors file of arrays that do not fit the memory: each is written in pieces, one after another.
+
+    `layout` has the type and shape of each array. What is written is what `write_arrays` would write.
+    """
+
+    def __init__(self, file: BinaryIO, layout: ArrayLayout, made_with: dict):
+        self.file, self.layout, self.made_with = file, layout, made_with
+        self.digests = {name: xxhash.xxh3_128() for name in layout}
+        file.write(self.header("0" * 32))  # in place of the hash, which is as long
+
+    def header(self, payload: str) -> bytes:
+        """What stands before the arrays."""
+        import numpy as np
+
+        tensors: dict[str, Any] = {}
+        end = 0
+        for name, (dtype, shape) in self.layout.items():
+            start, end = end, end + math.prod(shape) * np.dtype(dtype).itemsize
+            tensors[name] = {"dtype": ARRAY_TYPES[dtype], "shape": shape, "data_offsets": [start, end]}
+        description = json.dumps({**self.made_with, "payload": payload})
+        content = json.dumps({"__metadata__": {"description": description}, **tensors}).encode()
+        content += b" " * (-len(content) % 8)
+        return struct.pack("<Q", len(content)) + content
+
+    def append(self, name: str, piece: np.ndarray) -> None:
+        """Write the next rows of an array, of its type."""
+        content = piece.tobytes()
+        self.digests[name].update(content)
+        self.file.write(content)
+
+    def finish(self) -> None:
+        """Write the hash of all that was written."""
+        hashes = {name: digest.hexdigest() for name, digest in self.digests.items()}
+        self.file.seek(0)
+        self.file.write(self.header(hash_of([[n, *self.layout[n], hashes[n]] for n in sorted(hashes)])))
+
+
+@contextlib.contextmanager
+def growing_arrays(path: Path, layout: ArrayLayout, made_with: dict) -> Iterator[ArrayFile]:
+    """A file of arrays that takes its place when the block of a `with` statement has written them all.
+
+    Raises CannotWrite.
+    """
+    with replacing(path) as temporary, writing_to(path), temporary.open("wb") as file:
+        arrays = ArrayFile(file, layout, made_with)
+        yield arrays
+        arrays.finish()
+
+
 def read_arrays(path: Path) -> tuple[dict[str, np.ndarray], dict]:
     """The arrays that `write_arrays` wrote, and what they depend on.
 
     Raises OSError or ValueError if the file is not whole.
     """
+    with opened_arrays(path) as (file, made_with):
+        arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
+    return checked_arrays(arrays, made_with)
+
+
+def map_arrays(path: Path) -> tuple[dict[str, np.ndarray], dict]:
+    """As `read_arrays`, but the arrays stay in the file, which the system maps into memory.
+
+    Raises OSError or ValueError if the file is not whole.
+    """
+    import numpy as np
+
+    with opened_arrays(path) as (_, made_with), path.open("rb") as stream:
+        (size,) = struct.unpack("<Q", stream.read(8))
+        header = json.loads(stream.read(size))  # safetensors checked it
+        header.pop("__metadata__", None)
+        numpy_types = {theirs: ours for ours, theirs in ARRAY_TYPES.items()}
+        arrays = {}
+        for name, tensor in header.items():
+            # Changes of an array would stay in this process; nothing changes one.
+            where = {"offset": 8 + size + tensor["data_offsets"][0], "shape": tuple(tensor["shape"])}
+            dtype = numpy_types[tensor["dtype"]]
+            empty = 0 in tensor["shape"]  # nothing to map
+            arrays[name] = np.empty(tensor["shape"], dtype) if empty else np.memmap(path, dtype, "c", **where)
+    return checked_arrays(arrays, made_with)
+
+
+@contextlib.contextmanager
+def opened_arrays(path: Path) -> Iterator[tuple[Any, dict]]:
+    """A safetensors file of this program and its description. Raises OSError or ValueError."""
     from safetensors import SafetensorError, safe_open
 
     if not path.is_file():  # a pipe would block the reader
         raise OSError("it is no file")
     try:
         with safe_open(path, framework="numpy") as file:
-            made_with = parse_json((file.metadata() or {}).get("description", "").encode())
-            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
+            yield file, parse_json((file.metadata() or {}).get("description", "").encode())
     except (SafetensorError, TypeError, KeyError, AttributeError) as error:  # also a type that NumPy lacks
         raise ValueError(str(error)) from error
+
+
+def checked_arrays(arrays: dict[str, np.ndarray], made_with: dict) -> tuple[dict[str, np.ndarray], dict]:
+    """The arrays and what they depend on, without the hash. Raises ValueError if they do not match it."""
     payload, right = made_with.pop("payload", None), [hash_of_arrays(arrays)]
     if list(arrays) == ["features"]:  # as an earlier version wrote it; FeatureCache compares shape and type
-        right.append(hash_of(arrays["features"]))
+        right.append(hash_of_array(arrays["features"]))
     if payload not in right:
         raise ValueError("its content does not match its hash")
     return arrays, made_with
@@ -437,7 +545,17 @@ def read_arrays(path: Path) -> tuple[dict[str, np.ndarray], dict]:
 
 def hash_of_arrays(arrays: dict[str, np.ndarray]) -> str:
     """A hash of the arrays with their names, types and shapes."""
-    return hash_of([[name, str(x.dtype), list(x.shape), hash_of(x)] for name, x in sorted(arrays.items())])
+    return hash_of(
+        [[name, str(x.dtype), list(x.shape), hash_of_array(x)] for name, x in sorted(arrays.items())]
+    )
+
+
+def hash_of_array(x: np.ndarray) -> str:
+    """`hash_of` an array, piece by piece."""
+    digest, content = xxhash.xxh3_128(), x.reshape(-1).view("uint8")
+    for start in range(0, len(content), PIECE_BYTES):
+        digest.update(content[start : start + PIECE_BYTES].data)
+    return digest.hexdigest()
 
 
 UMASK = os.umask(0o077)  # the process's mask of file permissions, which can only be read by setting it
@@ -607,6 +725,20 @@ class Unfinished:
         """The file of a part."""
         return self.folder / f"{name}.safetensors"
 
+    def prepare(self) -> None:
+        """Make the folder, in one that is there: it is not made again if that is gone. Raises CannotWrite."""
+        if self.folder.parent.parent.is_dir():
+            make_folder(self.folder)
+
+    def names_in(self, name: str) -> set[str]:
+        """Names of the arrays in a file, by its header alone; none if it was made otherwise."""
+        try:
+            with opened_arrays(self.path(name)) as (file, made_with):
+                is_own = made_with.get("fingerprint") == self.made_with["fingerprint"]
+                return set(file.keys()) if is_own else set()
+        except (OSError, ValueError):
+            return set()
+
     def load(self, name: str) -> dict[str, np.ndarray] | None:
         """The arrays of a file; None if there is none, if it is damaged, or if it was made otherwise."""
         path = self.path(name)
@@ -623,8 +755,7 @@ class Unfinished:
 
     def save(self, name: str, arrays: dict[str, np.ndarray]) -> None:
         """Write arrays. Raises CannotWrite."""
-        if self.folder.parent.parent.is_dir():  # it is not made again if it is gone
-            make_folder(self.folder)
+        self.prepare()
         write_arrays(self.path(name), arrays, self.made_with)
 
     def remove(self) -> None:

@@ -37,8 +37,8 @@ from ablation.stopping import STOPPED, handle_signals, name_of_stop, signals_win
 from checkpointing import CannotWrite, Held, Refused, ResultStore, Unfinished, crash_point, holding
 
 if TYPE_CHECKING:
+    from ablation.cell_columns import Features
     from ablation.context import Context, Ledger
-    from ablation.features import Features
 
 log = logging.getLogger("visual_ablation")
 

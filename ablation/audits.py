@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ablation.reading import BLOCK_ROWS, WeightReader
-from ablation.training import COLUMN_BLOCK
+from ablation.streamed import Matrix, column_blocks
 
 GAUGE_STRETCH = 2.0  # a direction is scaled by a factor between 1/2 and 2
 NOISE_LEVELS = (0.01, 0.05, 0.10, 0.20)  # std of the noise over the std of the row's layer
@@ -74,7 +74,7 @@ class Audit:
         """
         raise NotImplementedError
 
-    def changes(self, x: Tensor, changed: Tensor, train_rows: np.ndarray) -> dict[str, dict[str, float]]:
+    def changes(self, x: Matrix, changed: Matrix, train_rows: np.ndarray) -> dict[str, dict[str, float]]:
         """How far the features `changed` (E, D) of each variant
         lie from those of the unchanged rows in `x` (N, D).
 
@@ -85,7 +85,7 @@ class Audit:
         positions = {variant: self.positions(variant, rows) for variant in self.variants}
         largest, squares = dict.fromkeys(self.variants, 0.0), dict.fromkeys(self.variants, 0.0)
         columns = 0
-        blocks = zip(x.split(COLUMN_BLOCK, dim=1), changed.split(COLUMN_BLOCK, dim=1), strict=True)
+        blocks = zip(column_blocks(x), column_blocks(changed), strict=True)
         for before, after in blocks:
             low, high = before[train_rows].aminmax(dim=0)
             before, after = before[:, high > low].double(), after[:, high > low]

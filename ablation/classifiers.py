@@ -121,8 +121,9 @@ def train_kernel_ridge(task: Task, listener: Listener) -> TrainedRuns:
     differ. Raise the version of the representation kernel_ridge when a number changes.
     """
     began = time.perf_counter()
-    kernel, labels, split = task.features, task.labels, task.split
-    kernels = {part: kernel[split.rows(part)] for part in PARTS} | task.extra
+    kernel, labels, split = task.in_memory, task.labels, task.split
+    kernels = {part: kernel[split.rows(part)] for part in PARTS}
+    kernels |= {name: rows.to("cpu") for name, rows in task.extra.items()}
     centre = KernelCenterer().fit(kernels["train"].numpy())
     centred = {name: centre.transform(of_rows.numpy()) for name, of_rows in kernels.items()}
     targets = np.eye(task.num_classes)[labels[split.train]]
@@ -146,7 +147,7 @@ def train_kernel_ridge(task: Task, listener: Listener) -> TrainedRuns:
 
 def standardised(task: Task) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """The columns as the MLP gets them, (N, D'), and the rows of each part."""
-    columns = standardise(task.features, torch.from_numpy(task.split.train)).numpy()
+    columns = standardise(task.in_memory, torch.from_numpy(task.split.train)).to("cpu").numpy()
     return columns, {part: task.split.rows(part) for part in PARTS}
 
 

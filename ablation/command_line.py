@@ -60,6 +60,7 @@ SECTIONS = {  # of --help; every setting stands in one of them
         "trainer",
         "precision",
         "device",
+        "memory_gb",
     ),
     "files": ("output_dir", "cache_features", "cache_dir"),
 }

@@ -101,32 +101,34 @@ def extract_features(
             on_layers(len(data.layers) / len(starts))
         else:
             block.extract(lambda layers: on_layers(layers / len(starts)))
-            keep_block(kept, block, known)
+            keep_if_possible(kept, block, known)
         errors |= block.errors
         for name in left.keys() - block.errors.keys():
             features[name][done : done + block.num_rows] = block.features[name]
         done += block.num_rows
-    data.weights.free_buffers.clear()
-    wall = time.perf_counter() - began
-    # Seconds of several threads overlap.
-    reading = wall * seconds.read / (seconds.read + seconds.describe or 1)
+    shared = seconds.shared(time.perf_counter() - began)
     flat = {name: x.flatten(1) for name, x in features.items() if name not in errors}
-    return Extracted(flat, errors, reading, wall - reading)
+    return Extracted(flat, errors, shared.read, shared.describe)
 
 
-def keep_block(kept: Unfinished | None, block: Block, known: dict[str, np.ndarray]) -> None:
-    """Keep a block's features beside those `known` before. A disk that does not take them is logged.
-
-    Raises InputError if the data set's files changed meanwhile.
-    """
-    computed = {name: x.numpy() for name, x in block.features.items() if name not in block.errors}
-    if kept is None or not computed:
-        return
-    block.request.data.files.refuse_changes()  # a block of other weights must not be kept as one of these
+def keep_if_possible(kept: Unfinished | None, block: Block, known: dict[str, np.ndarray]) -> None:
+    """Keep a block's features beside those `known` before. A disk that does not take them is logged."""
     try:
-        kept.save(f"rows{block.start}", known | computed)
+        if kept is not None:
+            keep_block(kept, block, known)
     except CannotWrite as error:
         log.warning(f"rows {block.start}..{block.stop} would be computed again after a kill: {error}")
+
+
+def keep_block(kept: Unfinished, block: Block, known: dict[str, np.ndarray]) -> None:
+    """Keep a block's features beside those `known` before.
+
+    Raises CannotWrite, and InputError if the data set's files changed meanwhile.
+    """
+    computed = {name: x.numpy() for name, x in block.features.items() if name not in block.errors}
+    if computed:
+        block.request.data.files.refuse_changes()  # a block of other weights must not be kept as one of these
+        kept.save(f"rows{block.start}", known | computed)
 
 
 @dataclass
@@ -135,6 +137,11 @@ class Seconds:
 
     read: float = 0.0
     describe: float = 0.0
+
+    def shared(self, wall: float) -> Seconds:
+        """The seconds that a clock on the wall showed, shared out in the same proportion."""
+        reading = wall * self.read / (self.read + self.describe or 1)
+        return Seconds(reading, wall - reading)
 
 
 @dataclass

@@ -26,7 +26,9 @@ from ablation.audits import Audit
 from ablation.collection import LoraCollection, View
 from ablation.controls import metadata_features
 from ablation.layers import Module
+from ablation.memory import free_memory
 from ablation.reading import BLOCK_ROWS
+from ablation.streamed import Matrix, StreamedRows, stream
 from ablation.task import TrainingError
 from representations import ModuleBatch
 
@@ -154,14 +156,40 @@ def product_of_inner(*factors: tuple[Tensor, Tensor]) -> Tensor:
     return first * second
 
 
-def flat_vec(fit: Fit) -> Tensor:
-    """All weights of a row, layer after layer: (N + E, D) float32. The origin's tenth representation."""
-    whole, column = torch.empty(fit.num_rows, fit.weights_per_row), 0
-    for position in fit.positions:
-        x = fit.read(position).flatten(1)
-        whole[:, column : column + x.shape[1]] = x
-        column += x.shape[1]
-    return whole
+def flat_vec(fit: Fit) -> StreamedRows:
+    """All weights of a row, layer after layer: (N + E, D) float32, read from the data set when they are used.
+
+    The origin's tenth representation. Changed rows are kept in memory; TrainingError if they do not fit.
+    """
+    N, reader = fit.data.num_rows, fit.data.weights
+    names = [fit.data.layers.names[position] for position in fit.positions]
+    changed = changed_weights(fit)
+
+    def make(rows: Tensor) -> Tensor:
+        x, column = torch.empty(len(rows), fit.weights_per_row), 0
+        is_changed = rows >= N
+        own = rows[~is_changed]
+        for layer in names if len(own) else ():
+            w = reader.read_rows(layer, own)
+            x[~is_changed, column : column + w.shape[1]] = w
+            column += w.shape[1]
+        x[is_changed] = changed[rows[is_changed] - N]
+        return x
+
+    return stream(make, fit.num_rows, fit.weights_per_row)
+
+
+def changed_weights(fit: Fit) -> Tensor:
+    """All weights of the changed rows, (E, D) float32. Raises TrainingError if they do not fit the memory."""
+    E = fit.num_rows - fit.data.num_rows
+    size, room = 4 * E * fit.weights_per_row, free_memory()
+    if size > room / 2:
+        raise TrainingError(
+            f"flat_vec of {E:,} changed rows takes {size / 1e9:.1f} GB, {room / 1e9:.1f} GB are free: give a "
+            "smaller --audit-rows"
+        )
+    layers = [fit.read(position)[fit.data.num_rows :].flatten(1) for position in fit.positions if E]
+    return torch.cat(layers, dim=1) if E else torch.empty(0, fit.weights_per_row)
 
 
 def pca(fit: Fit) -> Tensor:
@@ -315,7 +343,7 @@ def metadata(fit: Fit) -> Tensor:
     return torch.from_numpy(features)[fit.sources].float()
 
 
-FITTED: dict[str, Callable[[Fit], Tensor]] = {
+FITTED: dict[str, Callable[[Fit], Matrix]] = {
     "pca": pca,
     "centroid_cosine": centroid_cosine,
     "kernel_pca": kernel_pca,

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.optim.adam import adam
 
 from ablation.settings import TrainingSettings
+from ablation.streamed import Matrix, rows_on
 from ablation.task import Run, TrainingError
 
 HIDDEN_LAYERS = 3
@@ -32,10 +33,10 @@ class Prepared(NamedTuple):
     """A task as the trainers take it: standardised columns,
     class numbers on the device, and the rows of each part.
 
-    `x_ND` may lie on the host; rows after the labels' N are the task's extra rows.
+    `x_ND` may lie on the host, or be streamed; rows after the labels' N are the task's extra rows.
     """
 
-    x_ND: Tensor
+    x_ND: Matrix
     y_N: Tensor
     parts: dict[str, Tensor]
     num_classes: int
@@ -46,12 +47,12 @@ class Prepared(NamedTuple):
         """Where models are trained."""
         return self.y_N.device
 
-    def rows_of(self, part: str) -> tuple[Tensor, Tensor]:
+    def rows_of(self, part: str) -> tuple[Matrix, Tensor]:
         """Columns (n, D), where `x_ND` lies, and class numbers (n,), on the device, of a part."""
         rows = self.parts[part]
         return self.x_ND[rows], rows_on(self.y_N, rows, self.device)
 
-    def predict(self, classes_of: Callable[[Tensor], Tensor]) -> dict[str, np.ndarray]:
+    def predict(self, classes_of: Callable[[Matrix], Tensor]) -> dict[str, np.ndarray]:
         """Predictions (..., n) of every part,
         where `classes_of` maps columns (n, D) to class numbers (..., n).
 
@@ -173,11 +174,6 @@ def autocast(device: torch.device, precision: str) -> contextlib.AbstractContext
     return (
         torch.autocast(device.type, torch.bfloat16) if precision == "bfloat16" else contextlib.nullcontext()
     )
-
-
-def rows_on(x: Tensor, rows: Tensor, device: torch.device) -> Tensor:
-    """x[rows] on the device, wherever x lies."""
-    return x[rows.to(x.device)].to(device)
 
 
 # --- the optimizer

@@ -7,6 +7,7 @@ classes, L hidden layers.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import time
 from collections.abc import Callable, Iterator
@@ -32,9 +33,9 @@ from ablation.mlp import (
     learning_rate_of,
     new_scheduler,
     record_epoch,
-    rows_on,
 )
 from ablation.settings import TrainingSettings
+from ablation.streamed import Matrix, minibatches, rows_on
 from ablation.task import Listener, Run
 from checkpointing import Unfinished
 
@@ -118,7 +119,7 @@ class Pack:
         self.adam = AdamState(*([tensor[positions] for tensor in tensors] for tensors in self.adam))
 
     @torch.no_grad()
-    def predict(self, x_ND: Tensor) -> Tensor:
+    def predict(self, x_ND: Matrix) -> Tensor:
         """Class numbers (R, N)."""
         device = next(iter(self.parameters.values())).device
         with autocast(device, self.settings.precision):
@@ -135,7 +136,7 @@ class PackedEpoch:
     The tensors that its steps read and write stay in place, so that recorded steps can be replayed.
     """
 
-    def __init__(self, pack: Pack, x_train: Tensor, y_train: Tensor, weights_C: Tensor | None = None):
+    def __init__(self, pack: Pack, x_train: Matrix, y_train: Tensor, weights_C: Tensor | None = None):
         self.pack, self.x_train, self.y_train, self.weights_C = pack, x_train, y_train, weights_C
         device = y_train.device
         # Loss summed over the epoch's rows.
@@ -148,13 +149,21 @@ class PackedEpoch:
         """True if steps are recorded and replayed."""
         return self.x_train.is_cuda
 
+    def gathered(self, epoch: list[Tensor]) -> Iterator[Tensor | None]:
+        """The columns (R, B, D) of each batch, made ahead; None where a step takes them itself."""
+        device = self.y_train.device
+        if isinstance(self.x_train, Tensor) and self.x_train.device.type == device.type:
+            return itertools.repeat(None, len(epoch))
+        return minibatches(self.x_train, epoch, device)
+
     def train(self, order_RN: Tensor, rates: list[float], dropouts: list[Iterator[Tensor]]) -> list[float]:
         """Train one epoch over the rows in each run's order. Returns the mean loss of each run."""
         settings = self.pack.settings
         self.rates_R.copy_(torch.tensor(rates, dtype=torch.float64))
         self.total_R.zero_()
         rows = 0
-        for batch_RB in batches(order_RN, settings.batch_size):
+        epoch = batches(order_RN, settings.batch_size)
+        for batch_RB, x_RBD in zip(epoch, self.gathered(epoch), strict=True):
             size = batch_RB.shape[1]
             dropout = []
             if settings.dropout:
@@ -162,15 +171,19 @@ class PackedEpoch:
                 dropout = [torch.stack([next(factors)[:, :size] for factors in dropouts], dim=1)]
             if size not in self.steps:
                 self.steps[size] = Replayed(self.step, record_graph) if self.replays() else self.step
-            self.steps[size](batch_RB, *dropout)
+            if x_RBD is None:
+                self.steps[size](batch_RB, *dropout)
+            else:
+                self.step(batch_RB, dropout[0] if dropout else None, x_RBD)
             rows += size
         return (self.total_R / rows).tolist()
 
-    def step(self, batch_RB: Tensor, dropout_LRBH: Tensor | None = None) -> None:
-        """One step of every run on its own batch; adds to the summed losses."""
+    def step(self, batch_RB: Tensor, dropout_LRBH: Tensor | None = None, x_RBD: Tensor | None = None) -> None:
+        """One step of every run on its own batch, whose columns may be given; adds to the summed losses."""
         R, B = batch_RB.shape
         with autocast(self.y_train.device, self.pack.settings.precision):
-            x_RBD = rows_on(self.x_train, batch_RB, self.y_train.device)
+            if x_RBD is None:
+                x_RBD = rows_on(self.x_train, batch_RB, self.y_train.device)
             logits_RBC = self.pack.logits(x_RBD, True, dropout_LRBH)
         logits = logits_RBC.to(self.x_train.dtype).flatten(0, 1)
         losses = F.cross_entropy(logits, self.y_train[batch_RB].flatten(), self.weights_C, reduction="none")

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import contextlib
 import math
+import mmap
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from itertools import islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -137,6 +138,7 @@ class WeightReader:
     def __init__(self, dataset: Dataset, layers: Layers, device: str):
         self.dataset, self.layers, self.device = dataset, layers, device
         self.free_buffers: list[np.ndarray] = []
+        self.row_views: dict[str, tuple[np.ndarray, list[np.ndarray]]] = {}  # of Arrow's memory, by layer
         self.largest = 0.0  # magnitude of a weight read so far
 
     @property
@@ -210,24 +212,60 @@ class WeightReader:
             yield values.to_numpy(zero_copy_only=True)
             row += len(chunk)
 
+    def read_rows(self, layer: str, rows: Tensor) -> Tensor:
+        """One layer of the rows with these numbers, in any order: (n, rows * cols) float32, on the host.
+
+        Stored lists are checked when the layer is first read so; values are not.
+        """
+        layout = self.layers.layouts[layer]
+        if not layout.in_arrow:
+            whole = self.dataset.select_columns([layer])[rows.tolist()][layer]
+            return whole.float().cpu().reshape(len(rows), layout.size)
+        if layer not in self.row_views:
+            views = [
+                values.reshape(-1, layout.size) for values in self.stored_values(layer, 0, self.num_rows)
+            ]
+            self.row_views[layer] = np.cumsum([len(view) for view in views]), views
+        ends, views = self.row_views[layer]
+        numbers, found = rows.numpy(), np.empty((len(rows), layout.size), dtype=np.float32)
+        owners = np.searchsorted(ends, numbers, side="right")
+        with np.errstate(over="ignore"):  # a float64 beyond float32 becomes inf, which fails the cell
+            for owner in np.unique(owners):
+                own = owners == owner
+                view = views[owner]
+                found[own] = view[numbers[own] - (ends[owner] - len(view))]
+        return torch.from_numpy(found)
+
     def content_hash(self, on_layer: Callable[[], None] = lambda: None) -> str:
         """128-bit xxHash of every layer's name, shape, stored type and weights, row by row.
 
         It does not depend on where the rows lie, how they are chunked, or on any other column. `on_layer()`
-        is called after each layer.
+        is called after each layer. Each byte of the hash depends on all bytes before it, so one core takes
+        the hash; the others read the next blocks from disk and check them.
         """
         digest = xxhash.xxh3_128()
-        for layer in self.layers.names:
-            digest.update(repr((self.num_rows, *self.layers.layouts[layer])).encode())
-            for start in range(0, self.num_rows, BLOCK_ROWS):
-                stop = min(start + BLOCK_ROWS, self.num_rows)
-                if self.layers.layouts[layer].in_arrow:
-                    for values in self.stored_values(layer, start, stop):
-                        digest.update(values.data)
-                else:
-                    digest.update(self.read_layer_formatted(layer, start, stop).cpu().numpy().data)
-            on_layer()
+        starts = range(0, self.num_rows, BLOCK_ROWS)
+        pieces = ((layer, start) for layer in self.layers.names for start in starts)
+        threads = max(2, torch.get_num_threads())
+        for (layer, start), weights in fetched(self.checked_values, pieces, threads):
+            if start == 0:
+                digest.update(repr((self.num_rows, *self.layers.layouts[layer])).encode())
+            for values in weights:
+                digest.update(values.data)
+            if start == starts[-1]:
+                on_layer()
         return digest.hexdigest()
+
+    def checked_values(self, piece: tuple[str, int]) -> list[np.ndarray]:
+        """The stored weights of a block of rows, (layer, first row), read from disk and checked."""
+        layer, start = piece
+        stop = min(start + BLOCK_ROWS, self.num_rows)
+        if not self.layers.layouts[layer].in_arrow:
+            return [self.read_layer_formatted(layer, start, stop).cpu().numpy()]
+        found = list(self.stored_values(layer, start, stop))
+        for values in found:
+            values.view(np.uint8)[:: mmap.PAGESIZE].sum()  # the page faults, without the interpreter's lock
+        return found
 
     # --- memory
 
@@ -251,6 +289,29 @@ class WeightReader:
     def copy_stream(self) -> torch.cuda.Stream | None:
         """The stream that layers are copied to a GPU on; None on a CPU."""
         return torch.cuda.Stream(self.device) if self.on_gpu else None
+
+
+Item, Found = TypeVar("Item"), TypeVar("Found")
+
+
+def fetched(
+    fetch: Callable[[Item], Found], items: Iterable[Item], threads: int
+) -> Generator[tuple[Item, Found]]:
+    """Each item with fetch(item), in order, while threads fetch the next ones: two for each thread.
+
+    An error of fetch(item) is raised at that item.
+    """
+    pool = ThreadPoolExecutor(threads)
+    jobs = ((item, pool.submit(fetch, item)) for item in items)
+    waiting = deque(islice(jobs, 2 * threads))
+    try:
+        while waiting:
+            item, job = waiting.popleft()
+            found = job.result()
+            waiting.extend(islice(jobs, 1))
+            yield item, found
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 class ReadAhead:

@@ -8,13 +8,12 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
-from torch import Tensor
 
 from ablation.catalogue import PARTS, SPECS
+from ablation.cell_columns import Features, refuse_non_finite_features
 from ablation.cells import Cell
 from ablation.collection import View
 from ablation.context import Context
-from ablation.features import Features, refuse_non_finite_features
 from ablation.fingerprints import data_settings
 from ablation.fold_training import FoldPlan, FoldRun, runs_by_round, train_folds
 from ablation.log import Progress
@@ -23,6 +22,7 @@ from ablation.scores import audit_record, cell_record, prediction_arrays, run_sc
 from ablation.settings import TrainingSettings
 from ablation.splits import Split
 from ablation.stopping import end_if_stopped
+from ablation.streamed import Matrix
 from ablation.task import Listener, Run, Task, TrainedRuns
 from ablation.training import train_runs
 from checkpointing import Unfinished
@@ -49,7 +49,7 @@ def prepare_cells(context: Context, cells: list[Cell], features: Features) -> Pr
     audits = [features.audits[audited.audit] for audited in cells if audited.audit]
     view = context.view_of(cell)
 
-    def columns_of(view: View) -> tuple[Tensor, dict[str, Tensor]]:
+    def columns_of(view: View) -> tuple[Matrix, dict[str, Matrix]]:
         with context.clock("features"), Progress(None, f"computing {cell.representation}"):
             x, changed = features.columns_of(cell, audits, view)
             refuse_non_finite_features(x, cell, context.data)
@@ -60,7 +60,7 @@ def prepare_cells(context: Context, cells: list[Cell], features: Features) -> Pr
     if SPECS[cell.representation].fitted:  # such a representation reads the weights only now
         context.data.files.refuse_changes()
 
-    def extra_of(split: Split, changed: dict[str, Tensor]) -> dict[str, Tensor]:
+    def extra_of(split: Split, changed: dict[str, Matrix]) -> dict[str, Matrix]:
         """The changed rows that come from a split's test rows, by audit and variant."""
         return {
             f"{audit.name} {variant}": changed[audit.name][audit.positions(variant, audit.among(split.test))]

@@ -1,5 +1,5 @@
 """Every setting of the experiment: name, type, default,
-unit and range in one place, checked where it enters.
+unit and range in one place, checked where it enters. (Over 400 lines, because they are one list.)
 """
 
 from __future__ import annotations
@@ -176,6 +176,12 @@ class Settings:
     output_dir: str = setting("visual-ablation-results", "folder that gets visual_ablation_<data set>/")
     cache_features: bool = setting(True, "keep the computed features on disk")
     cache_dir: str = setting(".feature_cache", "folder of the feature cache")
+    memory_gb: float = setting(
+        0.0,
+        "GB that a cell's columns may take in all their copies; more are read from disk batch by batch, with "
+        "the same numbers; 0: what is free",
+        Range(0),
+    )
     device: str = setting("auto", "auto (cuda if there is one), cpu, cuda or cuda:N")
     training: TrainingSettings = field(default_factory=TrainingSettings)
 

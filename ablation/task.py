@@ -10,6 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from ablation.splits import Split
+from ablation.streamed import Matrix
 
 
 class TrainingError(Exception):
@@ -49,12 +50,22 @@ class Task(NamedTuple):
     `is_weighted`: rows weigh so that the classes of the training rows weigh alike.
     """
 
-    features: Tensor
+    features: Matrix
     labels: np.ndarray
     split: Split
     num_classes: int
-    extra: dict[str, Tensor] = {}  # noqa: RUF012 (never changed)
+    extra: dict[str, Matrix] = {}  # noqa: RUF012 (never changed)
     is_weighted: bool = False
+
+    @property
+    def in_memory(self) -> Tensor:
+        """The columns as a tensor. Raises TrainingError if they are streamed because they do not fit."""
+        if not isinstance(self.features, Tensor):
+            raise TrainingError(
+                f"its {self.features.shape[1]:,} columns of {len(self.features):,} rows do not fit the "
+                "memory, and this classifier needs all at once: allow more with --memory-gb"
+            )
+        return self.features
 
     @property
     def class_weights(self) -> np.ndarray | None:

@@ -42,16 +42,15 @@ from ablation.mlp import (
     learning_rate_of,
     new_scheduler,
     record_epoch,
-    rows_on,
 )
 from ablation.packed import train_packed
 from ablation.settings import TrainingSettings
+from ablation.streamed import COLUMN_BLOCK, Matrix, column_blocks, joined, minibatches, stream
 from ablation.task import Listener, Run, Task, TrainedRuns, TrainingError
 from checkpointing import Unfinished
 
 log = logging.getLogger("visual_ablation")
 
-COLUMN_BLOCK = 256  # columns standardised at a time in float64
 COPIES = 4  # of the features that must fit on a GPU: as they come, standardised, the training rows, all else
 
 
@@ -91,23 +90,27 @@ def prepare(task: Task, device: str) -> Prepared:
     """The task's columns standardised, its rows by part, its labels on the device."""
     if len(task.split.train) < 2:
         raise TrainingError("one training row: BatchNorm needs at least two")
-    features = torch.cat([task.features, *task.extra.values()]) if task.extra else task.features
+    features = joined([task.features, *task.extra.values()])
     home = home_of(features, device)
     parts = {part: torch.from_numpy(task.split.rows(part)).to(home) for part in PARTS}
     rows = len(task.labels)
     for name, extra in task.extra.items():
         parts[name] = torch.arange(rows, rows + len(extra), device=home)
         rows += len(extra)
-    x_ND = standardise(features.to(home), parts["train"])
+    x_ND = standardise(
+        features.to(home) if isinstance(features, Tensor) else features, parts["train"], device
+    )
     weights = task.class_weights
     weights_C = None if weights is None else torch.from_numpy(weights).to(device, x_ND.dtype)
     return Prepared(x_ND, torch.from_numpy(task.labels).to(device), parts, task.num_classes, weights_C)
 
 
-def home_of(features: Tensor, device: str) -> str:
+def home_of(features: Matrix, device: str) -> str:
     """Where features lie while they are trained on:
-    the device, or the host if a GPU has no room for their copies.
+    the device, or the host if they are streamed or if a GPU has no room for their copies.
     """
+    if not isinstance(features, Tensor):
+        return "cpu"
     if torch.device(device).type != "cuda":
         return device
     size, (free, _) = features.numel() * features.element_size(), torch.cuda.mem_get_info(device)
@@ -121,23 +124,39 @@ def home_of(features: Tensor, device: str) -> str:
     return "cpu"
 
 
-def standardise(x_ND: Tensor, train_rows: Tensor) -> Tensor:
+def standardise(x_ND: Matrix, train_rows: Tensor, device: str = "cpu") -> Matrix:
     """The columns that vary over the training rows,
     less those rows' mean, over their population std; in float64.
 
     A constant column (max == min) carries nothing, but its weights would still take Adam's absolute steps.
+    Streamed rows stay so; the device computes their statistics, so that the numbers are those of a tensor.
     Raises TrainingError if every column is constant.
     """
-    varying = []
-    for block in x_ND.split(COLUMN_BLOCK, dim=1):
-        low, high = block[train_rows].aminmax(dim=0)
-        wide = block[:, high > low].double()
-        if wide.shape[1]:
-            std, mean = torch.std_mean(wide[train_rows], dim=0, correction=0)
-            varying.append(((wide - mean) / std).to(x_ND.dtype))
-    if not varying:
+    home, positions, means, stds, first = x_ND.device, [], [], [], 0
+    for block in column_blocks(x_ND, train_rows):
+        x_train = block.to(home if isinstance(x_ND, Tensor) else device)
+        low, high = x_train.aminmax(dim=0)
+        varying = (high > low).nonzero()[:, 0]
+        if len(varying):
+            std, mean = torch.std_mean(x_train[:, varying].double(), dim=0, correction=0)
+            positions.append((varying + first).to(home))
+            means.append(mean.to(home))
+            stds.append(std.to(home))
+        first += block.shape[1]
+    if not positions:
         raise TrainingError("no column varies over the training rows: there is nothing to learn from")
-    return torch.cat(varying, dim=1)
+    columns, mean, std = map(torch.cat, (positions, means, stds))
+    if not isinstance(x_ND, Tensor):
+        source = x_ND
+
+        def make(rows: Tensor) -> Tensor:
+            return ((source[rows].to("cpu")[:, columns].double() - mean) / std).to(source.dtype)
+
+        return stream(make, len(source), len(columns), source.dtype)
+    out_ND = torch.empty(len(x_ND), len(columns), dtype=x_ND.dtype, device=home)
+    for block in torch.arange(len(columns), device=home).split(COLUMN_BLOCK):
+        out_ND[:, block] = ((x_ND[:, columns[block]].double() - mean[block]) / std[block]).to(x_ND.dtype)
+    return out_ND
 
 
 # --- one model a run
@@ -216,10 +235,11 @@ def train_one(
         learning_rate = learning_rate_of(scheduler)
         total, rows = torch.zeros((), dtype=torch.float64, device=data.device), 0
         permutation = torch.randperm(len(x_train), generator=order).to(data.device)
-        for batch in batches(permutation, settings.batch_size):
+        epoch = batches(permutation, settings.batch_size)
+        for batch, x_BD in zip(epoch, minibatches(x_train, epoch, data.device), strict=True):
             if watch.stop.is_set():
                 raise TrainingError("stopped")
-            rows_of_batch = (rows_on(x_train, batch, data.device), y_train[batch], data.weights_C)
+            rows_of_batch = (x_BD, y_train[batch], data.weights_C)
             set_dropout(model, next(factors)[:, : len(batch)] if settings.dropout else None)
             total += training_step(model, rows_of_batch, state, learning_rate, settings) * len(batch)
             rows += len(batch)
@@ -265,7 +285,7 @@ def training_step(
 
 
 @torch.no_grad()
-def predict(model: nn.Module, x_ND: Tensor, settings: TrainingSettings, device: torch.device) -> Tensor:
+def predict(model: nn.Module, x_ND: Matrix, settings: TrainingSettings, device: torch.device) -> Tensor:
     """Class numbers (N,), with BatchNorm's running statistics and without dropout."""
     model.eval()
     with autocast(device, settings.precision):

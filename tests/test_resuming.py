@@ -27,7 +27,7 @@ from running import (
 )
 
 import checkpointing
-from ablation import extraction, features
+from ablation import extraction, feature_blocks, features
 from ablation.catalogue import SPECS
 from ablation.reading import WeightReader
 from checkpointing import CRASH, CannotWrite, Unfinished
@@ -368,7 +368,7 @@ def test_one_core_or_two_give_the_same_numbers(place):
 
 def many_rows(monkeypatch):
     """Blocks of seven rows, so that a pass over 40 rows has six."""
-    for module in (extraction, features):
+    for module in (extraction, feature_blocks, features):
         monkeypatch.setattr(module, "BLOCK_ROWS", 7)
 
 

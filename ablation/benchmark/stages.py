@@ -14,10 +14,10 @@ from torch import Tensor
 from ablation.benchmark.origin import describe_one_by_one, read_formatted, train_from_loader
 from ablation.benchmark.timing import Measured, Row, gemm_rate, interleaved
 from ablation.catalogue import NINE, REPRESENTATION_GROUPS, SPECS, components_of
+from ablation.cell_columns import Features
 from ablation.cells import Cell, cells_of
 from ablation.collection import LoraCollection
 from ablation.extraction import Request, extract_features
-from ablation.features import Features
 from ablation.mlp import HIDDEN_LAYERS
 from ablation.reading import BLOCK_ROWS, ReadAhead
 from ablation.settings import TrainingSettings
@@ -143,8 +143,8 @@ def inputs_of(data: LoraCollection, cells: list[Cell]) -> dict[Cell, Tensor]:
     extracted = extract_features(Request(data, widths_of(names)))
     if extracted.errors:
         raise SystemExit(f"error: features failed: {extracted.errors}")
-    features = Features(data, computed=extracted.features)
-    return {cell: features.columns_of(cell, [], data.view())[0] for cell in cells}
+    features = Features(data, computed={**extracted.features})
+    return {cell: features.columns_of(cell, [], data.view())[0].to("cpu") for cell in cells}
 
 
 def time_training(data: LoraCollection, options: StageOptions) -> list[Row]:

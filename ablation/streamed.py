@@ -1,0 +1,139 @@
+"""Matrix that are made when they are asked for, from files that the system maps into memory.
+
+`StreamedRows` stands in for a tensor (N, D) that does not fit the memory: it is indexed, split and moved to a
+device as a tensor is, and only what is moved is made.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+
+import numpy as np
+import torch
+from torch import Tensor
+
+PIECE_VALUES = 2**22  # made at a time
+COLUMN_BLOCK = 256  # columns whose statistics are taken at a time in float64
+GROUP_BYTES = 2**30  # of the columns that one reading of the rows collects
+AHEAD = 2  # batches that are made while another is trained on
+
+
+@dataclass(frozen=True)
+class StreamedRows:
+    """Matrix of a matrix with `width` columns, made on the host.
+
+    `make` maps row numbers (n,) of the matrix to rows (n, width), from any thread. `rows` has the numbers of
+    those that this object stands for, in any shape.
+    """
+
+    make: Callable[[Tensor], Tensor]
+    rows: Tensor
+    width: int
+    dtype: torch.dtype = torch.float32
+    device = torch.device("cpu")
+    is_cuda = False
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """As a tensor's."""
+        return (*self.rows.shape, self.width)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, rows: Tensor | np.ndarray | slice) -> StreamedRows:
+        """Some of the rows."""
+        return StreamedRows(self.make, self.rows[rows], self.width, self.dtype)
+
+    def split(self, size: int) -> Iterator[StreamedRows]:
+        """Pieces of at most `size` rows."""
+        return (self[start : start + size] for start in range(0, len(self), size))
+
+    def to(self, device: torch.device | str) -> Tensor:
+        """The rows as a tensor. To a GPU they go through pinned memory."""
+        made = torch.empty(self.shape, dtype=self.dtype, pin_memory=torch.device(device).type == "cuda")
+        flat, start = made.view(-1, self.width), 0
+        for rows in self.rows.flatten().split(max(1, PIECE_VALUES // max(self.width, 1))):
+            flat[start : start + len(rows)] = self.make(rows)
+            start += len(rows)
+        return made.to(device, non_blocking=True)
+
+    def columns(self, start: int, stop: int) -> Tensor:
+        """Columns start:stop of all rows, (n, stop - start). Matrix are made in their order in the files."""
+        found = torch.empty(len(self), min(stop, self.width) - start, dtype=self.dtype)
+        for places in self.rows.argsort().split(max(1, PIECE_VALUES // self.width)):
+            found[places] = self.make(self.rows[places])[:, start:stop]
+        return found
+
+
+Matrix = Tensor | StreamedRows
+
+
+def stream(
+    make: Callable[[Tensor], Tensor], num_rows: int, width: int, dtype: torch.dtype = torch.float32
+) -> StreamedRows:
+    """All rows of a matrix (num_rows, width)."""
+    return StreamedRows(make, torch.arange(num_rows), width, dtype)
+
+
+def joined(parts: list[Matrix]) -> Matrix:
+    """The rows of matrices of the same width, one matrix after another."""
+    if len(parts) == 1:
+        return parts[0]
+    tensors = [part for part in parts if isinstance(part, Tensor)]
+    if len(tensors) == len(parts):
+        return torch.cat(tensors)
+    ends = torch.tensor([len(part) for part in parts]).cumsum(0)
+    width, dtype = parts[0].shape[1], parts[0].dtype
+
+    def make(rows: Tensor) -> Tensor:
+        found = torch.empty(len(rows), width, dtype=dtype)
+        owner = torch.bucketize(rows, ends, right=True)
+        for number in owner.unique().tolist():
+            own = owner == number
+            first = int(ends[number]) - len(parts[number])
+            found[own] = parts[number][rows[own] - first].to("cpu")
+        return found
+
+    return stream(make, int(ends[-1]), width, dtype)
+
+
+def column_blocks(x: Matrix, rows: Tensor | slice = slice(None)) -> Iterator[Tensor]:
+    """The columns of some rows of x, COLUMN_BLOCK at a time."""
+    if isinstance(x, Tensor):
+        for block in x.split(COLUMN_BLOCK, dim=1):
+            yield block[rows]
+        return
+    chosen = x[rows]
+    size = len(chosen) * COLUMN_BLOCK * chosen.dtype.itemsize
+    group = max(1, GROUP_BYTES // max(size, 1)) * COLUMN_BLOCK
+    for start in range(0, chosen.width, group):
+        yield from chosen.columns(start, start + group).split(COLUMN_BLOCK, dim=1)
+
+
+def rows_on(x: Matrix, rows: Tensor, device: torch.device) -> Tensor:
+    """x[rows] on the device, wherever x lies."""
+    return x[rows.to(x.device)].to(device)
+
+
+def minibatches(x: Matrix, batches: list[Tensor], device: torch.device) -> Iterator[Tensor]:
+    """x[rows] on the device for each batch of row numbers, in order.
+
+    Unless x lies on the device, a thread makes the next batches while one is used.
+    """
+    if isinstance(x, Tensor) and x.device.type == device.type:
+        for batch in batches:
+            yield x[batch]
+        return
+    source = stream(x.__getitem__, len(x), x.shape[1], x.dtype) if isinstance(x, Tensor) else x
+    with ThreadPoolExecutor(1) as pool:
+        jobs = (pool.submit(rows_on, source, batch, device) for batch in batches)
+        waiting = deque(islice(jobs, AHEAD))
+        while waiting:
+            made = waiting.popleft().result()
+            waiting.extend(islice(jobs, 1))
+            yield made
