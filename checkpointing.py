@@ -354,8 +354,10 @@ class FeatureCache:
     of all layers, in a folder named by the hash of the weights.
 
     `description_of(representation)` gives the version and the settings that change its numbers. `variant`
-    stands in the names of the files of an audit's changed rows, or of features of another type.
+    stands in the names of the files of an audit's changed rows, or of features of another type than float32.
     """
+
+    dtype = "float32"  # of the stored features
 
     def __init__(
         self,
@@ -382,9 +384,9 @@ class FeatureCache:
         """What the features depend on."""
         return self.source | {"representation": representation} | self.description_of(representation)
 
-    def load(self, representation: str, shape: tuple[int, int]) -> tuple[np.ndarray | None, str]:
-        """Features (N, L*k) float32 of that shape, mapped into memory from the file; or None and the reason:
-        '' if there is no file, else what is wrong with it.
+    def load(self, representation: str, shape: tuple[int, int]) -> tuple[dict[str, np.ndarray] | None, str]:
+        """The stored arrays, mapped into memory from the file: `features` (N, L*k) of that shape, and what
+        belongs to their type; or None and the reason: '' if there is no file, else what is wrong with it.
         """
         path = self.path(representation)
         if not os.path.lexists(path):
@@ -396,23 +398,30 @@ class FeatureCache:
         if made_with != self.description(representation):
             return None, "made by another version or with other options"
         features = arrays.get("features")
-        if features is None or features.shape != shape or features.dtype != "float32":
+        if features is None or features.shape != shape or features.dtype != self.dtype:
             return None, "of another shape"
-        return features, ""
+        return arrays, ""
 
-    def save(self, representation: str, features: np.ndarray) -> None:
-        """Write the features of a representation. Raises CannotWrite if the disk does not take them."""
+    def save(self, representation: str, arrays: dict[str, np.ndarray]) -> None:
+        """Write the arrays of a representation. Raises CannotWrite if the disk does not take them."""
         path = self.path(representation)
         make_folder(path.parent)
         with locked(path):
-            write_arrays(path, {"features": features}, self.description(representation))
+            write_arrays(path, arrays, self.description(representation))
 
+    @contextlib.contextmanager
     def growing(
-        self, representation: str, shape: tuple[int, int]
-    ) -> contextlib.AbstractContextManager[ArrayFile]:
-        """The file of a representation, to be written row by row in a `with` statement."""
-        layout: ArrayLayout = {"features": ("float32", shape)}
-        return growing_arrays(self.path(representation), layout, self.description(representation))
+        self, representation: str, shape: tuple[int, int], first: dict[str, np.ndarray]
+    ) -> Iterator[ArrayFile]:
+        """The file of a representation, whose features are to be written row by row in a `with` statement,
+        after the arrays `first`.
+        """
+        layout: ArrayLayout = {name: (str(x.dtype), x.shape) for name, x in first.items()}
+        layout["features"] = (self.dtype, shape)
+        with growing_arrays(self.path(representation), layout, self.description(representation)) as file:
+            for name, x in first.items():
+                file.append(name, x)
+            yield file
 
 
 def write_arrays(path: Path, arrays: dict[str, np.ndarray], made_with: dict) -> None:
@@ -602,14 +611,7 @@ def holding(folder: Path) -> Iterator[None]:
     """Hold a folder for one process.
     Raises Held if another process does, Refused if it cannot be written to.
     """
-    refuse_place(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        refuse_unwritable(folder)
-    except OSError as error:
-        raise Refused(
-            f"cannot write to {folder}: {error.strerror or error}; choose another --output-dir"
-        ) from None
+    open_folder(folder)
     holder = folder / ".folder.holder"
     with contextlib.ExitStack() as stack:
         try:
@@ -621,6 +623,37 @@ def holding(folder: Path) -> Iterator[None]:
             ) from None
         write_bytes(holder, f"pid {os.getpid()} on {socket.gethostname()}".encode())
         yield
+
+
+@contextlib.contextmanager
+def taking_part(folder: Path) -> Iterator[None]:
+    """Work in a folder beside other processes, and be counted by `parts_at_work` meanwhile.
+    Raises Refused if it cannot be written to.
+    """
+    open_folder(folder)
+    own = folder / f"part-{re.sub(r'[^A-Za-z0-9]', '-', socket.gethostname())}-{os.getpid()}"
+    with locked(own):
+        try:
+            yield
+        finally:
+            lock_path(own).unlink(missing_ok=True)
+
+
+def parts_at_work(folder: Path) -> int:
+    """How many processes take part in a folder now; 0 where the file system has no locks."""
+    return sum(is_locked(path.with_name(path.stem[1:])) for path in folder.glob(".part-*.lock"))
+
+
+def open_folder(folder: Path) -> None:
+    """Make an output folder, if it is not there. Raises Refused if it cannot be written to."""
+    refuse_place(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        refuse_unwritable(folder)
+    except OSError as error:
+        raise Refused(
+            f"cannot write to {folder}: {error.strerror or error}; choose another --output-dir"
+        ) from None
 
 
 LONGEST_FILE = "x" * 212  # no path of a file within an output folder is longer
@@ -661,7 +694,12 @@ def refuse_unwritable(folder: Path) -> None:
 
 def is_held(folder: Path) -> bool:
     """True if a process holds the folder now; False where the file system has no locks."""
-    lock = filelock.FileLock(lock_path(folder / "folder"))
+    return is_locked(folder / "folder")
+
+
+def is_locked(path: Path) -> bool:
+    """True if a process has the lock of a file now; False where the file system has no locks."""
+    lock = filelock.FileLock(lock_path(path))
     if not Path(lock.lock_file).exists():
         return False
     try:
@@ -686,6 +724,8 @@ class State(NamedTuple):
     why: str = ""
     record: dict | None = None
 
+
+FULL_CACHE = {"cache_dtype": "float32"}  # of cells that do not speak of it
 
 PHRASES = {
     "data": "the weights of the data set",
@@ -844,9 +884,9 @@ class ResultStore:
         except (ValueError, KeyError) as error:
             return State("damaged", " ".join(str(error).split()) or type(error).__name__)
         # Cells that were made before there were other kinds of split, or folds, do not speak of them.
-        older = {"split_kind": "random", "folds": 0, "partitions": 1}
+        older = FULL_CACHE | {"split_kind": "random", "folds": 0, "partitions": 1}
         made_with = older | record.get("asked", {}) | record.get("made_with", {})
-        changed = differences(made_with, requested)
+        changed = differences(made_with, FULL_CACHE | requested)
         return State("stale", "; ".join(changed), record) if changed else State("done", record=record)
 
     def save(self, name: str, record: dict, predictions: dict[str, np.ndarray], made_with: dict) -> None:
@@ -932,9 +972,16 @@ class ResultStore:
         """Make `checkpoints/` hold finished cells only; returns one line for each file that was moved.
 
         `requested` describes every cell that could be in the folder, `needed` names those of this process.
-        Damaged cells are set aside, stale ones too with `rerun_stale`. Raises Refused, before anything
-        is moved, if a needed cell is stale and may not be run again.
+        Raises Refused, before anything is moved, if a needed cell is stale and may not be run again.
         """
+        return (
+            self.clear_cells(requested, needed, rerun_stale)
+            + self.clear_foreign(requested)
+            + self.repair_events()
+        )
+
+    def clear_cells(self, requested: dict[str, dict], needed: Iterable[str], rerun_stale: bool) -> list[str]:
+        """Set damaged ones of these cells aside, and with `rerun_stale` stale ones; see `clear`."""
         states = {name: self.state(name, description) for name, description in requested.items()}
         stale = {name: states[name].why for name in needed if states[name].kind == "stale"}
         if stale and not rerun_stale:
@@ -947,10 +994,13 @@ class ResultStore:
         for name, state in states.items():
             if state.kind == "damaged" or (state.kind == "stale" and rerun_stale):
                 with locked(self.path(name)):
+                    # Another process may have made it anew while this one waited for the lock.
+                    if self.state(name, requested[name]).kind in ("done", "missing"):
+                        continue
                     target = self.set_aside(name, f"{state.kind}: {state.why}")
                 new_path = target.relative_to(self.folder)
                 lines.append(f"Set aside {state.kind} checkpoint {name} ({state.why}) as {new_path}")
-        return lines + self.clear_foreign(requested) + self.repair_events()
+        return lines
 
     def clear_foreign(self, known: Collection[str]) -> list[str]:
         """Set aside what is no checkpoint of a cell; returns one line for each file that was moved."""

@@ -21,9 +21,19 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ablation.actions import Actions
 from ablation.analysis_plan import announce_plan
-from ablation.cells import Cell, cells_named, groups_of
-from ablation.command_line import Actions, find_device, parse_command_line, typed_command
+from ablation.cells import Cell, cells_named
+from ablation.command_line import find_device, parse_command_line, typed_command
+from ablation.distributed import (
+    chosen_cells,
+    chosen_rows,
+    end_with_parent,
+    finish_features,
+    finish_part,
+    groups_in_turn,
+    sizes_of,
+)
 from ablation.failures import announce_failures, logging_errors, noting_failures, noting_the_end
 from ablation.fields import InputError
 from ablation.log import Clock, Progress, close_log, log_to_stdout, visible
@@ -34,7 +44,17 @@ from ablation.settings import Settings
 from ablation.sources import resolve_name
 from ablation.status import print_plan, print_progress_summary, print_status, watch_status
 from ablation.stopping import STOPPED, handle_signals, name_of_stop, signals_winning
-from checkpointing import CannotWrite, Held, Refused, ResultStore, Unfinished, crash_point, holding
+from checkpointing import (
+    CannotWrite,
+    Held,
+    Refused,
+    ResultStore,
+    Unfinished,
+    crash_point,
+    holding,
+    locked,
+    taking_part,
+)
 
 if TYPE_CHECKING:
     from ablation.cell_columns import Features
@@ -69,13 +89,13 @@ def answer(argv: list[str] | None) -> int:
     if actions.status:
         return watch_status(settings) if actions.watch else print_status(settings)
     if actions.dry_run:
-        return print_plan(settings, actions.default_sets)
+        return print_plan(settings, actions)
     resolve_name(settings.dataset)  # a name that means nothing must leave no folder behind
     if actions.tensorboard:
         from ablation.tensorboard import check_installed
 
         check_installed()
-    with holding(settings.output_folder):
+    with (taking_part if actions.is_unit else holding)(settings.output_folder):
         return run_experiment(settings, actions)
 
 
@@ -84,17 +104,25 @@ def answer(argv: list[str] | None) -> int:
 
 def run_experiment(settings: Settings, actions: Actions) -> int:
     """Load the data, list the cells, extract features, train each cell, report. Returns the exit status."""
-    from ablation.features import load_or_extract
+    from ablation.features import extract_rows, load_or_extract
+    from ablation.workers import run_by_workers
 
     context = open_context(settings, actions)
     cells, skipped = possible_cells(context.settings, contents_of(context.data))
     ledger = open_ledger(context, cells, skipped)
     with noting_the_end(context, ledger):
-        features, ledger.failures = load_or_extract(context, ledger.missing)  # each weight is read once
+        if actions.features_only:
+            rows = chosen_rows(actions.rows, context.data.num_rows)
+            ledger.failures = extract_rows(context, cells, rows)
+            return finish_features(context, ledger)
+        left = run_by_workers(context, ledger) if actions.has_workers else ledger.missing
+        features, failures = load_or_extract(context, left)  # each weight is read once
+        ledger.failures |= failures
         context.store.prepare()
         crash_point("cached")
         page = LivePage(context, ledger)
-        for group in groups_of(ledger.missing):  # a cell and its audits share the trained runs
+        # A cell and its audits share the trained runs. What another process holds comes last.
+        for group in groups_in_turn(context, left):
             computable = [cell for cell in group if cell not in ledger.failures]
             with noting_failures(context, ledger, computable):
                 run_group(context, ledger, computable, features)
@@ -108,10 +136,12 @@ def open_context(settings: Settings, actions: Actions) -> Context:
     from ablation.context import Context
     from ablation.loading import load
     from ablation.training import resolve_training
+    from ablation.workers import kind_of_workers
 
     clock = Clock()
-    device = find_device(settings.device)
-    settings = dataclasses.replace(settings, training=resolve_training(settings.training, device))
+    device = find_device(actions.devices[0] if actions.devices else settings.device)
+    trained_on = kind_of_workers(settings, actions) if actions.has_workers else device
+    settings = dataclasses.replace(settings, training=resolve_training(settings.training, trained_on))
     store = ResultStore(settings.output_folder)
     store.check()
     data = load(settings, device, clock, actions.default_sets)
@@ -126,21 +156,29 @@ def open_ledger(context: Context, cells: list[Cell], skipped: dict[Cell, str]) -
     from ablation.context import Ledger
     from ablation.fingerprints import actual_inputs
 
-    store = context.store
+    store, actions = context.store, context.actions
+    own = chosen_cells(actions.cells, cells, sizes_of(context))
     inputs = actual_inputs(context, [*cells, *cells_named(store.names())])
     ledger = Ledger(cells, skipped, inputs)
-    by_name = {cell.name: description for cell, description in inputs.items()}
-    moved = store.clear(by_name, [cell.name for cell in cells], context.actions.rerun_stale)
+    by_name = {cell.name: inputs[cell] for cell in (own if actions.is_unit else inputs)}
+    clear = store.clear_cells if actions.is_unit else store.clear
+    moved = clear(by_name, [cell.name for cell in own], actions.rerun_stale)
     for line in moved:
         log.info(line)
     if moved:
-        save_results(context, ledger)  # results.json must not list cells that were just set aside
-    ledger.missing = [cell for cell in cells if store.state(cell.name, inputs[cell]).kind == "missing"]
+        with locked(store.folder / "results"):
+            save_results(context, ledger)  # results.json must not list cells that were just set aside
+    missing = [cell for cell in cells if store.state(cell.name, inputs[cell]).kind == "missing"]
+    ledger.missing = [] if actions.results_only else [cell for cell in missing if cell in own]
     plan = announce_plan(context.settings, context.data)
-    print_progress_summary(cells, ledger.missing)
+    print_progress_summary(cells, missing)
     cells_to_run = [cell.name for cell in ledger.missing]
-    announce(store.folder, "started", command=typed_command(), cells=cells_to_run, plan=plan)
-    write_manifest(context, ledger, None, RUNNING)
+    event = "joined" if actions.is_unit else "started"
+    announce(store.folder, event, command=typed_command(), cells=cells_to_run, plan=plan)
+    if actions.is_unit:
+        log.info(f"This command is a part of the experiment: {len(ledger.missing)} of the missing cells")
+    else:
+        write_manifest(context, ledger, None, RUNNING)
     return ledger
 
 
@@ -170,7 +208,19 @@ def run_group(context: Context, ledger: Ledger, cells: list[Cell], features: Fea
 
 
 def finish(context: Context, ledger: Ledger) -> int:
-    """Write the results, the manifest, the report and the last tables of the log. Returns the exit status."""
+    """Write the results, the manifest, the report and the last tables of the log. Returns the exit status.
+
+    Of several processes that share the cells, the last one does so.
+    """
+    store = context.store
+    if context.actions.is_unit and (status := finish_part(context, ledger)) is not None:
+        return status
+    with locked(store.folder / "results"):
+        return write_all(context, ledger)
+
+
+def write_all(context: Context, ledger: Ledger) -> int:
+    """Write everything that is made of all cells. Returns the exit status."""
     store = context.store
     for cell in ledger.cells:
         state = store.state(cell.name, ledger.inputs[cell])
@@ -206,7 +256,8 @@ class LivePage:
     def __init__(self, context: Context, ledger: Ledger):
         self.context, self.ledger = context, ledger
         self.records: dict[Cell, dict] = {}
-        if context.actions.report and ledger.missing:
+        self.is_shown = not context.actions.is_unit  # several processes would write the same files
+        if self.is_shown and context.actions.report and ledger.missing:
             with logging_errors("the page"):
                 done = [cell for cell in ledger.cells if cell not in ledger.missing]
                 self.records = {cell: context.store.load(cell.name) for cell in done}
@@ -214,7 +265,7 @@ class LivePage:
     def show(self, cells: list[Cell]) -> None:
         """Show these cells, if they are finished. An error is logged and costs no result."""
         context, actions, store = self.context, self.context.actions, self.context.store
-        if not (actions.report or actions.tensorboard):
+        if not self.is_shown or not (actions.report or actions.tensorboard):
             return
         records: dict[Cell, dict] = {}
         with logging_errors("the page"):
@@ -235,6 +286,7 @@ class LivePage:
 
 if __name__ == "__main__":
     handle_signals()
+    end_with_parent()
     try:
         status = main()
     finally:

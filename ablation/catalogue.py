@@ -23,7 +23,7 @@ class Representation(NamedTuple):
     width: int  # columns of a layer or module; 0 where the training rows decide
     version: int
     options: tuple[str, ...] = ()  # names of the settings that change the numbers
-    fitted: bool = False  # fitted to the training rows of a cell, so computed with the cell and never cached
+    fitted: bool = False  # fitted to the training rows of a cell, so computed with the cell
     max_rows: float = math.inf  # of a data set
     control: bool = False  # belongs to --controls and cannot be chosen with --representations
     classifier: str = ""  # the classifier that reads it in place of the MLP
@@ -47,13 +47,13 @@ SPECS = {  # of every representation, by name
         "module", 256, 1, options=("sketch_size",)
     ),  # at the default sketch_size
     "product_directions": Representation("module", 128, 1),
-    "pca": Representation("layer", 0, 1, options=("pca_components",), fitted=True),
+    "pca": Representation("layer", 0, 2, options=("pca_components",), fitted=True),
     "centroid_cosine": Representation("module", 0, 1, fitted=True),
     "kernel_pca": Representation(
-        "module", 0, 1, options=("pca_components",), fitted=True, max_rows=MAX_KERNEL_ROWS
+        "module", 0, 2, options=("pca_components",), fitted=True, max_rows=MAX_KERNEL_ROWS
     ),
     "kernel_ridge": Representation(
-        "module", 0, 1, fitted=True, max_rows=MAX_KERNEL_ROWS, classifier="kernel_ridge"
+        "module", 0, 2, fitted=True, max_rows=MAX_KERNEL_ROWS, classifier="kernel_ridge"
     ),
     "flat_vec": Representation("layer", 0, 1, fitted=True),
     "norms": Representation("layer", 1, 1, control=True),
@@ -73,6 +73,8 @@ NINE = (
     "ensemble",
 )
 ENSEMBLE_MEMBERS = ("spectral", "matrix_norms", "distribution", "frequency", "info_theoretic")
+# Fitted representations that are cached by split: flat_vec is the data set itself, metadata takes no time.
+CACHED_FITS = ("pca", "centroid_cosine", "kernel_pca", "kernel_ridge")
 CHOICES = {name: spec for name, spec in SPECS.items() if not spec.control}
 REPRESENTATION_GROUPS = {
     "nine": NINE,
@@ -222,6 +224,8 @@ CLASSIFIERS = {  # beside the MLP
     "boosting": "Gradient Boosting",
     "nearest": "Nearest Neighbour",
 }
+# Rows times rows times columns that `nearest` takes: about ten minutes on two cores.
+MAX_NEAREST_PRODUCTS = 7e13
 SHUFFLED = "shuffled"
 CONTROLS = (SHUFFLED, "metadata", "norms", "down", "up")
 METADATA_COLUMNS = ("num_images", "max_train_steps", "step_loss")  # used where a data set has them
@@ -261,5 +265,6 @@ DATASET_NAMES = (
 
 TRAINING_VERSION = 2
 AUDIT_VERSION = 1
-CLASSIFIER_VERSION = 1  # of CLASSIFIERS; kernel_ridge has the version of its representation
+# kernel_ridge has the version of its representation.
+CLASSIFIER_VERSIONS = {"linear": 1, "boosting": 2, "nearest": 1}
 INFERENCE_VERSION = 9  # also when the verdict says something else of the same predictions

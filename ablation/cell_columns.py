@@ -6,6 +6,7 @@ import itertools
 import logging
 import math
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -22,7 +23,7 @@ from ablation.task import TrainingError
 from ablation.training import COPIES
 
 if TYPE_CHECKING:
-    from ablation.fitted import Fit
+    from ablation.fit import Fit
 
 log = logging.getLogger("visual_ablation")
 
@@ -38,6 +39,7 @@ class Features:
     data: LoraCollection
     components: int = 128
     memory: float = 0.0  # bytes that a cell's columns and their copies may take; 0: what is free
+    cache: Path | None = None  # folder of fitted representations
     computed: dict[str, Matrix] = field(default_factory=dict)
     changed: dict[str, dict[str, Matrix]] = field(default_factory=dict)
     audits: dict[str, Audit] = field(default_factory=dict)
@@ -49,9 +51,10 @@ class Features:
         They are streamed where the memory has no room for them and the copies that training makes.
         """
         if SPECS[cell.representation].fitted:
-            from ablation.fitted import FITTED
+            from ablation.fitted_cache import fitted_features
 
-            whole = FITTED[cell.representation](self.fit(cell, audits, view))
+            fit = self.fit(cell, audits, view)
+            whole = fitted_features(cell.representation, fit, self.cache)
             ends = np.cumsum([0, self.data.num_rows, *(len(audit.rows) for audit in audits)])
             x, *changed = [whole[start:stop] for start, stop in itertools.pairwise(ends)]
             if cell.representation == "flat_vec":
@@ -75,7 +78,7 @@ class Features:
 
     def fit(self, cell: Cell, audits: list[Audit], view: View) -> Fit:
         """The fit of a cell's layer set, split and labels."""
-        from ablation.fitted import Fit
+        from ablation.fit import Fit
 
         rows = view.split.train.tobytes()  # folds of a split train on other rows
         key = (cell.layer_set, cell.split, rows, cell.labels, *(audit.name for audit in audits))

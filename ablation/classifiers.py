@@ -31,6 +31,7 @@ BOOSTING_ITERATIONS, BOOSTING_PATIENCE = 100, 10
 # Few leaves and bins: a data set has some hundred rows and up to ten thousand columns, and time grows with
 # both.
 BOOSTING_LEAVES, BOOSTING_BINS = 8, 32
+BOOSTING_VALUES = 4e9  # training rows times columns times classes: about ten minutes on two cores
 RIDGE_PENALTIES = tuple(10.0**power for power in range(-6, 3))  # times the kernel's mean over its diagonal
 NEGLIGIBLE_SPREAD = 1e-6  # kernels whose spread is smaller, relative to their size, hold rounding only
 
@@ -71,11 +72,13 @@ def train_boosting(task: Task, listener: Listener) -> TrainedRuns:
     """Gradient-boosted trees (scikit-learn's histogram kind) on the columns that vary.
 
     Trees are added until the validation loss has not fallen for BOOSTING_PATIENCE iterations. Predictions are
-    those of the iteration with the best validation accuracy; of several, the earliest.
+    those of the iteration with the best validation accuracy; of several, the earliest. Where there are more
+    values than BOOSTING_VALUES, trees see fewer training rows; the log says how many.
     """
     began = time.perf_counter()
     columns, rows = standardised(task)
     labels = task.labels
+    trained = fewer_rows(rows["train"], labels, columns.shape[1])
     val = rows["val"][np.isin(labels[rows["val"]], labels[rows["train"]])]  # untrained classes have no loss
     model = HistGradientBoostingClassifier(
         max_iter=BOOSTING_ITERATIONS,
@@ -88,13 +91,32 @@ def train_boosting(task: Task, listener: Listener) -> TrainedRuns:
     watched = {"X_val": columns[val], "y_val": labels[val]} if len(val) else {}
     if len(val) and task.is_weighted:
         watched["sample_weight_val"] = task.row_weights(val)
-    model.fit(columns[rows["train"]], labels[rows["train"]], task.row_weights(rows["train"]), **watched)
+    model.fit(columns[trained], labels[trained], task.row_weights(trained), **watched)
     stages = model.staged_predict(columns[rows["val"]])
     best = int(np.argmax([np.mean(predicted == labels[rows["val"]]) for predicted in stages]))
     predictions = {
         part: next(itertools.islice(model.staged_predict(columns[rows[part]]), best, None)) for part in PARTS
     }
     return one_run(predictions, began, columns.shape[1], listener)
+
+
+def fewer_rows(rows: np.ndarray, labels: np.ndarray, columns: int) -> np.ndarray:
+    """The training rows that boosting sees: all, or the same share of each class, at least one row of it.
+
+    Drawn by CLASSIFIER_SEED; the log says so.
+    """
+    classes = np.unique(labels[rows])
+    share = BOOSTING_VALUES / (len(rows) * max(columns, 1) * len(classes))
+    if share >= 1:
+        return rows
+    drawn = np.random.default_rng(CLASSIFIER_SEED).permutation(rows)
+    of_class = [drawn[labels[drawn] == one] for one in classes]
+    kept = np.concatenate([one[: max(1, int(share * len(one)))] for one in of_class])
+    log.info(
+        f"Boosting trains on {len(kept):,} of {len(rows):,} training rows, the same share of each class: "
+        f"with {columns:,} columns and {len(classes):,} classes all rows would take hours"
+    )
+    return rows[np.isin(rows, kept)]
 
 
 def train_nearest(task: Task, listener: Listener) -> TrainedRuns:

@@ -9,12 +9,19 @@ import os
 import re
 import shlex
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
 
+from ablation.actions import (
+    Actions,
+    add_file_actions,
+    add_parts,
+    add_questions,
+    add_workers,
+    refuse_contradictions,
+)
 from ablation.catalogue import DIVIDING, EMBEDDED, EMBEDDED_FOLDS, THOROUGH
 from ablation.conversion import build_settings, convert
 from ablation.fields import InputError, flag, shortened_text
@@ -61,22 +68,11 @@ SECTIONS = {  # of --help; every setting stands in one of them
         "precision",
         "device",
         "memory_gb",
+        "ray_cpus",
+        "ray_gpus",
     ),
-    "files": ("output_dir", "cache_features", "cache_dir"),
+    "files": ("output_dir", "cache_features", "cache_dir", "cache_dtype"),
 }
-
-
-@dataclass(frozen=True)
-class Actions:
-    """Flags that are no settings: they change what is done or shown, and no number."""
-
-    rerun_stale: bool = False
-    dry_run: bool = False
-    status: bool = False
-    watch: bool = False
-    report: bool = True
-    tensorboard: bool = False
-    default_sets: bool = False  # --layer-sets is the default: a set without a layer is left out
 
 
 class Parser(argparse.ArgumentParser):
@@ -98,8 +94,13 @@ def parse_command_line(argv: list[str] | None, description: str) -> tuple[Settin
     fields = setting_fields()
     # A flag such as --controls without a value means all of its choices.
     typed = {name: every_choice(fields[name]) if value == [] else value for name, value in parsed.items()}
-    if actions.watch and not actions.status:
-        raise InputError("--watch goes with --status")
+    actions = dataclasses.replace(
+        actions,
+        cells=tuple(",".join(actions.cells).replace(",", " ").split()),
+        devices=tuple(actions.devices),
+        argv=tuple(sys.argv[1:] if argv is None else argv),
+    )
+    refuse_contradictions(actions)
     if quick:
         if "num_runs" in typed:
             raise InputError(
@@ -165,47 +166,10 @@ def build_parser(description: str) -> Parser:
             )
         if title == "files":
             add_file_actions(section)
+    add_workers(parser.add_argument_group("several devices and machines"))
+    add_parts(parser.add_argument_group("a part of the experiment, beside other processes"))
     add_questions(parser.add_argument_group("questions, which run nothing"))
     return parser
-
-
-def add_file_actions(section: argparse._ArgumentGroup) -> None:
-    """Flags about files that are written beside the results."""
-    section.add_argument(
-        "--rerun-stale",
-        action="store_true",
-        help="set finished cells made with other settings aside and run them again",
-    )
-    section.add_argument(
-        "--report",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="report.html, figures/ and tables/ beside the results",
-    )
-    section.add_argument(
-        "--tensorboard",
-        action="store_true",
-        help="learning curves as TensorBoard's event files too, in tensorboard/",
-    )
-
-
-def add_questions(section: argparse._ArgumentGroup) -> None:
-    """Flags that answer a question and end."""
-    section.add_argument(
-        "--dry-run",
-        action="store_true",
-        help="say what would run and why, and the memory and disk it needs; run nothing",
-    )
-    section.add_argument(
-        "--status",
-        action="store_true",
-        help="say what is finished, from the output folder's files alone; run nothing",
-    )
-    section.add_argument(
-        "--watch",
-        action="store_true",
-        help="with --status: again and again until all is finished, with rate and ETA",
-    )
 
 
 def add_setting(section: argparse._ArgumentGroup, f: dataclasses.Field) -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from ablation.actions import Actions
 from ablation.cells import Cell
 from ablation.collection import LoraCollection, View
-from ablation.command_line import Actions
 from ablation.log import Clock
 from ablation.settings import Settings
 from ablation.splits import split_spec

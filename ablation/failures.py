@@ -27,10 +27,13 @@ def noting_the_end(context: Context, ledger: Ledger) -> Iterator[None]:
         yield
     except BaseException as error:
         how = name_of_stop() or describe_error(error)
-        with contextlib.suppress(SystemExit, OSError):  # the signal again, after the file is written
-            write_manifest(context, ledger, None, how)
+        if not context.actions.is_unit:  # the manifest is that of the whole
+            with contextlib.suppress(SystemExit, OSError):  # the signal again, after the file is written
+                write_manifest(context, ledger, None, how)
         with contextlib.suppress(SystemExit):
-            announce(context.store.folder, "ended", status=None, how=how)
+            announce(
+                context.store.folder, "left" if context.actions.is_unit else "ended", status=None, how=how
+            )
         raise
 
 

@@ -9,9 +9,13 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
+import numpy as np
+
 from ablation.extraction import Block, OnLayers, Request, Seconds, keep_block
+from ablation.quantised import Scale, bounds_of, encode, scale_between
 from ablation.reading import BLOCK_ROWS
 from ablation.stopping import end_if_stopped
 from checkpointing import FeatureCache, Held, Unfinished, locked
@@ -95,21 +99,40 @@ class BlockPass:
 
     def write_files(self) -> bool:
         """Write a file for each representation from the blocks. Returns False if one of them is not whole."""
-        rows = self.request.num_rows
+        rows, dtype = self.request.num_rows, self.cache.dtype
         with contextlib.suppress(BlockMissing), contextlib.ExitStack() as stack:
-            widths = {name: self.request.count(name) * self.request.widths[name] for name in self.names}
-            files = {
-                name: stack.enter_context(self.cache.growing(name, (rows, width)))
-                for name, width in widths.items()
-            }
-            for start in self.starts:
-                arrays = self.kept.load(part_name(start))
-                if arrays is None or not arrays.keys() >= files.keys():
-                    raise BlockMissing
+            scales = self.scales() if dtype != "float32" else {}
+            files = {}
+            for name in self.names:
+                shape = (rows, self.request.count(name) * self.request.widths[name])
+                first = scales[name]._asdict() if name in scales else {}
+                files[name] = stack.enter_context(self.cache.growing(name, shape, first))
+            for features in self.blocks():
                 for name, file in files.items():
-                    file.append("features", arrays[name].reshape(-1, widths[name]))
+                    x = features[name]
+                    file.append("features", encode(x, scales[name], dtype) if name in scales else x)
             return True
         return False
+
+    def blocks(self) -> Iterator[dict[str, np.ndarray]]:
+        """The features (n, P*k) of each block, by representation. Raises BlockMissing."""
+        names = self.names
+        for start in self.starts:
+            arrays = self.kept.load(part_name(start))
+            if arrays is None or not arrays.keys() >= set(names):
+                raise BlockMissing
+            widths = {name: self.request.count(name) * self.request.widths[name] for name in names}
+            yield {name: arrays[name].reshape(-1, widths[name]) for name in names}
+
+    def scales(self) -> dict[str, Scale]:
+        """The scale of each representation, from a reading of all blocks. Raises BlockMissing."""
+        bounds: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+        for features in self.blocks():
+            for name, x in features.items():
+                low, high = bounds_of(x)
+                before = bounds.get(name, (low, high))
+                bounds[name] = np.minimum(low, before[0]), np.maximum(high, before[1])
+        return {name: scale_between(low, high) for name, (low, high) in bounds.items()}
 
 
 class BlockMissing(Exception):

@@ -10,7 +10,7 @@ import time
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
+from torch import Tensor
 
 from ablation.audits import AUDIT_CLASSES, Audit
 from ablation.catalogue import AUDIT_VERSION, SPECS, components_of
@@ -21,12 +21,14 @@ from ablation.feature_blocks import BlockPass, remove_merged
 from ablation.fields import InputError
 from ablation.log import Progress, describe_error
 from ablation.provenance import computed_by
+from ablation.quantised import decoded, encoded
 from ablation.reading import BLOCK_ROWS
 from ablation.streamed import Matrix
 from checkpointing import CannotWrite, FeatureCache, Unfinished, hash_of, locked, make_folder, remove_tree
 
 if TYPE_CHECKING:
     from ablation.context import Context
+    from ablation.settings import Settings
 
 log = logging.getLogger("visual_ablation")
 
@@ -37,7 +39,8 @@ LARGE = 1e18  # weights whose squares come near the end of float32
 def load_or_extract(context: Context, cells: list[Cell]) -> tuple[Features, dict[Cell, str]]:
     """The features that `cells` need, and the reason for each cell whose features failed."""
     settings = context.settings
-    features = Features(context.data, settings.pca_components, settings.memory_gb * 1e9)
+    cache = settings.cache_folder / context.data.files.identity if settings.cache_folder else None
+    features = Features(context.data, settings.pca_components, settings.memory_gb * 1e9, cache)
     failures: dict[Cell, str] = {}
     for audit, names in passes_of(context, cells):
         computed = features.computed
@@ -100,7 +103,9 @@ def extract_absent(
     """
     cache = open_cache(context, audit)
     if cache is None:
-        return extract_to(computed, context, request_of(context, names, audit))
+        errors = extract_to(computed, context, request_of(context, names, audit))
+        store_in_memory(context, computed, audit)
+        return errors
     load_cached(context, cache, names, computed, audit)
     blocks = BlockPass(request_of(context, names, audit), blocks_of(context, cache, audit), cache)
     if computed.keys() >= set(names):
@@ -131,6 +136,7 @@ def extract_by_blocks(
     if left:
         request = request_of(context, left, blocks.request.audit)
         blocks.errors |= extract_to(computed, context, request, blocks.kept)
+        store_in_memory(context, computed, blocks.request.audit)
     return blocks.errors
 
 
@@ -146,6 +152,7 @@ def extract_at_once(context: Context, blocks: BlockPass, computed: dict[str, Mat
             return {}
         errors = extract_to(computed, context, request_of(context, absent, audit))
         save_cached(context, cache, {name: computed[name] for name in absent if name not in errors})
+        store_in_memory(context, computed, audit)
         return errors
 
 
@@ -291,15 +298,31 @@ def open_cache(context: Context, audit: Audit | None = None) -> FeatureCache | N
     def description_of(name: str) -> dict:
         return {"version": SPECS[name].version, **settings.options_of(name), **changes}
 
-    cache = FeatureCache(
-        settings.cache_folder, data.files.identity, data.layers.names, description_of, variant
-    )
+    dtype = stored_type(settings, audit)
+    if dtype != "float32":
+        changes["cache_dtype"], variant = dtype, f"{variant}.{dtype}"
+    names = data.layers.names
+    cache = FeatureCache(settings.cache_folder, data.files.identity, names, description_of, variant)
+    cache.dtype = dtype
     try:
         make_folder(cache.folder)
     except CannotWrite as error:
         log.warning(f"features are not cached: {error}")
         return None
     return cache
+
+
+def stored_type(settings: Settings, audit: Audit | None) -> str:
+    """The type that features are stored in: rows that an audit changes are not to change by rounding too."""
+    return settings.cache_dtype if audit is None else "float32"
+
+
+def store_in_memory(context: Context, computed: dict[str, Matrix], audit: Audit | None) -> None:
+    """Give features in memory the numbers that they would have from the cache."""
+    dtype = stored_type(context.settings, audit)
+    for name, x in computed.items():
+        if dtype != "float32" and isinstance(x, Tensor):
+            computed[name] = decoded(encoded(x.numpy(), dtype))
 
 
 def load_cached(
@@ -311,11 +334,11 @@ def load_cached(
     found = []
     with context.clock("features"), Progress(None, "loading cached features"):
         for name in names:
-            x, problem = cache.load(name, shape_of(context, name, audit))
+            arrays, problem = cache.load(name, shape_of(context, name, audit))
             if problem:
                 log.warning(f"cached features of {name} are not used: {problem}; computing them again")
-            elif x is not None:
-                computed[name] = torch.from_numpy(x)
+            elif arrays is not None:
+                computed[name] = decoded(arrays)
                 found.append(name)
     if found:
         log.info(f"Cached features{f' of the {audit.name} audit' if audit else ''}: {', '.join(found)}")
@@ -326,7 +349,7 @@ def save_cached(context: Context, cache: FeatureCache, computed: dict[str, Matri
     with context.clock("features"), Progress(len(computed), "representations cached") as progress:
         for name, x in computed.items():
             try:
-                cache.save(name, x.to("cpu").numpy())
+                cache.save(name, encoded(x.to("cpu").numpy(), cache.dtype))
             except OSError as error:
                 log.warning(f"features of {name} are not cached: {error}")
             progress.advance()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ablation.catalogue import (
     AUDIT_VERSION,
     AUTO,
-    CLASSIFIER_VERSION,
+    CLASSIFIER_VERSIONS,
     METADATA_COLUMNS,
     SPECS,
     TRAINING_VERSION,
@@ -76,11 +76,14 @@ def training_inputs(settings: Settings, cell: Cell) -> dict[str, Any]:
         "training_version": TRAINING_VERSION,
         **training,
     }
+    if settings.cache_dtype != "float32" and not SPECS[cell.representation].fitted:
+        inputs["cache_dtype"] = settings.cache_dtype
     if cell.audit:
         on_rows = f"{AUDIT_VERSION}, on {settings.audit_rows} rows"
         inputs |= {"audit": cell.audit, "audit_version": on_rows if settings.audit_rows else AUDIT_VERSION}
     if cell.classifier:
-        inputs |= {"classifier": cell.classifier, "classifier_version": CLASSIFIER_VERSION}
+        version = CLASSIFIER_VERSIONS[cell.classifier]
+        inputs |= {"classifier": cell.classifier, "classifier_version": version}
     return inputs
 
 

@@ -8,6 +8,7 @@ tests.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import mmap
 import time
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 BLOCK_ROWS = 1024  # blocks start at its multiples, whatever the memory, the machine or the resumption
+HASH_ROWS = 16 * BLOCK_ROWS  # checked at a time ahead of the hash: no copy is made, so larger costs no memory
 READ_AHEAD = 4  # layers at most that are read ahead for a GPU, by as many threads
 PIECE = 2**17  # values copied or checked at a time: that many stay in a core's cache
 # Stored types that the torch formatter turns into float32 too; all others are left to the formatter.
@@ -244,10 +246,9 @@ class WeightReader:
         the hash; the others read the next blocks from disk and check them.
         """
         digest = xxhash.xxh3_128()
-        starts = range(0, self.num_rows, BLOCK_ROWS)
+        starts = range(0, self.num_rows, HASH_ROWS)
         pieces = ((layer, start) for layer in self.layers.names for start in starts)
-        threads = max(2, torch.get_num_threads())
-        for (layer, start), weights in fetched(self.checked_values, pieces, threads):
+        for (layer, start), weights in fetched(self.checked_values, pieces, torch.get_num_threads()):
             if start == 0:
                 digest.update(repr((self.num_rows, *self.layers.layouts[layer])).encode())
             for values in weights:
@@ -256,15 +257,21 @@ class WeightReader:
                 on_layer()
         return digest.hexdigest()
 
-    def checked_values(self, piece: tuple[str, int]) -> list[np.ndarray]:
-        """The stored weights of a block of rows, (layer, first row), read from disk and checked."""
+    def checked_values(self, piece: tuple[str, int]) -> Iterable[np.ndarray]:
+        """The stored weights of HASH_ROWS rows, (layer, first row), checked and read into the page cache.
+
+        What the formatter reads is read when it is asked for.
+        """
         layer, start = piece
-        stop = min(start + BLOCK_ROWS, self.num_rows)
+        stop = min(start + HASH_ROWS, self.num_rows)
         if not self.layers.layouts[layer].in_arrow:
-            return [self.read_layer_formatted(layer, start, stop).cpu().numpy()]
+            blocks = range(start, stop, BLOCK_ROWS)
+            ends = [min(first + BLOCK_ROWS, stop) for first in blocks]
+            formatted = map(functools.partial(self.read_layer_formatted, layer), blocks, ends)
+            return (w.cpu().numpy() for w in formatted)
         found = list(self.stored_values(layer, start, stop))
         for values in found:
-            values.view(np.uint8)[:: mmap.PAGESIZE].sum()  # the page faults, without the interpreter's lock
+            values.view(np.uint8)[:: mmap.PAGESIZE].sum()
         return found
 
     # --- memory
@@ -291,7 +298,8 @@ class WeightReader:
         return torch.cuda.Stream(self.device) if self.on_gpu else None
 
 
-Item, Found = TypeVar("Item"), TypeVar("Found")
+Item = TypeVar("Item")
+Found = TypeVar("Found")
 
 
 def fetched(

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ablation.catalogue import MAIN_COMPARISON, METADATA_COLUMNS, SPECS, group_of
+from ablation.catalogue import MAIN_COMPARISON, MAX_NEAREST_PRODUCTS, METADATA_COLUMNS, SPECS, group_of
 from ablation.cells import Cell, cells_of
 from ablation.controls import control_cells
 from ablation.fields import InputError
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from ablation.collection import LoraCollection
 
 log = logging.getLogger("visual_ablation")
+
+USUAL_CLASSES, USUAL_COMPONENTS = 10, 128  # where the data set is not open yet
 
 NO_LAYER = "the data set has no layer of"
 
@@ -100,6 +102,12 @@ def why_impossible(cell: Cell, data: Contents) -> str:
             )
     if data.num_rows > spec.max_rows:
         return f"for at most {spec.max_rows:,} rows, the data set has {data.num_rows:,}"
+    if cell.classifier == "nearest":
+        most = int((MAX_NEAREST_PRODUCTS / max(1, columns_of_cell(cell, data.layers))) ** 0.5)
+        if data.num_rows > most:
+            return (
+                f"nearest is for at most {most:,} rows of {cell.representation}, here are {data.num_rows:,}"
+            )
     if spec.source == "row" and not data.metadata:
         names = ", ".join(METADATA_COLUMNS)
         return f"the data set has no numeric column {names}; --metadata-columns names others"
@@ -111,3 +119,15 @@ def why_impossible(cell: Cell, data: Contents) -> str:
         name = group_of(cell.layer_set) or cell.layer_set
         return f"{NO_LAYER} {name}{data.layers.why_empty(name)}"
     return ""
+
+
+def columns_of_cell(cell: Cell, layers: Layers) -> int:
+    """About how many columns a cell's features have."""
+    if cell.representation == "flat_vec":
+        return sum(layers.layouts[layers.names[i]].size for i in layers.positions(cell.layer_set))
+    is_layer = SPECS[cell.representation].source == "layer"
+    positions = layers.positions if is_layer else layers.module_positions
+    count = len(positions(cell.layer_set))
+    if cell.representation == "centroid_cosine":
+        return 2 * USUAL_CLASSES * count
+    return SPECS[cell.representation].width * count or USUAL_COMPONENTS

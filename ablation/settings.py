@@ -176,12 +176,19 @@ class Settings:
     output_dir: str = setting("visual-ablation-results", "folder that gets visual_ablation_<data set>/")
     cache_features: bool = setting(True, "keep the computed features on disk")
     cache_dir: str = setting(".feature_cache", "folder of the feature cache")
+    cache_dtype: str = setting(
+        "float32",
+        "how features are stored; float16 takes half of the disk and int8 a quarter, and both change numbers",
+        ("float32", "float16", "int8"),
+    )
     memory_gb: float = setting(
         0.0,
         "GB that a cell's columns may take in all their copies; more are read from disk batch by batch, with "
         "the same numbers; 0: what is free",
         Range(0),
     )
+    ray_cpus: float = setting(1.0, "CPUs that a task of --ray takes", Range(0, open_low=True))
+    ray_gpus: float = setting(1.0, "GPUs that a task of --ray takes, where the cluster has any", Range(0))
     device: str = setting("auto", "auto (cuda if there is one), cpu, cuda or cuda:N")
     training: TrainingSettings = field(default_factory=TrainingSettings)
 

@@ -7,15 +7,26 @@ from __future__ import annotations
 import calendar
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from ablation.actions import Actions
 from ablation.analysis_plan import expectation, tested_rows
-from ablation.catalogue import AUDITS, AUTO, LAYER_SET_GROUPS, METADATA_COLUMNS, SPECS, components_of
+from ablation.catalogue import (
+    AUDITS,
+    AUTO,
+    CACHED_FITS,
+    LAYER_SET_GROUPS,
+    METADATA_COLUMNS,
+    SPECS,
+    components_of,
+)
 from ablation.cells import Cell
 from ablation.columns import Columns, group_column_of, numeric_columns, refuse_columns
 from ablation.command_line import find_device
+from ablation.distributed import CellSizes, describe_shares
 from ablation.fingerprints import requested_inputs
 from ablation.layers import ColumnLayout, Layers, layers_of, refuse_empty_layer_sets
 from ablation.log import duration
@@ -25,11 +36,13 @@ from ablation.selection import NO_LAYER, Contents, list_cells, possible_cells
 from ablation.settings import Settings
 from ablation.splits import SMALLEST_SPLIT, refuse_impossible, split_names, split_spec
 from ablation.survey import Survey, survey
-from checkpointing import ResultStore, State, is_held, read_events, read_own, refuse_place
+from checkpointing import ResultStore, State, is_held, parts_at_work, read_events, read_own, refuse_place
 
 log = logging.getLogger("visual_ablation")
 
 WATCH_SECONDS = 10.0
+TRAIN_SHARE = 0.7  # of the rows; in cross-validation somewhat more
+TEN = 10  # classes, while their number is not known
 METADATA_CELL = Cell("metadata", "no_layers")
 REASONS = {  # why a cell runs or not, in the plan
     "done": "kept, if the data set has not changed",
@@ -130,7 +143,7 @@ class Watched:
 
     states: dict[Cell, State]
     events: list[dict]
-    is_held: bool  # by a process
+    processes: int  # that are at work
 
     @property
     def done(self) -> int:
@@ -139,8 +152,8 @@ class Watched:
 
     @property
     def is_loading(self) -> bool:
-        """True while a process has the folder and has not begun its cells."""
-        return self.is_held and (not self.events or any(e["event"] == "ended" for e in self.events))
+        """True while a process is at work and has not begun its cells."""
+        return self.processes > 0 and (not self.events or any(e["event"] == "ended" for e in self.events))
 
     def count(self, event: str) -> int:
         """Events of this kind since the process began."""
@@ -153,7 +166,7 @@ class Watched:
 
     def line(self) -> str:
         """Cells done, failed, running and left; rate and time to go while a process works."""
-        running = int(self.is_held and not self.is_loading and self.left > 0)
+        running = 0 if self.is_loading else min(self.processes, max(self.left, 0))
         line = (
             f"{self.done}/{len(self.states)} cells done, {self.count('failed')} failed, {running} running, "
             f"{self.left - running} left" + " | loading" * self.is_loading
@@ -170,12 +183,13 @@ def watch_status(settings: Settings) -> int:
     """Say what is finished whenever it changes, until all is. Returns the exit status."""
     folder, shown = settings.output_folder, ""
     while True:
-        watched = Watched(cell_states(settings), events_of_last_run(folder), is_held(folder))
+        processes = parts_at_work(folder) or int(is_held(folder))
+        watched = Watched(cell_states(settings), events_of_last_run(folder), processes)
         line = watched.line()
         if line != shown:
             log.info(line)
             shown = line
-        if not watched.is_held or not (watched.left or watched.is_loading):
+        if not watched.processes or not (watched.left or watched.is_loading):
             if watched.left:
                 log.info("No run is working on this folder: the same command without --status resumes it")
             return 0
@@ -183,10 +197,14 @@ def watch_status(settings: Settings) -> int:
 
 
 def events_of_last_run(folder: Path) -> list[dict]:
-    """The events since the last run began its cells."""
+    """The events since the last run began its cells, or since the first part that began after its end."""
     events = read_events(folder / "events.jsonl")
-    started = [i for i, event in enumerate(events) if event["event"] == "started"]
-    return events[started[-1] :] if started else []
+    begins, has_ended = len(events), True
+    for i, event in enumerate(events):
+        if event["event"] == "started" or (event["event"] == "joined" and has_ended):
+            begins, has_ended = i, False
+        has_ended = has_ended or event["event"] == "ended"
+    return events[begins:]
 
 
 def seconds_of(moment: str) -> int:
@@ -197,18 +215,16 @@ def seconds_of(moment: str) -> int:
 # --- --dry-run
 
 
-def print_plan(settings: Settings, default_sets: bool = False) -> int:
+def print_plan(settings: Settings, actions: Actions) -> int:
     """Say what would run and why, and what it needs.
     Reads file headers and writes nothing. Returns the exit status.
-
-    `default_sets`: the layer sets are those of the default.
     """
     surveyed = survey(settings.dataset, settings.data_split, settings.revision)
     layers = None
     if surveyed is not None:
         layouts = {layer: ColumnLayout(layer, rows, cols, "", True) for layer, rows, cols in surveyed.shapes}
         layers = layers_of(settings, list(layouts), layouts)
-    skipped = refuse_what_a_run_refuses(settings, surveyed, layers, default_sets)
+    skipped = refuse_what_a_run_refuses(settings, surveyed, layers, actions.default_sets)
     states = cell_states(settings, layers)
     states = {cell: state for cell, state in states.items() if cell not in skipped}
     print_progress_summary(list(states), unfinished(states))
@@ -223,7 +239,22 @@ def print_plan(settings: Settings, default_sets: bool = False) -> int:
         if surveyed.rows >= SMALLEST_SPLIT:
             for line in expectation(settings, tested_rows(settings, surveyed.rows)):
                 log.info(f"Tests:   {line}")
+        print_shares(
+            settings, actions, list(unfinished(states)), CellSizes(settings, layers, surveyed.rows, TEN)
+        )
     return 0
+
+
+def print_shares(settings: Settings, actions: Actions, cells: list[Cell], sizes: CellSizes) -> None:
+    """Say how several processes would share the cells, if there are to be several."""
+    count = actions.workers or len(actions.devices)
+    if actions.ray and not count:
+        from ablation.ray_tasks import count_slots
+
+        count = count_slots(settings, actions.ray)
+    if count and cells:
+        for line in ["", *describe_shares(cells, sizes, count)]:
+            log.info(line)
 
 
 def refuse_what_a_run_refuses(
@@ -270,6 +301,7 @@ def print_needs(settings: Settings, surveyed: Survey, to_run: list[Cell]) -> Non
     components = {name for cell in to_run for name in components_of(cell.representation)}
     cached = sum(size(name) for name in components if not SPECS[name].fitted)
     growth = 1 + sum(AUDITS[audit].changed_rows for audit in settings.audit)
+    fits = sum(growth * size(name) * count for name, count in cached_fits(settings, to_run).items())
     per_cell = [sum(map(size, components_of(cell.representation))) for cell in to_run]
     memory, largest = growth * cached, growth * max(per_cell, default=0)
     weights = gigabytes(surveyed.weight_bytes)
@@ -283,7 +315,8 @@ def print_needs(settings: Settings, surveyed: Survey, to_run: list[Cell]) -> Non
     )
     if settings.cache_features:
         log.info(
-            f"Disk:    {gigabytes(cached)} feature cache in {settings.cache_dir}, less what is cached already"
+            f"Disk:    {gigabytes(cached + fits)} feature cache in {settings.cache_dir}, less what is cached "
+            "already"
         )
     if surveyed.is_downloaded:
         log.info(
@@ -297,14 +330,24 @@ def print_needs(settings: Settings, surveyed: Survey, to_run: list[Cell]) -> Non
         )
 
 
+def cached_fits(settings: Settings, to_run: list[Cell]) -> Counter[str]:
+    """How many files the feature cache gets of each fitted representation: of each layer set and split."""
+    fits = {(cell.representation, cell.layer_set, cell.split, cell.labels, cell.fraction) for cell in to_run}
+    kernels = {("kernel_ridge", *fit[1:]) for fit in fits if fit[0] == "kernel_pca"}  # which it is made of
+    names = Counter(fit[0] for fit in [*fits, *(kernels - fits)] if fit[0] in CACHED_FITS)
+    return Counter(
+        {name: count * max(1, settings.folds * settings.partitions) for name, count in names.items()}
+    )
+
+
 # Bytes of the features of all rows, of each representation that is fitted to training rows. The number of
 # classes is not known before the data set is opened: centroid_cosine takes ten.
 FITTED_BYTES: dict[str, Callable[[Survey, Settings], float]] = {
     "flat_vec": lambda surveyed, settings: surveyed.weight_bytes,
     "pca": lambda surveyed, settings: 4 * surveyed.rows * settings.pca_components,
     "centroid_cosine": lambda surveyed, settings: 4 * surveyed.rows * 2 * (len(surveyed.shapes) // 2) * 10,
-    "kernel_pca": lambda surveyed, settings: 8 * surveyed.rows**2,
-    "kernel_ridge": lambda surveyed, settings: 8 * surveyed.rows**2,
+    "kernel_pca": lambda surveyed, settings: TRAIN_SHARE * 8 * surveyed.rows**2,
+    "kernel_ridge": lambda surveyed, settings: TRAIN_SHARE * 8 * surveyed.rows**2,
     "metadata": lambda surveyed, settings: 0,
 }
 

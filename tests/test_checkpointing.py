@@ -166,9 +166,10 @@ SHAPE = (7, 14)
 def test_features_come_back_bit_for_bit(cache, tmp_path):
     features = np.random.default_rng(0).normal(size=(7, 14)).astype(np.float32)
     assert cache.load("stats", SHAPE) == (None, "")
-    cache.save("stats", features)
+    cache.save("stats", {"features": features})
     found, problem = cache.load("stats", SHAPE)
-    assert problem == "" and found.dtype == np.float32 and np.array_equal(found, features)
+    assert problem == "" and found.keys() == {"features"}
+    assert found["features"].dtype == np.float32 and np.array_equal(found["features"], features)
     assert [path.name for path in cache.folder.iterdir() if not path.name.startswith(".")] == [
         "stats.safetensors"
     ]
@@ -176,7 +177,7 @@ def test_features_come_back_bit_for_bit(cache, tmp_path):
 
 
 def test_features_of_other_layers_or_versions_are_not_used(cache, tmp_path):
-    cache.save("stats", np.zeros((2, 14), np.float32))
+    cache.save("stats", {"features": np.zeros((2, 14), np.float32)})
     other = FeatureCache(tmp_path, "identity", ["a", "c"], version_one)
     assert "another version" in other.load("stats", (2, 14))[1]
     assert "another shape" in cache.load("stats", (14, 2))[1]
@@ -186,7 +187,7 @@ def test_features_of_other_layers_or_versions_are_not_used(cache, tmp_path):
 
 @pytest.mark.parametrize("damage", ["empty", "truncated", "flipped in the data", "flipped in the header"])
 def test_damaged_features_are_not_used(cache, damage):
-    cache.save("stats", np.random.default_rng(0).normal(size=(7, 14)).astype(np.float32))
+    cache.save("stats", {"features": np.random.default_rng(0).normal(size=(7, 14)).astype(np.float32)})
     path = cache.path("stats")
     content = bytearray(path.read_bytes())
     if damage == "empty":

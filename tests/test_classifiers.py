@@ -72,6 +72,34 @@ def test_boosting_learns_what_no_line_divides():
     assert again[0] == again[1]
 
 
+def test_boosting_sees_fewer_rows_of_a_large_set_and_says_so(monkeypatch, caplog):
+    """That is: as if the training set had these rows alone."""
+    x, labels, split = blobs(n=600, seed=1)
+    labels[split.train[:2]] = 7  # a rare class, which keeps a row
+    boost = lambda split: TRAINERS["boosting"](Task(x, labels, split, 8), Listener()).runs[0].predictions
+    seen, real = [], classifiers.HistGradientBoostingClassifier.fit
+    monkeypatch.setattr(
+        classifiers.HistGradientBoostingClassifier,
+        "fit",
+        lambda self, x, y, *rest, **more: (seen.append(y), real(self, x, y, *rest, **more))[1],
+    )
+    monkeypatch.setattr(classifiers.log, "propagate", True)
+    caplog.set_level("INFO")
+    boost(split)
+    assert len(seen[0]) == len(split.train) and "Boosting trains on" not in caplog.text
+    monkeypatch.setattr(classifiers, "BOOSTING_VALUES", 40 * 11 * 5)
+    found = boost(split)
+    counts = np.bincount(seen[1], minlength=8)
+    of_all = np.bincount(labels[split.train], minlength=8)
+    assert (counts == np.where(of_all > 0, np.maximum(1, (of_all * 40) // len(split.train)), 0)).all()
+    assert (
+        counts[7] == 1
+        and f"Boosting trains on {len(seen[1])} of {len(split.train)} training rows" in caplog.text
+    )
+    assert len(found["train"]) == len(split.train)
+    assert np.array_equal(boost(split)["test"], found["test"])
+
+
 def test_a_class_that_no_row_trains_is_answered_with_another():
     x, labels, split = blobs()
     labels[split.train[labels[split.train] == 3]] = 2

@@ -14,7 +14,7 @@ from ablation.command_line import parse_command_line
 PAGES = sorted(path for pattern in ("*.md", "docs/*.md", "data/*.md") for path in ROOT.glob(pattern))
 BLOCK = re.compile(r"^ *```\w*\n(.*?)^ *```$", re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
-COMMAND = re.compile(r"(?:scripts/)?(\w+)\.(py|sh)$")
+COMMAND = re.compile(r"(?:scripts/(?:slurm/)?)?(\w+)\.(py|sh)$")
 
 
 def ids(path):
@@ -101,7 +101,7 @@ def test_every_command_of_a_page_is_accepted(words, capsys):
     program, arguments = words[0], words[1:]
     name, kind = COMMAND.match(program).groups()
     assert (ROOT / program).is_file()
-    if program == "visual_ablation_experiment.py" or name == "run":
+    if program == "visual_ablation_experiment.py" or name in ("run", "submit"):
         parse_command_line(arguments, experiment.__doc__)
     elif kind == "py":
         flags = {word for word in arguments if word.startswith("--")}

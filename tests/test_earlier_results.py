@@ -2,7 +2,8 @@
 
 `earlier_results/` holds the output folders of two runs of the program as it was before its modules were put
 into `ablation/` (commit 74bf5ec), one with the defaults and one with every kind of cell. A change that makes
-other numbers raises a version in `ablation/catalogue.py`; then make these folders anew, with the flags below.
+other numbers raises a version in `ablation/catalogue.py`; then make the stale cells anew, with the flags
+below and --rerun-stale. So were those of pca and kernel_ridge at their version 2.
 """
 
 import json

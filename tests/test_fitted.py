@@ -1,8 +1,11 @@
 """Representations that are fitted to training rows: against dense oracles, and what they must not see."""
 
 import dataclasses
+import errno
 import subprocess
 import sys
+from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import oracles
@@ -12,16 +15,23 @@ import torch
 from builders import collect, lora_columns
 from conftest import ROOT
 from datasets import Dataset
+from running import cell_files, never
 
-from ablation import audits, classifiers, fitted
+from ablation import audits, classifiers, fit, fitted_cache, kernels
 from ablation.audits import GaugeAudit, NoiseAudit
-from ablation.catalogue import REPRESENTATION_GROUPS
+from ablation.catalogue import CACHED_FITS, REPRESENTATION_GROUPS, SPECS
+from ablation.cells import cells_of
 from ablation.classifiers import train_kernel_ridge
 from ablation.collection import LoraCollection
-from ablation.fitted import FIT_SEED, FITTED, FOLDS
+from ablation.fit import FIT_SEED, Fit
+from ablation.fitted import FITTED, FOLDS
+from ablation.fitted_cache import fitted_features, path_of
 from ablation.reading import WeightReader
+from ablation.settings import Settings
 from ablation.splits import Split
+from ablation.status import cached_fits
 from ablation.task import Listener, Task, TrainingError
+from checkpointing import CannotWrite
 
 N = 60
 
@@ -47,7 +57,7 @@ def computed(name, fit):
 
 def fit_of(data, layer_set, **kwargs):
     """The fit of the collection's own split and labels."""
-    return fitted.Fit(data, data.view(), layer_set, **kwargs)
+    return Fit(data, data.view(), layer_set, **kwargs)
 
 
 def modules_of(data, layer_set):
@@ -99,7 +109,7 @@ def test_flat_vec_is_all_weights(layer_set):
 @pytest.mark.parametrize("name", OF_WEIGHTS)
 def test_changed_rows_follow_the_rows_and_move_none(name, monkeypatch):
     """What is fitted does not depend on them; a changed row that did not change has its row's features."""
-    monkeypatch.setattr(fitted, "BLOCK_ROWS", 16)
+    monkeypatch.setattr(fit, "BLOCK_ROWS", 16)
     monkeypatch.setattr(audits, "BLOCK_ROWS", 16)
     data = make_data()
     noise, gauge = NoiseAudit.of_test_rows(N, data.split.test), GaugeAudit.of_test_rows(N, data.split.test)
@@ -122,10 +132,21 @@ def test_changed_rows_follow_the_rows_and_move_none(name, monkeypatch):
 def test_the_kernel_is_that_of_the_dense_products(layer_set, monkeypatch):
     data = make_data(rank=3)
     expected = oracles.linear_kernel(modules_of(data, layer_set))[:, data.split.train]
-    for tile in (fitted.KERNEL_TILE, 9 * 40 * 7):
-        monkeypatch.setattr(fitted, "KERNEL_TILE", tile)
+    for tile in (kernels.KERNEL_TILE, 9 * 40 * 7):
+        monkeypatch.setattr(kernels, "KERNEL_TILE", tile)
         found = computed("kernel_ridge", fit_of(data, layer_set)).numpy()
         assert np.abs(found - expected).max() < 1e-5 * np.abs(expected).max()
+
+
+def test_a_kernel_of_training_rows_alone():
+    """As in a data set of ten rows or fewer."""
+    data = make_data()
+    rows = np.random.default_rng(2).permutation(N)
+    data.first = data.first._replace(split=Split(rows, rows, rows, True))
+    expected = oracles.linear_kernel(modules_of(data, "all_layers"))[:, rows]
+    found = computed("kernel_ridge", fit_of(data, "all_layers")).numpy()
+    assert np.abs(found - expected).max() < 1e-5 * np.abs(expected).max()
+    assert np.array_equal(found[rows], found[rows].T)
 
 
 def aligned(found, expected):
@@ -152,7 +173,7 @@ def test_pca_of_few_rows_is_exact(layer_set, components):
     assert (largest > 0).all()
 
 
-def test_pca_finds_what_stands_out_and_needs_two_readings(monkeypatch):
+def test_pca_finds_what_stands_out_and_needs_three_readings(monkeypatch):
     data = make_data()
     signal = np.random.default_rng(3).normal(size=(N, 3)) * [30, 20, 10]
     reads, real = [], WeightReader.read_on_host
@@ -167,7 +188,7 @@ def test_pca_finds_what_stands_out_and_needs_two_readings(monkeypatch):
 
     monkeypatch.setattr(WeightReader, "read_on_host", read_on_host)
     found = computed("pca", fit_of(data, "all_layers", components=4)).numpy()
-    assert sorted(reads) == sorted(2 * data.layers.names)
+    assert sorted(reads) == sorted(3 * data.layers.names)
     fit = fit_of(data, "all_layers")
     x = torch.cat([fit.read(position).flatten(1) for position in fit.positions], dim=1).double().numpy()
     expected = sklearn.decomposition.PCA(3, svd_solver="full").fit(x[data.split.train]).transform(x)
@@ -243,6 +264,7 @@ sys.path.insert(0, {root!r})
 import numpy as np, torch
 from ablation import fitted
 from ablation.collection import View
+from ablation.fit import Fit
 from ablation.layers import ColumnLayout, Layers
 from ablation.splits import Split
 
@@ -257,7 +279,7 @@ class Generated:
         def read_on_host(cls, layer, start, stop, buffer=None):
             return cls.noise[:stop - start] * ord(layer[6])
 
-fit = fitted.Fit(Generated(), View(None, Split(np.arange(14_000), None, None, False)), "all_layers", 4)
+fit = Fit(Generated(), View(None, Split(np.arange(14_000), None, None, False)), "all_layers", 4)
 a, b = torch.randn(2, 1000, 1000); a @ b                                  # what the first product takes
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 before = peak()
@@ -270,6 +292,142 @@ def test_pca_holds_one_layer_at_a_time():
     """Eight layers of 80 MB; one, its copy where it is centred, and a few numbers a row."""
     done = subprocess.run([sys.executable, "-c", PEAK.format(root=str(ROOT))], capture_output=True, text=True)
     assert done.returncode == 0 and float(done.stdout) < 3, done
+
+
+# --- the cache
+
+
+def set_up_cache(monkeypatch, caplog):
+    """Errors if something is fitted; the log."""
+    monkeypatch.setattr(fitted_cache.log, "propagate", True)
+    caplog.set_level("INFO")
+    for name in CACHED_FITS:
+        monkeypatch.setitem(FITTED, name, never)
+
+
+def cached_fit(**kwargs):
+    """A fit of the same data, labels and split as ever."""
+    data = make_data()
+    data.files.identity = "weights"
+    return fit_of(data, "visual_only", audits=(GaugeAudit.of_test_rows(N, data.split.test),), **kwargs)
+
+
+@pytest.mark.parametrize("name", CACHED_FITS)
+def test_cached_features_are_those_that_were_computed_bit_for_bit(name, tmp_path, monkeypatch, caplog):
+    alone = computed(name, cached_fit())
+    first = fitted_features(name, cached_fit(), tmp_path)
+    with monkeypatch.context() as patch:
+        set_up_cache(patch, caplog)
+        again = fitted_features(name, cached_fit(), tmp_path)
+    assert f"Cached features: {name} of visual_only" in caplog.text
+    assert torch.equal(first, alone) and torch.equal(again, alone) and again.dtype == alone.dtype
+    path = path_of(name, cached_fit(), tmp_path)
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    monkeypatch.setattr(fitted_cache.log, "propagate", True)
+    assert torch.equal(fitted_features(name, cached_fit(), tmp_path), alone)
+    assert f"cached features of {name} are not used: its content does not match its hash" in caplog.text
+    assert path.read_bytes() == content
+
+
+def test_a_file_of_another_version_is_computed_again(tmp_path, monkeypatch, caplog):
+    fitted_features("pca", cached_fit(), tmp_path)
+    monkeypatch.setitem(SPECS, "pca", SPECS["pca"]._replace(version=99))
+    set_up_cache(monkeypatch, caplog)
+    with pytest.raises(AssertionError, match="must not be called"):
+        fitted_features("pca", cached_fit(), tmp_path)
+    assert "cached features of pca are not used: made by another version" in caplog.text
+
+
+def test_kernels_share_their_products(tmp_path, monkeypatch):
+    first = fitted_features("kernel_pca", cached_fit(), tmp_path)
+    path_of("kernel_pca", cached_fit(), tmp_path).unlink()
+    monkeypatch.setattr(kernels, "products_of_rows", never)
+    assert torch.equal(fitted_features("kernel_pca", cached_fit(), tmp_path), first)
+    assert fitted_features("kernel_ridge", cached_fit(), tmp_path).shape == (2 * N, 40)
+
+
+def test_whatever_a_fit_sees_and_nothing_else_names_its_file(tmp_path):
+    def files(name, of_data=lambda data: None, layer_set="all_layers", **kwargs):
+        data = make_data()
+        data.files.identity = "weights"
+        of_data(data)
+        return path_of(name, fit_of(data, layer_set, **kwargs), tmp_path)
+
+    def with_rows(change):
+        return lambda data: setattr(data, "first", data.first._replace(split=change(data.split)))
+
+    def relabel(row):
+        def change(data):
+            labels = data.labels.copy()
+            labels[row(data)] = (labels[row(data)] + 1) % 3
+            data.labels = labels
+
+        return change
+
+    audits = [kind.of_test_rows(N, np.arange(10)) for kind in (GaugeAudit, NoiseAudit)]
+    for name in CACHED_FITS:
+        seen = [
+            {},
+            {"layer_set": "visual_only"},
+            {"of_data": lambda data: setattr(data.files, "identity", "others")},
+            {"of_data": with_rows(lambda split: split._replace(train=split.train[:-1]))},
+            {"of_data": with_rows(lambda split: split._replace(train=split.train[::-1].copy()))},
+            *({"audits": (audit,)} for audit in audits),
+            {"audits": (GaugeAudit(N, np.arange(9)),)},
+        ]
+        assert len({files(name, **kwargs) for kwargs in seen}) == len(seen)
+        of_components = files(name, components=7) != files(name)
+        assert of_components == (name in ("pca", "kernel_pca"))
+        of_labels = files(name, relabel(lambda data: data.split.train[0])) != files(name)
+        assert of_labels == (name == "centroid_cosine")
+        assert files(name, relabel(lambda data: data.split.test)) == files(name)
+        assert files(name, with_rows(lambda split: split._replace(test=split.test[1:]))) == files(name)
+
+
+def test_a_disk_that_takes_no_file_costs_a_line(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(fitted_cache.log, "propagate", True)
+    alone = computed("pca", cached_fit())
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1.9 * alone.nbytes))
+        assert torch.equal(fitted_features("pca", cached_fit(), tmp_path), alone)
+    assert "features of pca are not cached: they take 0.0 MB" in caplog.text
+    (tmp_path / "file").write_text("")
+    assert torch.equal(fitted_features("pca", cached_fit(), tmp_path / "file" / "cache"), alone)
+    assert "features of pca are not cached: cannot write" in caplog.text
+    with monkeypatch.context() as patch:
+        patch.setattr(fitted_cache, "write_arrays", full_disk)
+        assert torch.equal(fitted_features("pca", cached_fit(), tmp_path), alone)
+    assert "No space left" in caplog.text and not list(tmp_path.glob("*.safetensors"))
+
+
+def full_disk(path, *arguments):
+    raise CannotWrite.to(path, OSError(errno.ENOSPC, "No space left on device"))
+
+
+SETS = ("all_layers", "visual_only")
+
+
+def test_the_plan_counts_the_files_of_every_fold_and_the_kernel_of_kernel_pca():
+    settings = Settings(folds=5, repeats=2)
+    found = cached_fits(settings, cells_of(SETS, ("stats", "flat_vec", "kernel_pca"), ("noise",)))
+    assert found == {"kernel_pca": 2 * 5 * 2, "kernel_ridge": 2 * 5 * 2}
+
+
+def test_a_second_command_reads_what_the_first_fitted(run, place):
+    chosen = ("--representations", *CACHED_FITS, "--audit", "noise")
+    status, log = run(*chosen, "--output-dir", "first")
+    # kernel_ridge has its kernel in the file that kernel_pca wrote.
+    assert status == 0 and log.count("Cached features: ") == 2 == log.count("Cached features: kernel_ridge")
+    names = [path.name.split("-")[0] for path in place.glob(".feature_cache/*/*-*.safetensors")]
+    expected = cached_fits(Settings(representations=CACHED_FITS), cells_of(SETS, CACHED_FITS, ("noise",)))
+    assert Counter(names) == expected == dict.fromkeys(CACHED_FITS, 2)
+    status, log = run(*chosen, "--output-dir", "second")
+    assert status == 0 and log.count("Cached features: ") == 2 * len(CACHED_FITS)
+    status, log = run(*chosen, "--output-dir", "third", "--no-cache-features")
+    assert status == 0 and "Cached features" not in log
+    files = [cell_files(place, output=output) for output in ("first", "second", "third")]
+    assert len(files[0]) == 2 * 2 * len(CACHED_FITS) and files[0] == files[1] == files[2]
 
 
 # --- what no row may see

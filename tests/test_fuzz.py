@@ -27,8 +27,9 @@ from safetensors.numpy import save, save_file
 
 import checkpointing
 import visual_ablation_experiment as experiment
+from ablation.actions import Actions
 from ablation.adapters import BadFile, read_adapter, survey_file
-from ablation.command_line import Actions, parse_command_line, read_yaml
+from ablation.command_line import parse_command_line, read_yaml
 from ablation.data_files import headers_of
 from ablation.fields import InputError
 from ablation.settings import Settings, setting_fields
@@ -471,7 +472,7 @@ def described(dtype, shape, size):
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory):
     cache = FeatureCache(tmp_path_factory.mktemp("cache"), "identity", ["a"], lambda name: DESCRIPTION)
-    cache.save("stats", FEATURES)
+    cache.save("stats", {"features": FEATURES})
     return cache, cache.path("stats").read_bytes()
 
 
@@ -482,7 +483,8 @@ def test_damaged_features_are_the_same_or_not_used(cache, damage):
     cache.path("stats").write_bytes(damaged(whole, damage))
     found, problem = answer(lambda: cache.load("stats", FEATURES.shape))
     assert "\n" not in problem and (found is None) == (problem != "")
-    assert found is None or (found.dtype == np.float32 and np.array_equal(found, FEATURES))
+    assert found is None or found["features"].dtype == np.float32
+    assert found is None or np.array_equal(found["features"], FEATURES)
 
 
 SAME_BYTES = [

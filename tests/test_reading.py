@@ -7,6 +7,7 @@ import threading
 import numpy as np
 import pytest
 import torch
+import xxhash
 from builders import LAYOUTS, collect, load, lora_columns, lora_dataset
 from datasets import Array3D, Dataset, Features, List, Value, concatenate_datasets
 from hypothesis import given
@@ -292,6 +293,35 @@ def test_the_content_hash_sees_weights_and_names_and_nothing_else(tmp_path):
     lora_dataset().save_to_disk(tmp_path / "a")
     shutil.move(tmp_path / "a", tmp_path / "b")
     assert load(str(tmp_path / "b")).weights.content_hash() == base
+
+
+@pytest.mark.parametrize("rows_at_a_time", [5, reading.HASH_ROWS])
+@pytest.mark.parametrize(("layout", "stored"), [("nested", "f4"), ("float16", "f2")])
+def test_the_content_hash_is_that_of_the_formatters_weights_in_order(
+    layout, stored, rows_at_a_time, monkeypatch
+):
+    monkeypatch.setattr(reading, "HASH_ROWS", rows_at_a_time)
+    data, seen = collect(lora_dataset(layout=layout), "x"), []
+    digest = xxhash.xxh3_128()
+    for layer in data.layers.names:
+        digest.update(repr((24, *data.layers.layouts[layer])).encode())
+        digest.update(data.weights.read_layer_formatted(layer, 0, 24).numpy().astype(stored).tobytes())
+    assert data.weights.content_hash(lambda: seen.append(len(seen))) == digest.hexdigest()
+    assert len(seen) == len(data.layers.names)
+
+
+def test_the_content_hash_names_the_first_bad_row_and_ends_with_an_error_of_on_layer(monkeypatch):
+    monkeypatch.setattr(reading, "HASH_ROWS", 4)
+    rows = {name: w.tolist() for name, w in lora_columns(n=12).items()} | {"category_label": ["a", "b"] * 6}
+    threads = threading.active_count()
+    with pytest.raises(KeyboardInterrupt):
+        data = collect(Dataset.from_dict(rows), "x")
+        data.weights.content_hash(lambda: exec("raise KeyboardInterrupt"))
+    for layer, row in ((sorted(lora_columns(1))[3], 1), (LAYER, 9), (LAYER, 6)):
+        rows[layer][row] = rows[layer][row][:1]
+    with pytest.raises(InputError, match=f"column '{re.escape(LAYER)}', row 6: a list of 1"):
+        collect(Dataset.from_dict(rows), "x").weights.content_hash()
+    assert threading.active_count() <= threads
 
 
 def test_the_data_set_is_opened_with_the_torch_format():

@@ -151,6 +151,18 @@ def test_what_a_layer_set_or_its_size_rules_out_is_skipped_and_said(run, place, 
     )
 
 
+def test_nearest_is_skipped_where_it_would_take_hours(run, monkeypatch):
+    """40 rows: stats has 7 columns of each of 16 layers; flat_vec 12, and 8 layers are visual."""
+    chosen = ("--representations", "stats", "flat_vec", "--classifiers", "nearest")
+    monkeypatch.setattr("ablation.selection.MAX_NEAREST_PRODUCTS", 40 * 40 * 7 * 16)
+    for flags in ((), ("--dry-run",)):
+        status, log = run(*chosen, *flags)
+        skipped = (
+            "Skipped, nearest is for at most 30 rows of flat_vec, here are 40: all_layers_flat_vec.nearest"
+        )
+        assert status == 0 and f"{skipped}\n" in log and log.count("Skipped, ") == 1
+
+
 def test_modules_whose_ranks_do_not_fit_are_refused_where_products_are_wanted(run, place):
     columns = lora_columns(n=40)
     name = next(name for name in columns if "up" in name)

@@ -9,7 +9,7 @@ from builders import collect, lora_dataset
 from datasets import concatenate_datasets
 from running import cell_files
 
-from ablation import feature_blocks, features, fitted, memory, streamed
+from ablation import feature_blocks, features, fit, memory, streamed
 from ablation.settings import TrainingSettings
 from ablation.splits import Split
 from ablation.streamed import StreamedRows, column_blocks, joined, minibatches, stream
@@ -96,7 +96,7 @@ def seven_rows(monkeypatch):
     """Blocks of seven rows, so that a pass over 40 rows has six."""
     from ablation import audits, extraction, reading
 
-    for module in (audits, extraction, feature_blocks, features, fitted, reading):
+    for module in (audits, extraction, feature_blocks, features, fit, reading):
         monkeypatch.setattr(module, "BLOCK_ROWS", 7)
 
 
@@ -129,7 +129,7 @@ def test_the_pass_holds_one_block_and_the_cache_is_mapped(run, place, seven_rows
     assert run("--representations", "stats")[0] == 0
     assert made == [7, 7, 7, 7, 7, 5]
     mapped = [x for x, _ in loaded if x is not None]
-    assert mapped and all(isinstance(x, np.memmap) for x in mapped)
+    assert mapped and all(isinstance(x["features"], np.memmap) for x in mapped)
     assert not [*(place / ".feature_cache").rglob("rows*")]
 
 
