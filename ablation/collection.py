@@ -22,6 +22,7 @@ from ablation.fields import InputError
 from ablation.layers import Layers, is_layer, layers_of
 from ablation.reading import WeightReader, layout_of
 from ablation.settings import Settings
+from ablation.shards import ShardReader, Shards, find_shards, layouts_of
 from ablation.sources import open_dataset
 from ablation.splits import Split, SplitSpec, fold_splits, split_rows, split_spec
 from checkpointing import file_stamps, identify
@@ -183,10 +184,13 @@ def make_view(
 
 def load_collection(settings: Settings, device: str) -> LoraCollection:
     """Open the data set of the settings and check its columns, labels and layer sets; no weight is read."""
-    dataset = open_dataset(settings.dataset, settings.data_split, settings.revision)
+    where = (settings.dataset, settings.data_split, settings.revision)
     columns = Columns(settings.label_column, settings.group_column, settings.metadata_columns)
     spec = split_spec(settings, "")
-    collection = collect_rows(dataset, settings.dataset, device, columns, spec)
+    if settings.streaming:
+        collection = collect_shards(find_shards(*where), device, columns, spec)
+    else:
+        collection = collect_rows(open_dataset(*where), settings.dataset, device, columns, spec)
     names, layouts = collection.layers.names, collection.layers.layouts
     return dataclasses.replace(collection, layers=layers_of(settings, names, layouts))
 
@@ -212,7 +216,6 @@ def collect_rows(
     types = dict(zip(dataset.column_names, dataset.data.schema.types, strict=True))
     refuse_columns(types, name, columns)
     dataset = dataset.with_format("torch", device=device)
-    labels, classes = encode_labels(dataset, columns.label, name)
     names = sorted(filter(is_layer, dataset.column_names))
     layers = Layers(names, {layer: layout_of(dataset, layer) for layer in names})
     formatted = [layer for layer in names if not layers.layouts[layer].in_arrow]
@@ -221,18 +224,39 @@ def collect_rows(
             f"{len(formatted)} layer columns are read through the torch formatter, which is slow: "
             f"'{formatted[0]}' is stored as {dataset.data.column(formatted[0]).type}"
         )
+    files = SourceFiles([entry["filename"] for entry in dataset.cache_files])
+    return collected(dataset, WeightReader(dataset, layers, device), (name, files), columns, spec)
+
+
+def collect_shards(shards: Shards, device: str, columns: Columns, spec: SplitSpec) -> LoraCollection:
+    """The collection in Parquet shards, whose weights are read once. Raises InputError as `collect_rows`."""
+    types = dict(zip(shards.schema.names, shards.schema.types, strict=True))
+    refuse_columns(types, shards.name, columns)
+    layouts = layouts_of(shards)
+    reader = ShardReader(shards, Layers(sorted(layouts), layouts), device)
+    files = SourceFiles(shards.urls if shards.is_local else [])
+    return collected(shards.small_columns(), reader, (shards.name, files), columns, spec)
+
+
+def collected(
+    rows: Dataset, weights: WeightReader, source: tuple[str, SourceFiles], columns: Columns, spec: SplitSpec
+) -> LoraCollection:
+    """The collection with the labels, groups and metadata of `rows`. `source`: its name and files."""
+    name, files = source
+    types = dict(zip(rows.column_names, rows.data.schema.types, strict=True))
+    labels, classes = encode_labels(rows, columns.label, name)
     group_column = group_column_of(types, columns)
-    groups = encode_groups(dataset, group_column) if group_column else None
+    groups = encode_groups(rows, group_column) if group_column else None
     return LoraCollection(
-        weights=WeightReader(dataset, layers, device),
-        layers=layers,
+        weights=weights,
+        layers=weights.layers,
         labels=labels,
         classes=classes,
         first=make_view(labels, spec, groups, classes),
-        files=SourceFiles([entry["filename"] for entry in dataset.cache_files]),
+        files=files,
         groups=groups,
         group_column=group_column,
-        metadata=read_metadata(dataset, columns),
+        metadata=read_metadata(rows, columns),
     )
 
 

@@ -30,7 +30,15 @@ from checkpointing import read_bytes
 
 CONFIG_BYTES = 20_000  # of a --config file; YAML of this size is read in less than a second
 SECTIONS = {  # of --help; every setting stands in one of them
-    "data": ("dataset", "data_split", "revision", "label_column", "group_column", "metadata_columns"),
+    "data": (
+        "dataset",
+        "data_split",
+        "revision",
+        "streaming",
+        "label_column",
+        "group_column",
+        "metadata_columns",
+    ),
     "what is computed": (
         "representations",
         "layer_sets",

@@ -181,6 +181,8 @@ class Block:
         """
         data = self.request.data
         units = self.units() if self.num_rows else []
+        if units:
+            data.weights.open_block(self.start, self.stop)
         if data.weights.device == "cpu":
             with one_thread_a_core(max(len(units), 1)) as pool:
                 for unit, _ in zip(units, pool.map(self.read_and_describe, units), strict=True):

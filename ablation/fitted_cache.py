@@ -45,7 +45,7 @@ def fitted_features(name: str, fit: Fit, folder: Path | None) -> Matrix:
 def compute(name: str, fit: Fit, folder: Path) -> Matrix:
     """A fitted representation, computed and written to the cache."""
     if name == "kernel_pca" and fit.kernel is None:
-        pass
+        fit.kernel = fitted_features("kernel_ridge", fit, folder).to("cpu")
     x = FITTED[name](fit).to("cpu")
     size, free = x.nbytes, shutil.disk_usage(folder).free
     if size > DISK_SHARE * free:

@@ -143,6 +143,8 @@ class WeightReader:
         self.row_views: dict[str, tuple[np.ndarray, list[np.ndarray]]] = {}  # of Arrow's memory, by layer
         self.largest = 0.0  # magnitude of a weight read so far
 
+    keeps_weights = True  # all of them can be read again
+
     @property
     def num_rows(self) -> int:
         """Rows of the data set."""
@@ -206,13 +208,20 @@ class WeightReader:
         """The stored weights of rows start:stop, chunk by chunk: flat read-only views of Arrow's memory."""
         layout = self.layers.layouts[layer]
         row = start
-        for chunk in self.dataset.data.column(layer).slice(start, stop - start).chunks:
+        for chunk in self.chunks(layer, start, stop):
             array = chunk.storage if isinstance(chunk, pa.ExtensionArray) else chunk
             matrix_rows = unlist(array, layout.rows, 1, layer, row)
             values = unlist(matrix_rows, layout.cols, layout.rows, layer, row)
             refuse_nulls(values, layout.size, layer, row)
             yield values.to_numpy(zero_copy_only=True)
             row += len(chunk)
+
+    def chunks(self, layer: str, start: int, stop: int) -> list[pa.Array]:
+        """The stored column of rows start:stop, as Arrow has it."""
+        return self.dataset.data.column(layer).slice(start, stop - start).chunks
+
+    def open_block(self, start: int, stop: int) -> None:
+        """Make ready to read rows start:stop, of a data set that is not at hand as a whole."""
 
     def read_rows(self, layer: str, rows: Tensor) -> Tensor:
         """One layer of the rows with these numbers, in any order: (n, rows * cols) float32, on the host.

@@ -64,11 +64,13 @@ class Contents(NamedTuple):
     metadata: Mapping[str, Any]
     overlaps: bool  # train, validation and test are the same rows
     metadata_varies: bool = True  # or not known
+    keeps_weights: bool = True  # so that they can be read again
 
 
 def contents_of(data: LoraCollection) -> Contents:
     """What decides which cells are possible with a collection."""
-    return Contents(data.layers, data.num_rows, data.metadata, data.split.overlap, data.metadata_varies)
+    overlaps, varies = data.split.overlap, data.metadata_varies
+    return Contents(data.layers, data.num_rows, data.metadata, overlaps, varies, data.weights.keeps_weights)
 
 
 def possible_cells(settings: Settings, data: Contents) -> tuple[list[Cell], dict[Cell, str]]:
@@ -100,6 +102,8 @@ def why_impossible(cell: Cell, data: Contents) -> str:
                 f"{len(unpaired)} layers of {cell.layer_set} are there without the other half of their "
                 f"module, such as '{unpaired[0]}'"
             )
+    if spec.fitted and spec.source != "row" and not data.keeps_weights:
+        return "it reads the weights again, which --streaming does not keep"
     if data.num_rows > spec.max_rows:
         return f"for at most {spec.max_rows:,} rows, the data set has {data.num_rows:,}"
     if cell.classifier == "nearest":

@@ -80,6 +80,10 @@ class Settings:
     dataset: str = setting("digits", f"data set: {DATASET_NAMES}")
     data_split: str = setting("", "split of the data set to read (default: train, or the only one there is)")
     revision: str = setting("", "branch, tag or commit of a data set on the Hub")
+    streaming: bool = setting(
+        False,
+        "read Parquet shards one after another, from the Hub without a copy here, and keep features alone",
+    )
     label_column: str = setting(
         "category_label", "column that holds the class: strings, integers or ClassLabel"
     )

@@ -283,6 +283,7 @@ def refuse_what_a_run_refuses(
         surveyed.rows,
         {name: None for name in numeric if name in wanted},
         surveyed.rows < SMALLEST_SPLIT,
+        keeps_weights=not settings.streaming,
     )
     has_groups = bool(group_column_of(surveyed.columns, columns))
     for name in split_names(settings):
@@ -318,12 +319,12 @@ def print_needs(settings: Settings, surveyed: Survey, to_run: list[Cell]) -> Non
             f"Disk:    {gigabytes(cached + fits)} feature cache in {settings.cache_dir}, less what is cached "
             "already"
         )
-    if surveyed.is_downloaded:
+    if surveyed.is_downloaded and not settings.streaming:
         log.info(
             f"Disk:    about {weights} download in the cache of huggingface_hub (HF_HOME), unless it is "
             "there already"
         )
-    if surveyed.is_copied:
+    if surveyed.is_copied and not settings.streaming:
         log.info(
             f"Disk:    {weights} Arrow copy in the cache of datasets (HF_DATASETS_CACHE), unless it is there "
             "already"

@@ -130,6 +130,8 @@ def test_changed_rows_follow_the_rows_and_move_none(name, monkeypatch):
 
 
 def test_the_kernel_is_that_of_the_dense_products(layer_set, monkeypatch):
+    monkeypatch.setattr(fit, "BLOCK_ROWS", 16)
+    monkeypatch.setattr(kernels, "BLOCK_ROWS", 7)
     data = make_data(rank=3)
     expected = oracles.linear_kernel(modules_of(data, layer_set))[:, data.split.train]
     for tile in (kernels.KERNEL_TILE, 9 * 40 * 7):
@@ -155,10 +157,11 @@ def aligned(found, expected):
 
 
 @pytest.mark.parametrize("components", [5, 30])
-def test_pca_of_few_rows_is_exact(layer_set, components):
+def test_pca_of_few_rows_is_exact(layer_set, components, monkeypatch):
     """40 training rows span fewer directions than are looked at from 20 components on;
     below, what is lost is bounded.
     """
+    monkeypatch.setattr(fit, "BLOCK_ROWS", 16)
     data = make_data()
     x, train = flat(data, layer_set), data.split.train
     found = computed("pca", fit_of(data, layer_set, components=components)).numpy()
