@@ -631,6 +631,9 @@ def taking_part(folder: Path) -> Iterator[None]:
     Raises Refused if it cannot be written to.
     """
     open_folder(folder)
+    for path in part_locks(folder):
+        if not is_locked(path.with_name(path.stem[1:])):  # its process was killed
+            path.unlink(missing_ok=True)
     own = folder / f"part-{re.sub(r'[^A-Za-z0-9]', '-', socket.gethostname())}-{os.getpid()}"
     with locked(own):
         try:
@@ -641,7 +644,12 @@ def taking_part(folder: Path) -> Iterator[None]:
 
 def parts_at_work(folder: Path) -> int:
     """How many processes take part in a folder now; 0 where the file system has no locks."""
-    return sum(is_locked(path.with_name(path.stem[1:])) for path in folder.glob(".part-*.lock"))
+    return sum(is_locked(path.with_name(path.stem[1:])) for path in part_locks(folder))
+
+
+def part_locks(folder: Path) -> list[Path]:
+    """The lock files of processes that take part in a folder, or were killed while they did."""
+    return sorted(folder.glob(".part-*.lock"))
 
 
 def open_folder(folder: Path) -> None:

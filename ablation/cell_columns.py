@@ -128,20 +128,18 @@ def refuse_non_finite_features(x: Matrix, cell: Cell, data: LoraCollection) -> N
         finite = values.isfinite()
         if not finite.all():
             row, column = (~finite).nonzero()[0].tolist()
-            where = place_of(column, x.shape[1], cell, data)
-            raise TrainingError(
-                f"{where}row {first + row}{where and ','} is {values[row, column]} as float32"
-            )
+            where = place_of(first + row, column, x.shape[1], cell, data)
+            raise TrainingError(f"{where} is {values[row, column]} as float32")
         first += len(values)
 
 
-def place_of(column: int, width: int, cell: Cell, data: LoraCollection) -> str:
-    """Where a column of a cell's `width` columns is from, as an error names it."""
+def place_of(row: int, column: int, width: int, cell: Cell, data: LoraCollection) -> str:
+    """Where a number among a cell's `width` columns is from, as an error names it."""
     spec = SPECS[cell.representation]
     if spec.fitted:
-        return f"feature {column} of "
+        return f"feature {column} of row {row}"
     positions = positions_of(cell, data)
     place, column_of_layer = divmod(column, width // len(positions))
     layers = data.layers
     names = layers.names if spec.source == "layer" else [module.name for module in layers.modules]
-    return f"feature {column_of_layer} of layer '{names[positions[place]]}', "
+    return f"feature {column_of_layer} of layer '{names[positions[place]]}', row {row},"

@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from sklearn.ensemble import HistGradientBoostingClassifier
 from sklearn.exceptions import ConvergenceWarning
-from sklearn.kernel_ridge import KernelRidge
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import NearestNeighbors
 from sklearn.preprocessing import KernelCenterer
+from torch import Tensor
 
 from ablation.catalogue import NEIGHBOURS, PARTS
 from ablation.task import Listener, Run, Task, TrainedRuns, TrainingError
@@ -134,37 +134,60 @@ def train_nearest(task: Task, listener: Listener) -> TrainedRuns:
 
 
 def train_kernel_ridge(task: Task, listener: Listener) -> TrainedRuns:
-    """scikit-learn's KernelRidge. `task.features` are a kernel (N, T):
+    """Kernel ridge regression. `task.features` are a kernel (N, T) float64:
     inner products of all rows with T training rows.
 
     The kernel and the targets, one a class, are centred by the training rows; the largest output wins. The
     penalty is the one of RIDGE_PENALTIES, times the mean of the centred kernel's diagonal, with the best
-    validation accuracy; of several, the largest. Raises TrainingError if the training rows' products do not
-    differ. Raise the version of the representation kernel_ridge when a number changes.
+    validation accuracy; of several, the largest. A penalty so small that the rounding of the kernel exceeds
+    it is left out, with a warning. Raises TrainingError if the training rows' products do not differ. Raise
+    the version of the representation kernel_ridge when a number changes.
     """
     began = time.perf_counter()
     kernel, labels, split = task.in_memory, task.labels, task.split
-    kernels = {part: kernel[split.rows(part)] for part in PARTS}
-    kernels |= {name: rows.to("cpu") for name, rows in task.extra.items()}
-    centre = KernelCenterer().fit(kernels["train"].numpy())
-    centred = {name: centre.transform(of_rows.numpy()) for name, of_rows in kernels.items()}
-    targets = np.eye(task.num_classes)[labels[split.train]]
-    weights = task.row_weights(split.train)
-    mean, scale = np.average(targets, axis=0, weights=weights), centred["train"].trace() / len(targets)
-    size = abs(kernel[split.train].diagonal().mean().item())
-    if scale <= NEGLIGIBLE_SPREAD**2 * size or len(targets) < 2:
+    own = kernel[split.train].numpy()
+    size = abs(own.diagonal().mean())
+    centre = KernelCenterer().fit(own)
+    train = torch.from_numpy(centre.transform(own, copy=False))
+    others = {part: kernel[split.rows(part)] for part in PARTS if part != "train"} | task.extra
+    centred = {
+        name: torch.from_numpy(centre.transform(of_rows.to("cpu").numpy(), copy=name in task.extra))
+        for name, of_rows in others.items()
+    }
+    scale = float(train.trace()) / len(train)
+    if scale <= NEGLIGIBLE_SPREAD**2 * size or len(train) < 2:
         raise TrainingError("the products of the training rows do not differ: there is nothing to learn from")
+    targets = torch.eye(task.num_classes, dtype=torch.float64)[labels[split.train]]
+    weights = task.row_weights(split.train)
+    roots = (
+        torch.ones(len(train), 1).double() if weights is None else torch.from_numpy(weights)[:, None].sqrt()
+    )
+    mean = (roots.square() * targets).sum(0) / roots.square().sum()
+    train *= roots
+    train *= roots.mT  # rows that weigh w stand for w rows
     best, predictions = -1.0, {}
     for penalty in sorted(RIDGE_PENALTIES, reverse=True):
-        ridge = KernelRidge(alpha=penalty * scale, kernel="precomputed")
-        ridge.fit(centred["train"], targets - mean, weights)
-        accuracy = np.mean((ridge.predict(centred["val"]) + mean).argmax(1) == labels[split.val])
+        solution = solve_ridge(train, penalty * scale, roots * (targets - mean))
+        if solution is None:
+            log.warning(
+                f"kernel_ridge: the penalty {penalty:g} is below the rounding of the kernel: left out"
+            )
+            continue
+        dual = roots * solution
+        found = {name: (of_rows @ dual + mean).argmax(1).numpy() for name, of_rows in centred.items()}
+        accuracy = float(np.mean(found["val"] == labels[split.val]))
         if accuracy > best:
             best = accuracy
-            predictions = {
-                name: (ridge.predict(of_rows) + mean).argmax(1) for name, of_rows in centred.items()
-            }
+            predictions = {"train": (train @ solution / roots + mean).argmax(1).numpy()} | found
     return one_run(predictions, began, len(targets), listener)
+
+
+def solve_ridge(kernel: Tensor, penalty: float, targets: Tensor) -> Tensor | None:
+    """The solution of (kernel + penalty) @ x = targets; None if that matrix is not positive definite."""
+    shifted = kernel.clone()
+    shifted.diagonal().add_(penalty)
+    factor, failed = torch.linalg.cholesky_ex(shifted, out=(shifted, torch.empty((), dtype=torch.int32)))
+    return None if failed else torch.cholesky_solve(targets, factor)
 
 
 def standardised(task: Task) -> tuple[np.ndarray, dict[str, np.ndarray]]:

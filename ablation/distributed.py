@@ -173,7 +173,7 @@ def groups_in_turn(context: Context, cells: list[Cell]) -> Iterator[list[Cell]]:
                 continue
             held += 1
             waiting.append(group)
-            if holders[0] not in announced:
+            if holders[0] not in announced and not is_worker():  # whose neighbours are at work all the time
                 announced.add(holders[0])
                 log.info(f"{holders[0]} is at work in another process: it comes last")
         if waiting and held == len(waiting):

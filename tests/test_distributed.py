@@ -217,6 +217,8 @@ def test_watching_sees_parts_at_work(run, place, monkeypatch):
         log = run(*flags, "--status", "--watch")[1]
     assert "1/2 cells done, 0 failed, 1 running, 0 left | Rate: " in log
     assert "No run is working on this folder" in log
+    assert run(*flags, "--results-only")[0] == 1
+    assert not list(folder(place).glob(".part*")), "the lock of a killed process does not stay"
 
 
 # --- which part is whose

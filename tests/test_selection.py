@@ -235,7 +235,7 @@ def test_an_audit_that_fails_costs_its_own_cells_and_one_without_room_goes_to_th
         return real(self, reader, position, rows, w)
 
     seen = []
-    chosen = ("--representations", "stats", "product_norms", "--audit", "noise")
+    chosen = ("--representations", "stats", "product_norms", "--audit", "noise", "--no-cache-features")
     run(*chosen, "--output-dir", "enough")
     monkeypatch.setattr(NoiseAudit, "change", no_room)
     status, log = run(*chosen, "--output-dir", "tight")

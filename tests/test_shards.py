@@ -91,7 +91,7 @@ def test_shards_that_change_while_they_are_read_are_noticed(sharded):
     longer = shards.Shards(found.name, found.urls, [11, 14, 20], True)
     reader = ShardReader(longer, shards.Layers(sorted(layouts), layouts), "cpu")
     reader.open_block(28, 35)
-    with pytest.raises(InputError, match="in place of rows 35 to 41|cannot read rows 35 to 41"):
+    with pytest.raises(InputError, match=r"in place of rows 35 to 41|cannot read rows 35 to 41"):
         reader.open_block(35, 42)
 
 
