@@ -152,6 +152,8 @@ class NoiseAudit(Audit):
         """The test rows with noise of every level, level by level."""
         start, stop = rows
         w = w[torch.from_numpy(self.is_changed[start:stop]).to(w.device)]
+        if not len(w):  # no test row in this block
+            return w
         seed = [AUDIT_SEED, *reader.layers.names[position].encode(), start]
         with reader.buffer() as memory:
             noise = memory[: w.numel()]

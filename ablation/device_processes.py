@@ -21,7 +21,7 @@ from ablation.cells import Cell
 from ablation.distributed import WORKER, longest_first, sizes_of
 from ablation.log import Progress
 from ablation.stopping import cleaners, end_if_stopped
-from checkpointing import is_locked, locked
+from checkpointing import is_locked, lock_path, locked
 
 if TYPE_CHECKING:
     from ablation.context import Context
@@ -189,5 +189,8 @@ def part_names(context: Context, cells: list[Cell], count: int) -> list[list[str
 
 def locks_work(folder: Path) -> bool:
     """True if a lock in this folder is seen by others."""
-    with locked(folder / "probe"):
-        return is_locked(folder / "probe")
+    try:
+        with locked(folder / "probe"):
+            return is_locked(folder / "probe")
+    finally:
+        lock_path(folder / "probe").unlink(missing_ok=True)

@@ -310,14 +310,17 @@ def print_needs(settings: Settings, surveyed: Survey, to_run: list[Cell]) -> Non
         f"\nData set {settings.dataset}: {surveyed.rows} rows, {len(surveyed.shapes)} layers, {weights} of "
         "weights"
     )
+    share = {"float32": 1, "float16": 2, "int8": 4}[settings.cache_dtype]
     log.info(
-        f"Memory:  {gigabytes(memory)} features, up to {gigabytes(3 * largest)} more while the largest cell "
-        "trains"
+        f"Memory:  {gigabytes(4 * largest)} while the largest cell trains, if that is free; with less its "
+        "columns are read from disk batch by batch"
+        if settings.cache_features
+        else f"Memory:  {gigabytes(memory + 3 * largest)}: without a cache all features stay in memory"
     )
     if settings.cache_features:
         log.info(
-            f"Disk:    {gigabytes(cached + fits)} feature cache in {settings.cache_dir}, less what is cached "
-            "already"
+            f"Disk:    {gigabytes(growth * cached / share + fits)} feature cache in {settings.cache_dir}, "
+            f"and {gigabytes(growth * cached)} more while it is made; less what is cached already"
         )
     if surveyed.is_downloaded and not settings.streaming:
         log.info(

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import _root
 
-from ablation.benchmark.scale import measure, table
+from ablation.benchmark.scale import run_measured, scale_table
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -38,9 +38,9 @@ def main(argv: list[str] | None = None) -> int:
     for data in arguments.datasets:
         with tempfile.TemporaryDirectory(dir=arguments.work) as work:
             limit = int(arguments.limit_gb * 2**30)
-            found.append(measure(program, data.resolve(), Path(work), limit, flags))
+            found.append(run_measured(program, data.resolve(), Path(work), limit, flags))
         print(f"{data}: {dataclasses.asdict(found[-1])}", flush=True)
-    print(table(sorted(found, key=lambda one: one.rows), arguments.predict))
+    print(scale_table(sorted(found, key=lambda one: one.rows), arguments.predict))
     if arguments.json:
         arguments.json.write_text(json.dumps([dataclasses.asdict(one) for one in found], indent=2) + "\n")
     return 0

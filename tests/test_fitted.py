@@ -16,6 +16,8 @@ from builders import collect, lora_columns
 from conftest import ROOT
 from datasets import Dataset
 from running import cell_files, never
+from sklearn.kernel_ridge import KernelRidge
+from sklearn.preprocessing import KernelCenterer
 
 from ablation import audits, classifiers, fit, fitted_cache, kernels
 from ablation.audits import GaugeAudit, NoiseAudit
@@ -252,6 +254,50 @@ def test_kernel_ridge_takes_the_penalty_that_the_validation_rows_like():
     accuracy = [np.mean(one["val"] == data.labels[data.split.val]) for one in alone]
     chosen = train_kernel_ridge(Task(kernel, data.labels, data.split, 3), Listener()).runs[0].predictions
     assert len(set(accuracy)) > 1 and np.array_equal(chosen["test"], alone[int(np.argmax(accuracy))]["test"])
+
+
+def test_kernel_ridge_with_weights_is_scikit_learns(monkeypatch):
+    """Classes of 24, 12 and 4 training rows."""
+    data = make_data()
+    rows = np.random.default_rng(1).permutation(N)
+    labels = np.empty(N, dtype=int)
+    labels[rows] = np.repeat([0, 1, 2, 0, 1, 2], [24, 12, 4, 7, 7, 6])
+    kernel = computed("kernel_ridge", fit_of(data, "all_layers"))
+    own = data.split.train
+    centre = KernelCenterer().fit(kernel[own].numpy())
+    weights = len(own) / 3 / np.bincount(labels[own])[labels[own]]
+    targets = np.eye(3)[labels[own]]
+    mean = np.average(targets, axis=0, weights=weights)
+    scale = centre.transform(kernel[own].numpy()).trace() / len(own)
+    for penalty in (1e-3, 1.0):
+        monkeypatch.setattr(classifiers, "RIDGE_PENALTIES", (penalty,))
+        task = Task(kernel, labels, data.split, 3, is_weighted=True)
+        (trained,) = train_kernel_ridge(task, Listener()).runs
+        ridge = KernelRidge(alpha=penalty * scale, kernel="precomputed")
+        ridge.fit(centre.transform(kernel[own].numpy()), targets - mean, weights)
+        for part in ("train", "val", "test"):
+            outputs = ridge.predict(centre.transform(kernel[data.split.rows(part)].numpy())) + mean
+            assert np.array_equal(trained.predictions[part], outputs.argmax(1))
+
+
+def test_a_penalty_below_the_rounding_is_left_out_with_a_line(monkeypatch, caplog):
+    monkeypatch.setattr(classifiers.log, "propagate", True)
+    data = make_data()
+    kernel = computed("kernel_ridge", fit_of(data, "all_layers"))
+    monkeypatch.setattr(classifiers, "RIDGE_PENALTIES", (0.1,))
+    alone = train_kernel_ridge(Task(kernel, data.labels, data.split, 3), Listener()).runs[0].predictions
+    monkeypatch.setattr(classifiers, "RIDGE_PENALTIES", (-1.0, 0.1))
+    found = train_kernel_ridge(Task(kernel, data.labels, data.split, 3), Listener()).runs[0].predictions
+    assert "the penalty -1 is below the rounding of the kernel: left out" in caplog.text
+    assert all(np.array_equal(found[part], alone[part]) for part in alone)
+
+
+def test_a_kernel_without_room_is_refused_before_it_is_computed(monkeypatch):
+    monkeypatch.setattr(kernels, "free_memory", lambda: 8.0 * N * 40)
+    monkeypatch.setattr(WeightReader, "read_on_host", never)
+    for name in ("kernel_pca", "kernel_ridge"):
+        with pytest.raises(TrainingError, match="products of 60 rows with 40 training rows take"):
+            FITTED[name](fit_of(make_data(), "all_layers"))
 
 
 def test_products_that_do_not_differ_are_nothing_to_learn_from():

@@ -203,7 +203,8 @@ def test_dry_run_tells_what_would_run_why_and_what_it_needs(run, place):
         in log
     )
     status, log = run("--dry-run", dataset="100k")
-    assert "100000 rows, 128 layers, 39.86 GB of weights" in log and "4.61 GB features" in log
+    assert "100000 rows, 128 layers, 39.86 GB of weights" in log and "4.61 GB feature cache" in log
+    assert "Memory:  13.72 GB while the largest cell trains" in log
     assert "39.86 GB Arrow copy" in log and "39.86 GB download" in log
     assert "not known before the download" in run("--dry-run", dataset="someone/their-loras")[1]
     assert run("--dry-run", dataset="2k")[0] == 2

@@ -26,7 +26,7 @@ PASSED = re.compile(r"Features of (\d+) rows .*: ([\d.]+)s \(reading ([\d.]+)s, 
 
 
 @dataclass
-class Measured:
+class ScaleRun:
     """One run. Seconds by stage; bytes of the files read, of the cache, and of the program's own memory."""
 
     rows: int
@@ -36,13 +36,13 @@ class Measured:
     cache_bytes: int = 0
 
 
-def measure(program: Path, data: Path, work: Path, limit: int, flags: Sequence[str]) -> Measured:
+def run_measured(program: Path, data: Path, work: Path, limit: int, flags: Sequence[str]) -> ScaleRun:
     """Run the program on a data set, cold, in the folder `work`. `limit`: bytes of memory, 0 for none.
 
     Raises SystemExit if it fails, and OSError if the limit cannot be set.
     """
     files = [file for file in sorted(data.rglob("*")) if file.suffix in (".arrow", ".parquet")]
-    found = Measured(rows=0, file_bytes=sum(file.stat().st_size for file in files))
+    found = ScaleRun(rows=0, file_bytes=sum(file.stat().st_size for file in files))
     drop_page_cache()
     found.seconds["plain read"] = time_of_reading(files)
     drop_page_cache()
@@ -94,7 +94,7 @@ def drop_page_cache() -> None:
         Path("/proc/sys/vm/drop_caches").write_text("3")
 
 
-def sample(pid: int, found: Measured, over: threading.Event) -> None:
+def sample(pid: int, found: ScaleRun, over: threading.Event) -> None:
     """Note the most memory of its own that a process has, until it is over."""
     while not over.wait(SAMPLE_SECONDS):
         own = numbers_in(Path(f"/proc/{pid}/status")).get("RssAnon", 0) * 1024
@@ -127,7 +127,7 @@ def control_group(limit: int) -> Iterator[Callable[[], object] | None]:
 # --- the line through the smaller data sets
 
 
-def predicted(measured: list[Measured], rows: int) -> Measured:
+def predicted(measured: list[ScaleRun], rows: int) -> ScaleRun:
     """What the line through the two smallest measured sizes says of another size."""
     small, large = sorted(measured, key=lambda one: one.rows)[:2]
 
@@ -136,7 +136,7 @@ def predicted(measured: list[Measured], rows: int) -> Measured:
         return first + slope * (rows - small.rows)
 
     seconds = {stage: on_line(small.seconds[stage], large.seconds[stage]) for stage in small.seconds}
-    return Measured(
+    return ScaleRun(
         rows,
         int(on_line(small.file_bytes, large.file_bytes)),
         seconds,
@@ -145,20 +145,20 @@ def predicted(measured: list[Measured], rows: int) -> Measured:
     )
 
 
-def table(measured: list[Measured], wanted: Sequence[int]) -> str:
-    """Measured and predicted sizes side by side, as a table in Markdown."""
+def scale_table(measured: list[ScaleRun], wanted: Sequence[int]) -> str:
+    """ScaleRun and predicted sizes side by side, as a table in Markdown."""
     stages = list(measured[0].seconds)
     head = ["rows", "", *(f"{stage} s" for stage in stages), "memory GB", "cache GB", "files GB"]
     lines = [head, ["---"] * len(head)]
     for one in measured:
-        lines.append(row_of(one, "measured", stages))
+        lines.append(scale_row(one, "measured", stages))
         if len(measured) > 2 and one.rows > sorted(m.rows for m in measured)[1]:
-            lines.append(row_of(predicted(measured, one.rows), "predicted", stages))
-    lines += [row_of(predicted(measured, rows), "predicted", stages) for rows in wanted]
+            lines.append(scale_row(predicted(measured, one.rows), "predicted", stages))
+    lines += [scale_row(predicted(measured, rows), "predicted", stages) for rows in wanted]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def row_of(one: Measured, how: str, stages: list[str]) -> list[str]:
+def scale_row(one: ScaleRun, how: str, stages: list[str]) -> list[str]:
     """A row of the table."""
     sizes = [f"{size / 1e9:.2f}" for size in (one.memory_bytes, one.cache_bytes, one.file_bytes)]
     return [f"{one.rows:,}", how, *(f"{one.seconds[stage]:,.1f}" for stage in stages), *sizes]

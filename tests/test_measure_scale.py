@@ -1,0 +1,34 @@
+"""How an experiment grows: the line through two sizes, and what a run under measurement tells."""
+
+import measure_scale
+import pytest
+from builders import lora_dataset
+from running import FAST
+
+from ablation.benchmark.scale import ScaleRun, predicted, scale_table
+
+
+def of_rows(rows, seconds, memory):
+    return ScaleRun(rows, 4000 * rows, {"hash": seconds, "all": 2 * seconds}, memory, 100 * rows)
+
+
+def test_other_sizes_lie_on_the_line_through_the_two_smallest():
+    measured = [of_rows(1000, 3.0, 500), of_rows(100_000, 210.0, 9000), of_rows(2000, 5.0, 600)]
+    found = predicted(measured, 1_000_000)
+    assert found.seconds == pytest.approx({"hash": 2001.0, "all": 4002.0})
+    assert (found.memory_bytes, found.file_bytes, found.cache_bytes) == (100_400, 4_000_000_000, 100_000_000)
+    lines = scale_table(sorted(measured, key=lambda one: one.rows), [1_000_000]).splitlines()
+    assert len(lines) == 2 + 3 + 2 and lines[0].startswith("| rows |")
+    assert "| 100,000 | predicted | 201.0 | 402.0 |" in lines[5]
+
+
+@pytest.mark.slow
+def test_a_run_is_measured_stage_by_stage(place, capsys):
+    lora_dataset(n=80, signal=True).save_to_disk("more")
+    flags = [*FAST, "--representations", "stats"]
+    assert measure_scale.main(["loras", "more", "--predict", "160", "--json", "out.json", "--", *flags]) == 0
+    printed = capsys.readouterr().out
+    assert "| 40 | measured |" in printed and "| 160 | predicted |" in printed
+    assert (place / "out.json").read_text().count('"training"') == 2
+    with pytest.raises(SystemExit, match="the program ended with 2"):
+        measure_scale.main(["loras", "more", "--", "--no-such-flag"])
