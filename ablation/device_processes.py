@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import signal
 import subprocess
@@ -20,6 +21,7 @@ from typing import TYPE_CHECKING
 from ablation.cells import Cell
 from ablation.distributed import WORKER, longest_first, sizes_of
 from ablation.log import Progress
+from ablation.memory import free_memory
 from ablation.stopping import cleaners, end_if_stopped
 from checkpointing import is_locked, lock_path, locked
 
@@ -142,8 +144,10 @@ def run_on_devices(context: Context, cells: list[Cell]) -> None:
     shares = part_names(context, cells, len(devices))
     labels = [f"{number} {device}" for number, device in enumerate(devices, 1)]
     log.info(f"{len(cells)} cells on {', '.join(labels)}")
+    room = (context.settings.memory_gb or free_memory() / 1e9) / len(devices)
+    share = ("--memory-gb", f"{room:.3f}") if room < math.inf else ()
     workers = [
-        Worker(label, command_of(context, device, "--cells", *names), threads)
+        Worker(label, command_of(context, device, *share, "--cells", *names), threads)
         for label, device, names in zip(labels, devices, shares, strict=True)
         if names
     ]

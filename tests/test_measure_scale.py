@@ -1,11 +1,9 @@
 """How an experiment grows: the line through two sizes, and what a run under measurement tells."""
 
-import measure_scale
 import pytest
-from builders import lora_dataset
-from running import FAST
+from running import FAST, SCRIPT
 
-from ablation.benchmark.scale import ScaleRun, predicted, scale_table
+from ablation.benchmark.scale import ScaleRun, predicted, run_measured, scale_table
 
 
 def of_rows(rows, seconds, memory):
@@ -22,13 +20,10 @@ def test_other_sizes_lie_on_the_line_through_the_two_smallest():
     assert "| 100,000 | predicted | 201.0 | 402.0 |" in lines[5]
 
 
-@pytest.mark.slow
-def test_a_run_is_measured_stage_by_stage(place, capsys):
-    lora_dataset(n=80, signal=True).save_to_disk("more")
-    flags = [*FAST, "--representations", "stats"]
-    assert measure_scale.main(["loras", "more", "--predict", "160", "--json", "out.json", "--", *flags]) == 0
-    printed = capsys.readouterr().out
-    assert "| 40 | measured |" in printed and "| 160 | predicted |" in printed
-    assert (place / "out.json").read_text().count('"training"') == 2
-    with pytest.raises(SystemExit, match="the program ended with 2"):
-        measure_scale.main(["loras", "more", "--", "--no-such-flag"])
+def test_a_run_is_measured_stage_by_stage(place):
+    (place / "work").mkdir()
+    flags = [*FAST, "--representations", "stats", "--layer-sets", "all_layers"]
+    found = run_measured(SCRIPT, place / "loras", place / "work", 0, flags)
+    assert found.rows == 40 and found.cache_bytes > 40 * 16 * 7 * 4 and found.memory_bytes > 10**7
+    assert list(found.seconds) == ["plain read", "open", "hash", "features", "cache", "training", "all"]
+    assert found.seconds["all"] > found.seconds["training"] > 0
