@@ -183,11 +183,17 @@ def train_kernel_ridge(task: Task, listener: Listener) -> TrainedRuns:
 
 
 def solve_ridge(kernel: Tensor, penalty: float, targets: Tensor) -> Tensor | None:
-    """The solution of (kernel + penalty) @ x = targets; None if that matrix is not positive definite."""
-    shifted = kernel.clone()
+    """The solution of (kernel + penalty) @ x = targets; None if that matrix is not positive definite.
+
+    Column by column in memory, as LAPACK has it, and by way of its factor: so that one copy is made.
+    """
+    shifted = kernel.clone().mT
     shifted.diagonal().add_(penalty)
     factor, failed = torch.linalg.cholesky_ex(shifted, out=(shifted, torch.empty((), dtype=torch.int32)))
-    return None if failed else torch.cholesky_solve(targets, factor)
+    if failed:
+        return None
+    half = torch.linalg.solve_triangular(factor, targets, upper=False)
+    return torch.linalg.solve_triangular(factor.mT, half, upper=True)
 
 
 def standardised(task: Task) -> tuple[np.ndarray, dict[str, np.ndarray]]:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
-import os
 import shutil
 import time
 from typing import TYPE_CHECKING
@@ -28,7 +28,6 @@ from checkpointing import CannotWrite, FeatureCache, Unfinished, hash_of, locked
 
 if TYPE_CHECKING:
     from ablation.context import Context
-    from ablation.settings import Settings
 
 log = logging.getLogger("visual_ablation")
 
@@ -63,7 +62,9 @@ def extract_rows(context: Context, cells: list[Cell], rows: range) -> dict[Cell,
         cache = open_cache(context, audit)
         if cache is None:
             raise InputError("features without cells need a feature cache that can be written to")
-        names = [name for name in needed if not os.path.lexists(cache.path(name))]
+        present: dict[str, Matrix] = {}
+        load_cached(context, cache, needed, present, audit)
+        names = [name for name in needed if name not in present]
         if not names or (context.data.num_rows <= BLOCK_ROWS and 0 not in rows):
             continue
         if context.data.num_rows <= BLOCK_ROWS:
@@ -104,7 +105,7 @@ def extract_absent(
     cache = open_cache(context, audit)
     if cache is None:
         errors = extract_to(computed, context, request_of(context, names, audit))
-        store_in_memory(context, computed, audit)
+        store_in_memory(context, computed)
         return errors
     load_cached(context, cache, names, computed, audit)
     blocks = BlockPass(request_of(context, names, audit), blocks_of(context, cache, audit), cache)
@@ -136,7 +137,7 @@ def extract_by_blocks(
     if left:
         request = request_of(context, left, blocks.request.audit)
         blocks.errors |= extract_to(computed, context, request, blocks.kept)
-        store_in_memory(context, computed, blocks.request.audit)
+        store_in_memory(context, computed)
     return blocks.errors
 
 
@@ -152,7 +153,7 @@ def extract_at_once(context: Context, blocks: BlockPass, computed: dict[str, Mat
             return {}
         errors = extract_to(computed, context, request_of(context, absent, audit))
         save_cached(context, cache, {name: computed[name] for name in absent if name not in errors})
-        store_in_memory(context, computed, audit)
+        store_in_memory(context, computed)
         return errors
 
 
@@ -260,7 +261,7 @@ def request_of(context: Context, names: list[str], audit: Audit | None) -> Reque
 
 
 def shape_of(context: Context, name: str, audit: Audit | None = None) -> tuple[int, int]:
-    """Matrix and columns of a representation's features of all layers or modules."""
+    """Rows and columns of a representation's features of all layers or modules."""
     request = request_of(context, [name], audit)
     return request.num_rows, request.count(name) * request.widths[name]
 
@@ -298,7 +299,7 @@ def open_cache(context: Context, audit: Audit | None = None) -> FeatureCache | N
     def description_of(name: str) -> dict:
         return {"version": SPECS[name].version, **settings.options_of(name), **changes}
 
-    dtype = stored_type(settings, audit)
+    dtype = settings.cache_dtype
     if dtype != "float32":
         changes["cache_dtype"], variant = dtype, f"{variant}.{dtype}"
     names = data.layers.names
@@ -312,14 +313,9 @@ def open_cache(context: Context, audit: Audit | None = None) -> FeatureCache | N
     return cache
 
 
-def stored_type(settings: Settings, audit: Audit | None) -> str:
-    """The type that features are stored in: rows that an audit changes are not to change by rounding too."""
-    return settings.cache_dtype if audit is None else "float32"
-
-
-def store_in_memory(context: Context, computed: dict[str, Matrix], audit: Audit | None) -> None:
+def store_in_memory(context: Context, computed: dict[str, Matrix]) -> None:
     """Give features in memory the numbers that they would have from the cache."""
-    dtype = stored_type(context.settings, audit)
+    dtype = context.settings.cache_dtype
     for name, x in computed.items():
         if dtype != "float32" and isinstance(x, Tensor):
             computed[name] = decoded(encoded(x.numpy(), dtype))
@@ -337,6 +333,8 @@ def load_cached(
             arrays, problem = cache.load(name, shape_of(context, name, audit))
             if problem:
                 log.warning(f"cached features of {name} are not used: {problem}; computing them again")
+                with contextlib.suppress(OSError):  # another user's stays, and features stay in memory
+                    remove_tree(cache.path(name))
             elif arrays is not None:
                 computed[name] = decoded(arrays)
                 found.append(name)

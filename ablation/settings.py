@@ -205,6 +205,11 @@ class Settings:
         check_layer_sets(self)
         check_folds(self)
         check_fractions(self.train_fractions)
+        if self.cache_dtype != "float32" and (self.audit or not self.cache_features):
+            raise InputError(
+                f"--cache-dtype {self.cache_dtype} goes neither with --audit, which measures smaller changes "
+                "than its rounding, nor with --no-cache-features: use float32"
+            )
         if {"down", "up"} & set(self.controls) and not self.representations_of("layer"):
             raise InputError(
                 "--controls down and up need one of --representations that describes single layers"

@@ -1,4 +1,4 @@
-"""Matrix that are made when they are asked for, from files that the system maps into memory.
+"""Rows that are made when they are asked for, from files that the system maps into memory.
 
 `StreamedRows` stands in for a tensor (N, D) that does not fit the memory: it is indexed, split and moved to a
 device as a tensor is, and only what is moved is made.
@@ -24,7 +24,7 @@ AHEAD = 2  # batches that are made while another is trained on
 
 @dataclass(frozen=True)
 class StreamedRows:
-    """Matrix of a matrix with `width` columns, made on the host.
+    """Rows of a matrix with `width` columns, made on the host.
 
     `make` maps row numbers (n,) of the matrix to rows (n, width), from any thread. `rows` has the numbers of
     those that this object stands for, in any shape.
@@ -63,7 +63,7 @@ class StreamedRows:
         return made.to(device, non_blocking=True)
 
     def columns(self, start: int, stop: int) -> Tensor:
-        """Columns start:stop of all rows, (n, stop - start). Matrix are made in their order in the files."""
+        """Columns start:stop of all rows, (n, stop - start). Rows are made in their order in the files."""
         found = torch.empty(len(self), min(stop, self.width) - start, dtype=self.dtype)
         for places in self.rows.argsort().split(max(1, PIECE_VALUES // self.width)):
             found[places] = self.make(self.rows[places])[:, start:stop]

@@ -133,6 +133,17 @@ def test_the_pass_holds_one_block_and_the_cache_is_mapped(run, place, seven_rows
     assert not [*(place / ".feature_cache").rglob("rows*")]
 
 
+@pytest.mark.parametrize("flags", [(), ("--features-only",)])
+def test_a_cached_file_that_cannot_be_used_is_made_anew_by_blocks(run, place, seven_rows, flags):
+    run("--representations", "stats", "--output-dir", "first")
+    (file,) = (place / ".feature_cache").rglob("stats.safetensors")
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-9] + b"x" + whole[-8:])
+    status, log = run("--representations", "stats", "--output-dir", "second", *flags)
+    assert status == 0 and "cached features of stats are not used" in log
+    assert file.read_bytes() == whole and "stay in memory" not in log
+
+
 def test_rows_are_read_from_arrow_in_any_order():
     data = collect(concatenate_datasets([lora_dataset(n=12), lora_dataset(n=18, seed=1)]), "x")
     for layer in data.layers.names[:3]:

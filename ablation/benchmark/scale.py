@@ -146,7 +146,7 @@ def predicted(measured: list[ScaleRun], rows: int) -> ScaleRun:
 
 
 def scale_table(measured: list[ScaleRun], wanted: Sequence[int]) -> str:
-    """ScaleRun and predicted sizes side by side, as a table in Markdown."""
+    """Measured and predicted sizes side by side, as a table in Markdown."""
     stages = list(measured[0].seconds)
     head = ["rows", "", *(f"{stage} s" for stage in stages), "memory GB", "cache GB", "files GB"]
     lines = [head, ["---"] * len(head)]
