@@ -455,16 +455,15 @@ class ArrayFile:
     def __init__(self, file: BinaryIO, layout: ArrayLayout, made_with: dict):
         self.file, self.layout, self.made_with = file, layout, made_with
         self.digests = {name: xxhash.xxh3_128() for name in layout}
+        self.written = dict.fromkeys(layout, 0)
         file.write(self.header("0" * 32))  # in place of the hash, which is as long
 
     def header(self, payload: str) -> bytes:
         """What stands before the arrays."""
-        import numpy as np
-
         tensors: dict[str, Any] = {}
         end = 0
         for name, (dtype, shape) in self.layout.items():
-            start, end = end, end + math.prod(shape) * np.dtype(dtype).itemsize
+            start, end = end, end + array_bytes(dtype, shape)
             tensors[name] = {"dtype": ARRAY_TYPES[dtype], "shape": shape, "data_offsets": [start, end]}
         description = json.dumps({**self.made_with, "payload": payload})
         content = json.dumps({"__metadata__": {"description": description}, **tensors}).encode()
@@ -475,13 +474,24 @@ class ArrayFile:
         """Write the next rows of an array, of its type."""
         content = piece.tobytes()
         self.digests[name].update(content)
+        self.written[name] += len(content)
         self.file.write(content)
 
     def finish(self) -> None:
-        """Write the hash of all that was written."""
+        """Write the hash of all that was written. Raises ValueError if that is not all of the arrays."""
+        for name, (dtype, shape) in self.layout.items():
+            if self.written[name] != array_bytes(dtype, shape):
+                raise ValueError(f"{self.written[name]} bytes of {name} were written, of {dtype} {shape}")
         hashes = {name: digest.hexdigest() for name, digest in self.digests.items()}
         self.file.seek(0)
         self.file.write(self.header(hash_of([[n, *self.layout[n], hashes[n]] for n in sorted(hashes)])))
+
+
+def array_bytes(dtype: str, shape: tuple[int, ...]) -> int:
+    """Bytes of an array."""
+    import numpy as np
+
+    return math.prod(shape) * np.dtype(dtype).itemsize
 
 
 @contextlib.contextmanager

@@ -58,6 +58,8 @@ def refuse_contradictions(actions: Actions) -> None:
     is_planned = actions.dry_run and given in (["--devices"], ["--ray"])
     if given and (actions.status or (actions.dry_run and not is_planned)):
         raise InputError(f"{given[0]} does not go with {'--status' if actions.status else '--dry-run'}")
+    if given and actions.tensorboard:
+        raise InputError(f"--tensorboard does not go with {given[0]}: its curves are written by one process")
     if actions.workers and not actions.dry_run:
         raise InputError("--workers goes with --dry-run: --devices and --ray start processes")
     if not 0 <= actions.workers <= 100_000:

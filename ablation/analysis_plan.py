@@ -24,8 +24,20 @@ log = logging.getLogger("visual_ablation")
 
 PRIMARY = "the mean drop from all_layers to visual_only over the representations above chance, one test"
 FAMILY = "then each representation's drop, by step-down max-T over joint sign flips"
-NO_PART = ("output_dir", "cache_features", "cache_dir", "device", "dataset")  # settings that change no test
-NO_PART_AT_DEFAULT = ("architecture", "layer_sides")  # so that plans of before they existed have their hash
+# Settings that change no test.
+NO_PART = (
+    "output_dir",
+    "cache_features",
+    "cache_dir",
+    "device",
+    "dataset",
+    "memory_gb",
+    "ray_cpus",
+    "ray_gpus",
+    "streaming",
+)
+# So that plans of before they existed have their hash.
+NO_PART_AT_DEFAULT = {"architecture": AUTO, "layer_sides": {}, "cache_dtype": "float32"}
 # The standard error of a drop times the root of the tested rows: of one representation (the median of the
 # nine), and of their mean. Those of `digits`: 2.2 and 1.0 points on 520 rows (docs/statistics.md).
 SPREAD_OF_ONE, SPREAD_OF_MEAN = 0.5, 0.23
@@ -36,7 +48,7 @@ SHORT = 12  # characters of the hash in the log
 def analysis_plan(settings: Settings, data: LoraCollection) -> dict[str, Any]:
     """The settings that decide what is tested, the order of the tests, and the data."""
     chosen = dataclasses.asdict(settings)
-    left_out = {*NO_PART, *(name for name in NO_PART_AT_DEFAULT if chosen[name] in (AUTO, {}))}
+    left_out = {*NO_PART, *(name for name, default in NO_PART_AT_DEFAULT.items() if chosen[name] == default)}
     return {
         "primary": PRIMARY,
         "family": FAMILY,

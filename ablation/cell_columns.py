@@ -18,7 +18,7 @@ from ablation.catalogue import SPECS, components_of
 from ablation.cells import Cell
 from ablation.collection import LoraCollection, View
 from ablation.memory import free_memory
-from ablation.streamed import PIECE_VALUES, Matrix, stream
+from ablation.streamed import PIECE_VALUES, Matrix, some, stream, streamed
 from ablation.task import TrainingError
 from ablation.training import COPIES
 
@@ -74,7 +74,7 @@ class Features:
             f"The columns of {cell.trained.name} ({size / 1e9:.2f} GB) stay on disk and are read batch by "
             f"batch: {COPIES} copies are more than {room / 1e9:.2f} GB of memory"
         )
-        return [stream(x.__getitem__, *x.shape) if isinstance(x, Tensor) else x for x in columns]
+        return [streamed(x) for x in columns]
 
     def fit(self, cell: Cell, audits: list[Audit], view: View) -> Fit:
         """The fit of a cell's layer set, split and labels."""
@@ -104,12 +104,21 @@ def cell_columns(features: dict[str, Matrix], cell: Cell, data: LoraCollection) 
     if len(members) == 1 and len(chosen) == count and not is_norms:
         return members[0]
 
-    def make(rows: Tensor) -> Tensor:
-        x = torch.cat([x[rows].to("cpu").unflatten(1, (count, -1)) for x in members], dim=2)  # (n, P, k)
-        x = x[:, :, :1] if is_norms else x
-        return (x if len(chosen) == count else x[:, chosen]).flatten(1)
+    widths = [x.shape[1] // count for x in members]
+    width = 1 if is_norms else sum(widths)  # columns of a layer or module
+    places = torch.tensor(chosen)
 
-    width = 1 if is_norms else sum(x.shape[1] // count for x in members)
+    def make(rows: Tensor, start: int, stop: int) -> Tensor:
+        own = places[start // width : -(-stop // width)]  # the layers or modules that these columns are of
+        first, end = int(own[0]), int(own[-1]) + 1
+        parts = [
+            some(x, rows, first * k, end * k).unflatten(1, (end - first, k))
+            for x, k in zip(members, widths, strict=True)
+        ]
+        x = torch.cat(parts, dim=2)[:, own - first, : 1 if is_norms else None]  # (n, P, k)
+        skipped = start // width * width
+        return x.flatten(1)[:, start - skipped : stop - skipped]
+
     return stream(make, len(members[0]), width * len(chosen))
 
 

@@ -52,7 +52,7 @@ def command_of(context: Context, device: str, *part: str) -> list[str]:
 def environment_of(threads: int) -> dict[str, str]:
     """The variables of a worker's process, which shares the cores with others."""
     names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-    return {**dict.fromkeys(names, str(max(threads, 1))), WORKER: "1", "PYTHONUNBUFFERED": "1"}
+    return {**dict.fromkeys(names, str(max(threads, 1))), "PYTHONUNBUFFERED": "1"}
 
 
 def start_process(
@@ -62,7 +62,7 @@ def start_process(
     return subprocess.Popen(
         [sys.executable, *command],
         cwd=folder,
-        env={**os.environ, **environment},
+        env={**os.environ, **environment, WORKER: str(os.getpid())},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

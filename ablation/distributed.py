@@ -163,13 +163,15 @@ def groups_in_turn(context: Context, cells: list[Cell]) -> Iterator[list[Cell]]:
     is_part = context.actions.is_unit
     waiting = deque(longest_first(cells, sizes_of(context)) if is_part else groups_of(cells))
     announced: set[str] = set()
+    began = len(read_events(store.folder / "events.jsonl"))
     while waiting:
         held = 0
         for _ in range(len(waiting)):
             group = waiting.popleft()
             holders = [cell.name for cell in group if is_locked(store.path(cell.name))]
             if not holders:
-                yield group
+                if not (is_worker() and failures_reported(store, group, began)):
+                    yield group
                 continue
             held += 1
             waiting.append(group)
@@ -224,6 +226,12 @@ def failures_reported(store: ResultStore, cells: list[Cell], after: int = 0) -> 
     return {cell: last[cell.name] for cell in cells if last.get(cell.name)}
 
 
+def last_end(store: ResultStore) -> int:
+    """How many events there were when the results were last written; 0 if they never were."""
+    events = [event["event"] for event in read_events(store.folder / "events.jsonl")]
+    return len(events) - events[::-1].index("ended") if "ended" in events else 0
+
+
 # --- the end of a part
 
 
@@ -231,10 +239,10 @@ def end_with_parent() -> None:
     """End this process, if it is a worker's, when the one that started it is gone."""
     if not is_worker():
         return
-    parent = os.getppid()
+    parent = os.environ[WORKER]
 
     def watch() -> None:
-        while os.getppid() == parent:
+        while str(os.getppid()) == parent:
             time.sleep(LOOK_SECONDS)
         end_process(signal.SIGTERM)
 
@@ -268,7 +276,8 @@ def finish_part(context: Context, ledger: Ledger) -> int | None:
     ]
     # A cell that another process works on has not failed, whatever became of it before.
     ended = [cell for cell in missing if not is_locked(store.path(cell.name))]
-    ledger.failures |= failures_reported(store, ended)
+    after = 0 if context.actions.results_only else last_end(store)
+    ledger.failures |= failures_reported(store, ended, after)
     left = [cell for cell in missing if cell not in ledger.failures]
     status = 1 if own else 0
     announce(store.folder, "left", status=status, seconds=context.clock.seconds)

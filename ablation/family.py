@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -19,6 +20,8 @@ from ablation.estimators import LEVEL, MANY_UNITS, POWER, RESAMPLING_SEED, holm
 from ablation.samples import Sample
 
 JOINT_FLIPS = 9999  # random signs of the joint test
+SIGNS = np.array((-1, 1), np.int8)
+SIGNS_AT_ONCE = 2**27  # a GB while they are multiplied
 FEWEST_UNITS = 6  # with fewer, no choice of signs is rarer than 1 in 32: nothing can be shown
 
 
@@ -41,20 +44,27 @@ def joint_flips(sums: np.ndarray, seed: int = RESAMPLING_SEED) -> np.ndarray:
 
     The same signs for all representations keep their correlation. The first line has the observed signs.
     """
-    units = sums.shape[1]
-    draw = drawn_signs if units <= MANY_UNITS else draw_signs
-    signs = draw(JOINT_FLIPS, units, seed).astype(np.float64)
-    flipped = np.vstack([sums.sum(1), signs @ sums.T])
+    blocks = sign_blocks(JOINT_FLIPS, sums.shape[1], seed)
+    flipped = np.vstack([sums.sum(1), *(signs.astype(np.float64) @ sums.T for signs in blocks)])
     size = np.sqrt((sums**2).sum(1))
     return np.divide(flipped, size, out=np.zeros_like(flipped), where=size > 0)
 
 
-def draw_signs(flips: int, units: int, seed: int) -> np.ndarray:
-    """Random signs (B, G) of the units."""
-    return np.random.default_rng(seed).choice(np.array((-1, 1), np.int8), (flips, units))
+def sign_blocks(flips: int, units: int, seed: int) -> Iterator[np.ndarray]:
+    """Random signs (B, G) of the units, in blocks of flips of at most SIGNS_AT_ONCE signs."""
+    if units <= MANY_UNITS:
+        yield drawn_signs(flips, units, seed)
+        return
+    rng = np.random.default_rng(seed)
+    most = max(1, SIGNS_AT_ONCE // units)
+    for start in range(0, flips, most):
+        yield rng.choice(SIGNS, (min(most, flips - start), units))
 
 
-drawn_signs = functools.lru_cache(maxsize=1)(draw_signs)  # the same for every comparison on the same rows
+@functools.lru_cache(maxsize=1)
+def drawn_signs(flips: int, units: int, seed: int) -> np.ndarray:
+    """Random signs (B, G) of few units: the same for every comparison on the same rows."""
+    return np.random.default_rng(seed).choice(SIGNS, (flips, units))
 
 
 # Of an entry whose rows or groups are too few for any claim.

@@ -152,7 +152,7 @@ def remove_merged(cache: FeatureCache, kept: Unfinished) -> None:
     with contextlib.suppress(OSError):  # another user's stay
         for path in kept.folder.glob("rows*.safetensors"):
             names = kept.names_in(path.stem)
-            if cache.is_there(names):
+            if names and cache.is_there(names):
                 path.unlink(missing_ok=True)
         if not any(kept.folder.glob("rows*.safetensors")):
             kept.remove()

@@ -204,7 +204,8 @@ def refuse_full_disk(
     context: Context, cache: FeatureCache, names: list[str], audit: Audit | None, copies: int = 1
 ) -> None:
     """Raise InputError if the disk has no room for so many copies of the features."""
-    size = copies * sum(4 * math.prod(shape_of(context, name, audit)) for name in names)
+    stored = np.dtype(cache.dtype).itemsize + 4 * (copies - 1)  # bytes of a number; blocks are float32
+    size = stored * sum(math.prod(shape_of(context, name, audit)) for name in names)
     present = sum(file.stat().st_size for file in (cache.folder / ".unfinished").rglob("*") if file.is_file())
     free = shutil.disk_usage(cache.folder).free
     if size > free + present:

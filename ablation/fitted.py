@@ -39,15 +39,19 @@ def flat_vec(fit: Fit) -> StreamedRows:
     names = [fit.data.layers.names[position] for position in fit.positions]
     changed = changed_weights(fit)
 
-    def make(rows: Tensor) -> Tensor:
-        x, column = torch.empty(len(rows), fit.weights_per_row), 0
+    ends = np.cumsum([reader.layers.layouts[layer].size for layer in names])
+
+    def make(rows: Tensor, start: int, stop: int) -> Tensor:
+        x = torch.empty(len(rows), stop - start)
         is_changed = rows >= N
+        x[is_changed] = changed[rows[is_changed] - N, start:stop]
         own = rows[~is_changed]
-        for layer in names if len(own) else ():
-            w = reader.read_rows(layer, own)
+        touched = range(int(np.searchsorted(ends, start, "right")), int(np.searchsorted(ends, stop)) + 1)
+        for layer, end in ((names[i], int(ends[i])) for i in touched if len(own)):
+            first = end - reader.layers.layouts[layer].size
+            w = reader.read_rows(layer, own)[:, max(start - first, 0) : stop - first]
+            column = max(first - start, 0)
             x[~is_changed, column : column + w.shape[1]] = w
-            column += w.shape[1]
-        x[is_changed] = changed[rows[is_changed] - N]
         return x
 
     return stream(make, fit.num_rows, fit.weights_per_row)
@@ -83,6 +87,10 @@ def pca(fit: Fit) -> Tensor:
     if k < 1:
         raise TrainingError("pca needs two training rows")
     projections, means = project(fit, min(OVERSAMPLING * k, T, fit.weights_per_row))
+    if not projections.isfinite().all():
+        raise TrainingError("pca: products of the weights are beyond float32")
+    if not projections.any():
+        raise TrainingError("no column varies over the training rows: there is nothing to learn from")
     Q = orthonormal(projections)
     gram = fit.zeros(Q.shape[1], Q.shape[1])  # B @ B.T
     scores = fit.zeros(fit.num_rows, Q.shape[1])  # X @ B.T
@@ -127,7 +135,7 @@ def orthonormal(x: Tensor) -> Tensor:
     """An orthonormal basis (n, l') of the columns of x (n, l), float64, which it is written over.
 
     Twice, because one round leaves errors of the size of the rounding times the square of the spread of x's
-    singular values. Directions below NEGLIGIBLE_STD are left out.
+    singular values. Directions below NEGLIGIBLE_STD are left out. Not all of x may be 0.
     """
     for _ in range(2):
         squares, V = torch.linalg.eigh(x.mT @ x)

@@ -25,7 +25,8 @@ DISK_SHARE = 0.5  # of the free disk that a file may take
 def fitted_features(name: str, fit: Fit, folder: Path | None) -> Matrix:
     """A fitted representation, from the cache in `folder`, or computed and cached there.
 
-    A file that cannot be used, and a disk that does not take one, are logged.
+    A file that cannot be used, and a disk that does not take one, are logged. Raises InputError if the data
+    set's files changed while they were read.
     """
     if folder is None or name not in CACHED_FITS:
         return FITTED[name](fit)
@@ -43,10 +44,14 @@ def fitted_features(name: str, fit: Fit, folder: Path | None) -> Matrix:
 
 
 def compute(name: str, fit: Fit, folder: Path) -> Matrix:
-    """A fitted representation, computed and written to the cache."""
+    """A fitted representation, computed and written to the cache.
+
+    Raises InputError, and writes nothing, if the data set's files changed meanwhile.
+    """
     if name == "kernel_pca" and fit.kernel is None:
         fit.kernel = fitted_features("kernel_ridge", fit, folder).to("cpu")
     x = FITTED[name](fit).to("cpu")
+    fit.data.files.refuse_changes()
     size, free = x.nbytes, shutil.disk_usage(folder).free
     if size > DISK_SHARE * free:
         log.warning(

@@ -14,7 +14,7 @@ from ablation.reading import BLOCK_ROWS
 from ablation.task import TrainingError
 
 KERNEL_TILE = 2**24  # products of two columns held at a time
-KERNEL_COPIES = 2  # of a kernel that are held while something is fitted to it
+KERNEL_COPIES = 3  # of a kernel that are held at most while something is fitted to it
 
 
 def kernel_of(fit: Fit) -> Tensor:

@@ -66,7 +66,12 @@ def decoded(arrays: dict[str, np.ndarray]) -> Matrix:
     if stored.dtype == np.float32:
         return torch.from_numpy(stored)
     scale = Scale(arrays["middle"], arrays["half"])
-    return stream(lambda rows: torch.from_numpy(decode(stored[rows.numpy()], scale)), *stored.shape)
+
+    def make(rows: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+        own = Scale(scale.middle[start:stop], scale.half[start:stop])
+        return torch.from_numpy(decode(stored[:, start:stop][rows.numpy()], own))
+
+    return stream(make, *stored.shape)
 
 
 def decode(stored: np.ndarray, scale: Scale) -> np.ndarray:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import signal
 import socket
@@ -24,6 +25,7 @@ from ablation.device_processes import (
 from ablation.distributed import longest_first, sizes_of
 from ablation.fields import InputError
 from ablation.log import Progress, describe_error
+from ablation.memory import free_memory
 from ablation.reading import BLOCK_ROWS
 from ablation.stopping import SIGNALS, end_if_stopped
 
@@ -38,6 +40,7 @@ QUIET_RAY = {  # its statistics are not sent, its own lines stay out of the log
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_COLOR_PREFIX": "0",
 }
+MANY_TASKS = 10**6
 MAX_RETRIES = 3  # of a task whose worker was lost
 
 
@@ -68,7 +71,7 @@ def run_on_ray(context: Context, cells: list[Cell]) -> None:
             def look() -> None:
                 progress.done = sum(store.path(cell.name).exists() for cell in cells)
 
-            if context.data.num_rows > BLOCK_ROWS:
+            if context.data.num_rows > BLOCK_ROWS and settings.cache_features:
                 shares = [f"{number}/{slots}" for number in range(1, slots + 1)]
                 wait_for([start(f"rows {s}", "--features-only", "--rows", s) for s in shares], look)
             groups = longest_first(cells, sizes_of(context))
@@ -87,8 +90,12 @@ class WorkerLost(Exception):
 def run_part(label: str, command: list[str], folder: str, environment: dict[str, str], lines: Any) -> int:
     """A Ray task: run a command in a folder, and put its lines into a queue. Returns its exit status.
 
-    Raises WorkerLost if it was killed.
+    It may take its share of the machine's free memory. Raises WorkerLost if it was killed.
     """
+    share = int(environment["OMP_NUM_THREADS"]) / (os.cpu_count() or 1)
+    room = free_memory() / 1e9 * min(share, 1)
+    if "--memory-gb" not in command and room < math.inf:
+        command = [*command, "--memory-gb", f"{room:.3f}"]
     process = start_process(command, environment, folder)
     lines.put(f"[{label}] begins on {socket.gethostname()}")  # a second time if its first worker was lost
     for line in news_of(process):
@@ -113,7 +120,8 @@ def wait_for(tasks: list[Any], look: Callable[[], None]) -> None:
             raise
         for task in done:
             try:
-                ray.get(task)
+                if ray.get(task) > 1:  # refused; 1 is a cell that failed, which its event tells
+                    log.error("a task of Ray ended with an error, which its lines tell")
             except (WorkerLost, ray.exceptions.RayError) as error:
                 log.error(f"a task of Ray was lost: {describe_error(error)}")
         look()
@@ -159,8 +167,17 @@ def slots_of(settings: Settings) -> int:
     import ray
 
     resources, gpus = ray.cluster_resources(), gpus_of_task(settings)
-    by_cpu = int(resources.get("CPU", 0) / settings.ray_cpus)
-    return max(1, min(by_cpu, int(resources["GPU"] / gpus)) if gpus else by_cpu)
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    by_node = [
+        min(int(of.get("CPU", 0) / settings.ray_cpus), int(of.get("GPU", 0) / gpus) if gpus else MANY_TASKS)
+        for of in nodes
+    ]
+    if not sum(by_node):
+        raise InputError(
+            f"--ray-cpus {settings.ray_cpus:g} and --ray-gpus {gpus:g} are more than any node of the cluster "
+            f"has ({resources.get('CPU', 0):g} CPUs and {resources.get('GPU', 0):g} GPUs in all)"
+        )
+    return sum(by_node)
 
 
 def count_slots(settings: Settings, address: str) -> int:

@@ -22,15 +22,18 @@ GROUP_BYTES = 2**30  # of the columns that one reading of the rows collects
 AHEAD = 2  # batches that are made while another is trained on
 
 
+MakeRows = Callable[[Tensor, int, int], Tensor]
+
+
 @dataclass(frozen=True)
 class StreamedRows:
     """Rows of a matrix with `width` columns, made on the host.
 
-    `make` maps row numbers (n,) of the matrix to rows (n, width), from any thread. `rows` has the numbers of
-    those that this object stands for, in any shape.
+    `make` maps row numbers (n,) and columns start:stop to numbers (n, stop - start), from any thread, and
+    reads no others. `rows` has the numbers of the rows that this object stands for, in any shape.
     """
 
-    make: Callable[[Tensor], Tensor]
+    make: MakeRows
     rows: Tensor
     width: int
     dtype: torch.dtype = torch.float32
@@ -58,26 +61,39 @@ class StreamedRows:
         made = torch.empty(self.shape, dtype=self.dtype, pin_memory=torch.device(device).type == "cuda")
         flat, start = made.view(-1, self.width), 0
         for rows in self.rows.flatten().split(max(1, PIECE_VALUES // max(self.width, 1))):
-            flat[start : start + len(rows)] = self.make(rows)
+            flat[start : start + len(rows)] = self.make(rows, 0, self.width)
             start += len(rows)
         return made.to(device, non_blocking=True)
 
     def columns(self, start: int, stop: int) -> Tensor:
         """Columns start:stop of all rows, (n, stop - start). Rows are made in their order in the files."""
-        found = torch.empty(len(self), min(stop, self.width) - start, dtype=self.dtype)
-        for places in self.rows.argsort().split(max(1, PIECE_VALUES // self.width)):
-            found[places] = self.make(self.rows[places])[:, start:stop]
+        stop = min(stop, self.width)
+        found = torch.empty(len(self), stop - start, dtype=self.dtype)
+        for places in self.rows.argsort().split(max(1, PIECE_VALUES // (stop - start))):
+            found[places] = self.make(self.rows[places], start, stop)
         return found
 
 
 Matrix = Tensor | StreamedRows
 
 
-def stream(
-    make: Callable[[Tensor], Tensor], num_rows: int, width: int, dtype: torch.dtype = torch.float32
-) -> StreamedRows:
+def stream(make: MakeRows, num_rows: int, width: int, dtype: torch.dtype = torch.float32) -> StreamedRows:
     """All rows of a matrix (num_rows, width)."""
     return StreamedRows(make, torch.arange(num_rows), width, dtype)
+
+
+def streamed(x: Matrix) -> StreamedRows:
+    """The rows of a tensor (N, D), to be made when they are used; streamed rows as they are."""
+    if not isinstance(x, Tensor):
+        return x
+    return stream(lambda rows, start, stop: x[:, start:stop][rows], len(x), x.shape[1], x.dtype)
+
+
+def some(x: Matrix, rows: Tensor, start: int, stop: int) -> Tensor:
+    """Columns start:stop of some rows of x, on the host: (n, stop - start)."""
+    if isinstance(x, Tensor):
+        return x[:, start:stop][rows]
+    return x.make(x.rows[rows], start, stop)
 
 
 def joined(parts: list[Matrix]) -> Matrix:
@@ -90,13 +106,13 @@ def joined(parts: list[Matrix]) -> Matrix:
     ends = torch.tensor([len(part) for part in parts]).cumsum(0)
     width, dtype = parts[0].shape[1], parts[0].dtype
 
-    def make(rows: Tensor) -> Tensor:
-        found = torch.empty(len(rows), width, dtype=dtype)
+    def make(rows: Tensor, start: int, stop: int) -> Tensor:
+        found = torch.empty(len(rows), stop - start, dtype=dtype)
         owner = torch.bucketize(rows, ends, right=True)
         for number in owner.unique().tolist():
             own = owner == number
             first = int(ends[number]) - len(parts[number])
-            found[own] = parts[number][rows[own] - first].to("cpu")
+            found[own] = some(parts[number], rows[own] - first, start, stop)
         return found
 
     return stream(make, int(ends[-1]), width, dtype)
@@ -129,7 +145,7 @@ def minibatches(x: Matrix, batches: list[Tensor], device: torch.device) -> Itera
         for batch in batches:
             yield x[batch]
         return
-    source = stream(x.__getitem__, len(x), x.shape[1], x.dtype) if isinstance(x, Tensor) else x
+    source = streamed(x)
     with ThreadPoolExecutor(1) as pool:
         jobs = (pool.submit(rows_on, source, batch, device) for batch in batches)
         waiting = deque(islice(jobs, AHEAD))

@@ -45,7 +45,7 @@ from ablation.mlp import (
 )
 from ablation.packed import train_packed
 from ablation.settings import TrainingSettings
-from ablation.streamed import COLUMN_BLOCK, Matrix, column_blocks, joined, minibatches, stream
+from ablation.streamed import COLUMN_BLOCK, Matrix, column_blocks, joined, minibatches, some, stream
 from ablation.task import Listener, Run, Task, TrainedRuns, TrainingError
 from checkpointing import Unfinished
 
@@ -149,8 +149,11 @@ def standardise(x_ND: Matrix, train_rows: Tensor, device: str = "cpu") -> Matrix
     if not isinstance(x_ND, Tensor):
         source = x_ND
 
-        def make(rows: Tensor) -> Tensor:
-            return ((source[rows].to("cpu")[:, columns].double() - mean) / std).to(source.dtype)
+        def make(rows: Tensor, start: int, stop: int) -> Tensor:
+            own = columns[start:stop]
+            first, last = int(own[0]), int(own[-1])
+            x = some(source, rows, first, last + 1)[:, own - first]
+            return ((x.double() - mean[start:stop]) / std[start:stop]).to(source.dtype)
 
         return stream(make, len(source), len(columns), source.dtype)
     out_ND = torch.empty(len(x_ND), len(columns), dtype=x_ND.dtype, device=home)

@@ -29,7 +29,7 @@ from ablation.fit import FIT_SEED, Fit
 from ablation.fitted import FITTED, FOLDS
 from ablation.fitted_cache import fitted_features, path_of
 from ablation.reading import WeightReader
-from ablation.settings import Settings
+from ablation.settings import InputError, Settings
 from ablation.splits import Split
 from ablation.status import cached_fits
 from ablation.task import Listener, Task, TrainingError
@@ -448,6 +448,14 @@ def test_a_disk_that_takes_no_file_costs_a_line(tmp_path, monkeypatch, caplog):
         patch.setattr(fitted_cache, "write_arrays", full_disk)
         assert torch.equal(fitted_features("pca", cached_fit(), tmp_path), alone)
     assert "No space left" in caplog.text and not list(tmp_path.glob("*.safetensors"))
+
+
+def test_nothing_is_cached_of_files_that_changed_meanwhile(tmp_path):
+    fit = cached_fit()
+    fit.data.files.paths = [str(tmp_path / "gone")]
+    with pytest.raises(InputError, match="changed while they were read"):
+        fitted_features("pca", fit, tmp_path)
+    assert not list(tmp_path.glob("*.safetensors"))
 
 
 def full_disk(path, *arguments):

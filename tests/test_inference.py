@@ -786,3 +786,14 @@ def test_a_representation_with_one_run_counts_in_the_primary_hypothesis():
     assert sorted(found["primary"]["representations"]) == ["spectral", "stats"]
     assert found["primary"]["drop"] == pytest.approx(np.mean(list(drops.values())))
     assert verdict(found).startswith("Without the text layers accuracy falls by")
+
+
+def test_signs_of_many_rows_are_drawn_in_blocks_with_the_same_numbers(monkeypatch):
+    from ablation import family
+
+    sums = np.random.default_rng(0).normal(size=(3, 700))
+    monkeypatch.setattr(family, "JOINT_FLIPS", 99)
+    whole = family.joint_flips(sums)
+    monkeypatch.setattr(family, "SIGNS_AT_ONCE", 7 * 700)
+    assert np.allclose(family.joint_flips(sums), whole, rtol=0, atol=1e-12)
+    assert len(list(family.sign_blocks(99, 700, 0))) == 15

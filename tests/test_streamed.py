@@ -30,7 +30,7 @@ def x():
 
 def streamed_from(x):
     """The rows of a tensor, made when they are asked for."""
-    return stream(lambda rows: x[rows], *x.shape)
+    return stream(lambda rows, start, stop: x[rows, start:stop], *x.shape)
 
 
 @pytest.mark.parametrize("group_bytes", [1, 2**30])
@@ -81,7 +81,7 @@ def test_streamed_rows_are_indexed_split_and_joined_as_tensors(x, monkeypatch):
 
 
 def test_an_error_of_a_batch_that_is_made_ahead_is_raised():
-    def fail(rows):
+    def fail(rows, start, stop):
         raise OSError("the disk is gone")
 
     with pytest.raises(OSError, match="the disk is gone"):
@@ -173,3 +173,23 @@ def test_free_memory_is_the_least_of_what_is_allowed(tmp_path, monkeypatch):
 def test_a_limit_of_the_address_space_counts(monkeypatch):
     monkeypatch.setattr(resource, "getrlimit", lambda which: (10**15, 10**15))
     assert 0 < memory.free_address_space() < 10**15
+
+
+def test_no_other_columns_are_made_than_those_asked_for(run, place, seven_rows, monkeypatch):
+    """The spread of columns is taken in groups: each group must not make whole rows."""
+    made, real = [], StreamedRows.columns
+
+    def columns(self, start, stop):
+        found = real(self, start, stop)
+        whole = self.to("cpu")
+        assert torch.equal(found, whole[:, start:stop])
+        made.append((start, min(stop, self.width)))
+        return found
+
+    monkeypatch.setattr(streamed, "GROUP_BYTES", 1)
+    monkeypatch.setattr(streamed, "COLUMN_BLOCK", 30)
+    monkeypatch.setattr(StreamedRows, "columns", columns)
+    for flags in (("--cache-dtype", "int8"), ("--audit", "noise")):
+        chosen = ("--representations", "ensemble", "flat_vec", "--memory-gb", "1e-9")
+        assert run(*chosen, *flags, "--output-dir", flags[1])[0] == 0
+    assert {stop - start for start, stop in made} >= {30}

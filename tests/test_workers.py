@@ -1,16 +1,18 @@
 """Cells that other processes run: on several devices, and on Ray."""
 
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
 from running import FAST, SCRIPT, cell_files, folder, visible
 
-from ablation import device_processes, workers
+from ablation import device_processes, distributed, ray_tasks, workers
 from ablation.actions import Actions
 from ablation.cells import Cell
 from ablation.command_line import parse_command_line
@@ -45,7 +47,8 @@ def test_two_processes_write_the_checkpoints_of_one(run, place):
     lines = log.splitlines()
     assert sum(line.startswith(("[1 cpu] Results: ", "[2 cpu] Results: ")) for line in lines) == 4
     assert log.count("PROGRESS SUMMARY") == log.count("VERDICT") == 1
-    assert (folder(place, output="two") / "results.json").exists()
+    results = json.loads((folder(place, output="two") / "results.json").read_text())
+    assert results["analysis_plan"]["other_plans"] == 0
 
 
 def test_what_the_processes_left_is_run_here_and_what_failed_is_not(run, place, monkeypatch):
@@ -96,11 +99,15 @@ def test_a_process_ends_with_the_one_that_started_it(tmp_path):
     worker = f"import sys; sys.path.insert(0, {str(SCRIPT.parent)!r}); import time, os; "
     worker += "from ablation.distributed import end_with_parent; end_with_parent(); "
     worker += "open('pid', 'w').write(str(os.getpid())); time.sleep(100)"
-    middle = "import subprocess, sys, os; subprocess.Popen([sys.executable, '-c', os.environ['CODE']]); "
-    middle += "import time; time.sleep(100)"
-    environment = {**os.environ, "CODE": worker, device_processes.WORKER: "1"}
+    middle = (
+        "import subprocess, sys, os, time; own = {**os.environ, 'VISUAL_ABLATION_WORKER': str(os.getpid())}; "
+    )
+    middle += "subprocess.Popen([sys.executable, '-c', os.environ['CODE']], env=own); time.sleep(100)"
+    environment = {**os.environ, "CODE": worker}
     process = subprocess.Popen([sys.executable, "-c", middle], cwd=tmp_path, env=environment)
     pid = wait_until(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text())
+    time.sleep(0.5)
+    assert Path(f"/proc/{pid}").exists()
     process.kill()
     process.wait()
     wait_until(
@@ -155,6 +162,40 @@ def test_without_locks_each_process_has_its_share(place, monkeypatch):
     assert device_processes.part_names(context, cells, 2) == [names[::2], names[1::2]]
 
 
+def test_a_plan_shares_the_cells_by_their_columns(run, place):
+    status, log = run("--dry-run", "--representations", "stats", "ensemble", "--workers", "2")
+    assert status == 0 and "Plan for 2 processes: 4 units, each a cell with its audits" in log
+    # 16 layers: 1,072 and 536 columns of ensemble, 112 and 56 of stats; 1,024 stand for the hidden layers.
+    costs = [1072 + 1024, 536 + 1024, 112 + 1024, 56 + 1024]
+    shares = [costs[0] + costs[3], costs[1] + costs[2]]
+    assert (
+        f"  1: {100 * shares[0] / sum(costs):5.1f} % of the work: all_layers_ensemble, visual_only_stats"
+        in log
+    )
+    assert (
+        f"  2: {100 * shares[1] / sum(costs):5.1f} % of the work: visual_only_ensemble, all_layers_stats"
+        in log
+    )
+    assert f"speed-up: {sum(costs) / max(shares):.1f} of 2; the longest unit is 36 % of the work" in log
+
+
+def test_what_a_process_failed_is_not_tried_by_the_next(run, place, monkeypatch):
+    monkeypatch.setenv(distributed.WORKER, "1")
+    real = distributed.groups_in_turn
+
+    def turns(context, cells):
+        for number, group in enumerate(real(context, cells)):
+            if number == 0:
+                announce(
+                    context.store.folder, "failed", cell="all_layers_simple_stats", error="told elsewhere"
+                )
+            yield group
+
+    monkeypatch.setattr("visual_ablation_experiment.groups_in_turn", turns)
+    assert run(*FOUR, "--cells", "all_layers_stats", "all_layers_simple_stats")[0] == 0
+    assert visible(folder(place) / "checkpoints") == ["all_layers_stats.json"]
+
+
 # --- Ray
 
 
@@ -162,6 +203,20 @@ def test_without_ray_the_remedy_is_named(run, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     status, log = run("--ray", "local")
     assert status == 2 and "pip install -r requirements-ray.txt" in log
+
+
+def test_tasks_that_no_node_can_hold_are_refused(monkeypatch):
+    nodes = [
+        {"Alive": True, "Resources": {"CPU": 4.0, "GPU": 1.0}},
+        {"Alive": False, "Resources": {"CPU": 99.0}},
+    ]
+    fake = types.SimpleNamespace(nodes=lambda: nodes, cluster_resources=lambda: {"CPU": 4.0, "GPU": 1.0})
+    monkeypatch.setitem(sys.modules, "ray", fake)
+    settings = context_of("--ray", "local", "--ray-cpus", "2", "--ray-gpus", "0.5").settings
+    assert ray_tasks.slots_of(settings) == 2
+    for flags in (("--ray-cpus", "64"), ("--ray-gpus", "2")):
+        with pytest.raises(InputError, match="more than any node of the cluster has"):
+            ray_tasks.slots_of(context_of("--ray", "local", *flags).settings)
 
 
 def children_named(pid, name):

@@ -5,7 +5,7 @@
 #     scripts/slurm/submit.sh --dataset 50k --num-runs 10 --output-dir results_50k
 #
 # All arguments are those of visual_ablation_experiment.py. The output folder and the cache must lie on a disk
-# that all machines see. The same command again submits what is missing. From the environment:
+# that all machines see. The same command again submits the same jobs; finished cells are kept. From the environment:
 #
 #     FEATURE_JOBS   jobs of the first array (default: 8)
 #     CELL_JOBS      jobs of the second array (default: 8)
@@ -29,7 +29,8 @@ for name in FEATURE_JOBS CELL_JOBS CPUS GPUS; do
         exit 2
     fi
 done
-# Wrong flags end here, before a job waits in a queue. This says what is finished, too.
+# Wrong flags end here, before a job waits in a queue; cells of other settings end the jobs that need them. This
+# says what is finished, too.
 "$python" "$root/visual_ablation_experiment.py" "$@" --status
 
 # All jobs ask for the same machine: on a GPU the trainer is another than on a CPU, and so are the cells.
