@@ -26,6 +26,7 @@ from ablation.analysis_plan import announce_plan
 from ablation.cells import Cell, cells_named
 from ablation.command_line import find_device, parse_command_line, typed_command
 from ablation.distributed import (
+    PART_BEGINS,
     chosen_cells,
     chosen_rows,
     end_with_parent,
@@ -176,7 +177,7 @@ def open_ledger(context: Context, cells: list[Cell], skipped: dict[Cell, str]) -
     event = "joined" if actions.is_unit else "started"
     announce(store.folder, event, command=typed_command(), cells=cells_to_run, plan=plan)
     if actions.is_unit:
-        log.info(f"This command is a part of the experiment: {len(ledger.missing)} of the missing cells")
+        log.info(f"{PART_BEGINS}: {len(ledger.missing)} of the missing cells")
     else:
         write_manifest(context, ledger, None, RUNNING)
     return ledger

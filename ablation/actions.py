@@ -99,7 +99,7 @@ def add_parts(section: argparse._ArgumentGroup) -> None:
     section.add_argument(
         "--features-only",
         action="store_true",
-        help="make the features of all cells, leave them in the cache, and train nothing",
+        help="make all features but those fitted to training rows, leave them in the cache, train nothing",
     )
     section.add_argument(
         "--rows",

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ablation.cells import Cell
-from ablation.distributed import WORKER, longest_first, sizes_of
+from ablation.distributed import PART_BEGINS, WORKER, longest_first, sizes_of
 from ablation.log import Progress
 from ablation.memory import free_memory
 from ablation.stopping import cleaners, end_if_stopped
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 log = logging.getLogger("visual_ablation")
 
 PROGRAM = Path(__file__).resolve().parent.parent / "visual_ablation_experiment.py"
-PART_BEGINS = "This command is a part of the experiment"  # the line after which a process's lines are news
 LAST_LINES = 5  # of a process that ended before it
 RESTARTS = 2  # of a process that was killed
 POLL_SECONDS = 0.2

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("visual_ablation")
 
+PART_BEGINS = "This command is a part of the experiment"  # begins a line; what comes after it is its own work
 LOOK_SECONDS = 1.0  # between two looks at what other processes hold
 WORKER = (
     "VISUAL_ABLATION_WORKER"  # set for the processes that an experiment starts, which leave the results to it

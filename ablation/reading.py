@@ -36,8 +36,8 @@ BLOCK_ROWS = 1024  # blocks start at its multiples, whatever the memory, the mac
 HASH_ROWS = 16 * BLOCK_ROWS  # checked at a time ahead of the hash: no copy is made, so larger costs no memory
 READ_AHEAD = 4  # layers at most that are read ahead for a GPU, by as many threads
 PIECE = 2**17  # values copied or checked at a time: that many stay in a core's cache
-# Stored types that the torch formatter turns into float32 too; all others are left to the formatter.
 INFINITY = 0x7F800000  # the bits of float32's
+# Stored types that the torch formatter turns into float32 too; all others are left to the formatter.
 FLOATS = (pa.float16(), pa.float32(), pa.float64())
 
 

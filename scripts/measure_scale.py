@@ -2,7 +2,7 @@
 """Measure how time, memory and disk grow with the number of rows, under a limit of memory.
 
 Runs the experiment on data sets of several sizes, cold, and prints what each stage takes beside what the line
-through the two smallest sizes predicts for the others, and for --predict.
+through the two smallest sizes predicts; for --predict it is the line through the two largest.
 """
 
 import argparse

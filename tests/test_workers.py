@@ -23,7 +23,7 @@ from ablation.provenance import announce
 from checkpointing import ResultStore
 
 FOUR = ("--representations", "stats", "simple_stats")
-BEGINS = f"print({device_processes.PART_BEGINS!r}, flush=True); print('hello', flush=True)"
+BEGINS = f"print({distributed.PART_BEGINS!r}, flush=True); print('hello', flush=True)"
 
 
 def context_of(*argv):

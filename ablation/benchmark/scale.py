@@ -128,8 +128,11 @@ def control_group(limit: int) -> Iterator[Callable[[], object] | None]:
 
 
 def predicted(measured: list[ScaleRun], rows: int) -> ScaleRun:
-    """What the line through the two smallest measured sizes says of another size."""
-    small, large = sorted(measured, key=lambda one: one.rows)[:2]
+    """What a line says of another size: that through the two smallest measured sizes or, beyond all that was
+    measured, through the two largest.
+    """
+    in_order = sorted(measured, key=lambda one: one.rows)
+    small, large = in_order[-2:] if rows > in_order[-1].rows else in_order[:2]
 
     def on_line(first: float, second: float) -> float:
         slope = (second - first) / (large.rows - small.rows)
