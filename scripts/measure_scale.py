@@ -2,7 +2,7 @@
 """Measure how time, memory and disk grow with the number of rows, under a limit of memory.
 
 Runs the experiment on data sets of several sizes, cold, and prints what each stage takes beside what the line
-through the two smallest sizes predicts; for --predict it is the line through the two largest.
+through the two next smaller sizes predicts.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import _root
 
-from ablation.benchmark.scale import run_measured, scale_table
+from ablation.benchmark.scale import ScaleRun, run_measured, scale_table
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -26,15 +26,17 @@ def main(argv: list[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="After -- come flags of the experiment, such as -- --num-runs 1 --max-epochs 2",
     )
-    parser.add_argument("datasets", nargs="+", type=Path, help="data sets of different sizes, two at least")
+    parser.add_argument(
+        "datasets", nargs="+", type=Path, help="data sets of different sizes; a line needs two"
+    )
     parser.add_argument("--limit-gb", type=float, default=0, help="of memory (control group; needs root)")
     parser.add_argument("--predict", nargs="*", type=int, default=[1_000_000], help="further numbers of rows")
     parser.add_argument("--work", type=Path, help="folder for caches and results (default: a temporary one)")
-    parser.add_argument("--json", type=Path, help="file that gets the figures")
+    parser.add_argument("--json", type=Path, help="file that gets the figures; those in it are shown too")
     arguments = parser.parse_args(typed[:place])
-    if len(arguments.datasets) < 2:
-        parser.error("give two data sets at least: a line needs two points")
-    program, flags, found = _root.ROOT / "visual_ablation_experiment.py", typed[place + 1 :], []
+    program, flags = _root.ROOT / "visual_ablation_experiment.py", typed[place + 1 :]
+    kept = json.loads(arguments.json.read_text()) if arguments.json and arguments.json.exists() else []
+    found = [ScaleRun(**one) for one in kept]
     for data in arguments.datasets:
         with tempfile.TemporaryDirectory(dir=arguments.work) as work:
             limit = int(arguments.limit_gb * 2**30)

@@ -10,9 +10,10 @@ def of_rows(rows, seconds, memory):
     return ScaleRun(rows, 4000 * rows, {"hash": seconds, "all": 2 * seconds}, memory, 100 * rows)
 
 
-def test_other_sizes_lie_on_a_line_through_two_that_were_measured():
+def test_a_size_is_predicted_by_the_line_through_the_two_next_smaller():
     measured = [of_rows(1000, 3.0, 500), of_rows(100_000, 210.0, 9000), of_rows(2000, 5.0, 600)]
     assert predicted(measured, 198_000).seconds["hash"] == pytest.approx(210 + 205)
+    assert predicted(measured, 100_000).seconds["hash"] == pytest.approx(201)
     found = predicted(measured[::2], 1_000_000)
     assert found.seconds == pytest.approx({"hash": 2001.0, "all": 4002.0})
     assert (found.memory_bytes, found.file_bytes, found.cache_bytes) == (100_400, 4_000_000_000, 100_000_000)

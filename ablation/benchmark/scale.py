@@ -124,15 +124,12 @@ def control_group(limit: int) -> Iterator[Callable[[], object] | None]:
             time.sleep(SAMPLE_SECONDS)
 
 
-# --- the line through the smaller data sets
+# --- the line through two smaller data sets
 
 
 def predicted(measured: list[ScaleRun], rows: int) -> ScaleRun:
-    """What a line says of another size: that through the two smallest measured sizes or, beyond all that was
-    measured, through the two largest.
-    """
-    in_order = sorted(measured, key=lambda one: one.rows)
-    small, large = in_order[-2:] if rows > in_order[-1].rows else in_order[:2]
+    """What the line through the two next smaller measured sizes says of a number of rows."""
+    small, large = sorted((one for one in measured if one.rows < rows), key=lambda one: one.rows)[-2:]
 
     def on_line(first: float, second: float) -> float:
         slope = (second - first) / (large.rows - small.rows)
@@ -153,11 +150,12 @@ def scale_table(measured: list[ScaleRun], wanted: Sequence[int]) -> str:
     stages = list(measured[0].seconds)
     head = ["rows", "", *(f"{stage} s" for stage in stages), "memory GB", "cache GB", "files GB"]
     lines = [head, ["---"] * len(head)]
+    further = [rows for rows in wanted if sum(one.rows < rows for one in measured) > 1]
     for one in measured:
         lines.append(scale_row(one, "measured", stages))
-        if len(measured) > 2 and one.rows > sorted(m.rows for m in measured)[1]:
+        if sum(smaller.rows < one.rows for smaller in measured) > 1:
             lines.append(scale_row(predicted(measured, one.rows), "predicted", stages))
-    lines += [scale_row(predicted(measured, rows), "predicted", stages) for rows in wanted]
+    lines += [scale_row(predicted(measured, rows), "predicted", stages) for rows in further]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
