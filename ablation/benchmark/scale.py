@@ -128,7 +128,10 @@ def control_group(limit: int) -> Iterator[Callable[[], object] | None]:
 
 
 def predicted(measured: list[ScaleRun], rows: int) -> ScaleRun:
-    """What the line through the two next smaller measured sizes says of a number of rows."""
+    """What the line through the two next smaller measured sizes says of a number of rows.
+
+    Memory lies on no line: it stops growing where a cell's columns are read from disk.
+    """
     small, large = sorted((one for one in measured if one.rows < rows), key=lambda one: one.rows)[-2:]
 
     def on_line(first: float, second: float) -> float:
@@ -140,8 +143,7 @@ def predicted(measured: list[ScaleRun], rows: int) -> ScaleRun:
         rows,
         int(on_line(small.file_bytes, large.file_bytes)),
         seconds,
-        int(on_line(small.memory_bytes, large.memory_bytes)),
-        int(on_line(small.cache_bytes, large.cache_bytes)),
+        cache_bytes=int(on_line(small.cache_bytes, large.cache_bytes)),
     )
 
 
@@ -161,5 +163,7 @@ def scale_table(measured: list[ScaleRun], wanted: Sequence[int]) -> str:
 
 def scale_row(one: ScaleRun, how: str, stages: list[str]) -> list[str]:
     """A row of the table."""
-    sizes = [f"{size / 1e9:.2f}" for size in (one.memory_bytes, one.cache_bytes, one.file_bytes)]
+    sizes = [
+        f"{size / 1e9:.2f}" if size else "" for size in (one.memory_bytes, one.cache_bytes, one.file_bytes)
+    ]
     return [f"{one.rows:,}", how, *(f"{one.seconds[stage]:,.1f}" for stage in stages), *sizes]
