@@ -15,6 +15,7 @@ from ablation.splits import Split
 from ablation.streamed import StreamedRows, column_blocks, joined, minibatches, stream
 from ablation.task import Task, TrainingError
 from ablation.training import standardise, train_runs
+from checkpointing import ArrayFile, CannotWrite, Unfinished
 
 N, D, E = 300, 600, 40
 CPU = torch.device("cpu")
@@ -193,3 +194,23 @@ def test_no_other_columns_are_made_than_those_asked_for(run, place, seven_rows, 
         chosen = ("--representations", "ensemble", "flat_vec", "--memory-gb", "1e-9")
         assert run(*chosen, *flags, "--output-dir", flags[1])[0] == 0
     assert {stop - start for start, stop in made} >= {30}
+
+
+@pytest.mark.parametrize("what", ["blocks", "files"])
+def test_a_disk_that_takes_no_features_costs_no_result(run, place, seven_rows, monkeypatch, what):
+    run("--representations", "stats", "--output-dir", "whole", "--cache-dir", "other")
+
+    def full(self, *arguments):
+        raise CannotWrite.to(place, OSError(28, "No space left on device"))
+
+    place_of = {"blocks": (Unfinished, "save"), "files": (ArrayFile, "append")}[what]
+    with monkeypatch.context() as patch:
+        patch.setattr(*place_of, full)
+        patch.setattr("ablation.kept_runs.keep_run", lambda *arguments: None)
+        status, log = run("--representations", "stats")
+    assert status == 0 and "No space left on device: the features stay in memory" in log
+    assert cell_files(place) == cell_files(place, output="whole")
+    assert not [
+        *(place / ".feature_cache").rglob("*.safetensors.*"),
+        *(place / ".feature_cache").rglob("stats*"),
+    ]
