@@ -206,7 +206,6 @@ def test_a_disk_that_takes_no_features_costs_no_result(run, place, seven_rows, m
     place_of = {"blocks": (Unfinished, "save"), "files": (ArrayFile, "append")}[what]
     with monkeypatch.context() as patch:
         patch.setattr(*place_of, full)
-        patch.setattr("ablation.kept_runs.keep_run", lambda *arguments: None)
         status, log = run("--representations", "stats")
     assert status == 0 and "No space left on device: the features stay in memory" in log
     assert cell_files(place) == cell_files(place, output="whole")
