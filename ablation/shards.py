@@ -86,7 +86,7 @@ class Shards:
         rows = rows.select_columns(columns).with_format("arrow")
         yield from (rows.skip(start - first) if start > first else rows).iter(batch_size=BLOCK_ROWS)
 
-    def identity(self, on_shard: Callable[[float], None]) -> str:
+    def identity(self) -> str:
         """A hash of the files: of their bytes, or of addresses on the Hub, whose content never changes."""
         if not self.is_local:
             return hash_of(["shards on the Hub", self.urls, self.counts])
@@ -97,7 +97,6 @@ class Shards:
                 while piece := file.read(HASHED_BYTES):
                     digest.update(piece)
             digests.append(digest.hexdigest())
-            on_shard(1 / len(self.urls))
         return hash_of(["shards", digests])
 
 
@@ -210,7 +209,7 @@ class ShardReader(WeightReader):
 
     def content_hash(self, on_layer: Callable[[], None] = lambda: None) -> str:
         """A hash of the shards, which are not read for it as tables."""
-        return self.shards.identity(lambda share: None)
+        return self.shards.identity()
 
     def read_rows(self, layer: str, rows: Tensor) -> Tensor:
         """Not possible: the weights are not kept."""

@@ -32,7 +32,7 @@ from ablation.layers import ColumnLayout, Layers, layers_of, refuse_empty_layer_
 from ablation.log import duration
 from ablation.provenance import changed_files
 from ablation.results import reported_entries
-from ablation.selection import NO_LAYER, Contents, list_cells, possible_cells
+from ablation.selection import NO_LAYER, USUAL_CLASSES, Contents, list_cells, possible_cells
 from ablation.settings import Settings
 from ablation.splits import SMALLEST_SPLIT, refuse_impossible, split_names, split_spec
 from ablation.survey import Survey, survey
@@ -42,7 +42,6 @@ log = logging.getLogger("visual_ablation")
 
 WATCH_SECONDS = 10.0
 TRAIN_SHARE = 0.7  # of the rows; in cross-validation somewhat more
-TEN = 10  # classes, while their number is not known
 METADATA_CELL = Cell("metadata", "no_layers")
 REASONS = {  # why a cell runs or not, in the plan
     "done": "kept, if the data set has not changed",
@@ -239,9 +238,8 @@ def print_plan(settings: Settings, actions: Actions) -> int:
         if surveyed.rows >= SMALLEST_SPLIT:
             for line in expectation(settings, tested_rows(settings, surveyed.rows)):
                 log.info(f"Tests:   {line}")
-        print_shares(
-            settings, actions, list(unfinished(states)), CellSizes(settings, layers, surveyed.rows, TEN)
-        )
+        sizes = CellSizes(settings, layers, surveyed.rows, USUAL_CLASSES)
+        print_shares(settings, actions, list(unfinished(states)), sizes)
     return 0
 
 

@@ -6,20 +6,19 @@ device as a tensor is, and only what is moved is made.
 
 from __future__ import annotations
 
-from collections import deque
+import functools
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import islice
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ablation.reading import fetched
+
 PIECE_VALUES = 2**22  # made at a time
 COLUMN_BLOCK = 256  # columns whose statistics are taken at a time in float64
 GROUP_BYTES = 2**30  # of the columns that one reading of the rows collects
-AHEAD = 2  # batches that are made while another is trained on
 
 
 MakeRows = Callable[[Tensor, int, int], Tensor]
@@ -145,11 +144,6 @@ def minibatches(x: Matrix, batches: list[Tensor], device: torch.device) -> Itera
         for batch in batches:
             yield x[batch]
         return
-    source = streamed(x)
-    with ThreadPoolExecutor(1) as pool:
-        jobs = (pool.submit(rows_on, source, batch, device) for batch in batches)
-        waiting = deque(islice(jobs, AHEAD))
-        while waiting:
-            made = waiting.popleft().result()
-            waiting.extend(islice(jobs, 1))
-            yield made
+    take = functools.partial(rows_on, streamed(x), device=device)
+    for _, made in fetched(take, batches, threads=1):
+        yield made

@@ -201,6 +201,22 @@ def test_damaged_features_are_not_used(cache, damage):
     assert found is None and problem
 
 
+def test_a_file_that_grows_row_by_row_is_the_file_of_the_whole_or_none(cache):
+    features = np.random.default_rng(0).normal(size=SHAPE).astype(np.float32)
+    cache.save("stats", {"features": features})
+    whole = cache.path("stats").read_bytes()
+    with (
+        pytest.raises(ValueError, match="of features were written"),
+        cache.growing("stats", SHAPE, {}) as file,
+    ):
+        file.append("features", features[:5])
+    assert cache.path("stats").read_bytes() == whole
+    with cache.growing("stats", SHAPE, {}) as file:
+        for part in (features[:3], features[3:]):
+            file.append("features", part)
+    assert np.array_equal(cache.load("stats", SHAPE)[0]["features"], features)
+
+
 # --- results
 
 
