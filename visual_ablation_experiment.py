@@ -15,6 +15,7 @@ SIGQUIT, SIGTERM.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import sys
@@ -32,33 +33,22 @@ from ablation.distributed import (
     end_with_parent,
     finish_features,
     finish_part,
-    groups_in_turn,
     sizes_of,
 )
-from ablation.failures import announce_failures, logging_errors, noting_failures, noting_the_end
+from ablation.failures import announce_failures, logging_errors, noting_the_end
 from ablation.fields import InputError
 from ablation.log import Clock, Progress, close_log, log_to_stdout, visible
-from ablation.provenance import RUNNING, announce, announce_finished, computed_by, write_manifest
+from ablation.nothing_left import FinishedBefore
+from ablation.provenance import RUNNING, announce, write_manifest
 from ablation.results import header_of, save_results
 from ablation.selection import contents_of, possible_cells
 from ablation.settings import Settings
 from ablation.sources import resolve_name
-from ablation.status import print_plan, print_progress_summary, print_status, watch_status
+from ablation.status import print_plan, print_progress_summary, print_results, print_status, watch_status
 from ablation.stopping import STOPPED, handle_signals, name_of_stop, signals_winning
-from checkpointing import (
-    CannotWrite,
-    Held,
-    Refused,
-    ResultStore,
-    Unfinished,
-    crash_point,
-    holding,
-    locked,
-    taking_part,
-)
+from checkpointing import CannotWrite, Held, Refused, ResultStore, crash_point, holding, locked, taking_part
 
 if TYPE_CHECKING:
-    from ablation.cell_columns import Features
     from ablation.context import Context, Ledger
 
 log = logging.getLogger("visual_ablation")
@@ -105,12 +95,18 @@ def answer(argv: list[str] | None) -> int:
 
 def run_experiment(settings: Settings, actions: Actions) -> int:
     """Load the data, list the cells, extract features, train each cell, report. Returns the exit status."""
+    before = FinishedBefore(settings, actions)
+    if before.is_unchanged() and (not actions.report or has_report(settings.output_folder)):
+        return before.show()  # without torch and datasets, which take seconds to import
+
+    from ablation.cells_at_work import train_cells
     from ablation.features import extract_rows, load_or_extract
     from ablation.workers import run_by_workers
 
-    context = open_context(settings, actions)
-    cells, skipped = possible_cells(context.settings, contents_of(context.data))
-    ledger = open_ledger(context, cells, skipped)
+    with before.listening():
+        context = open_context(settings, actions)
+        cells, skipped = possible_cells(context.settings, contents_of(context.data))
+    ledger = open_ledger(context, cells, skipped, before)
     with noting_the_end(context, ledger):
         if actions.features_only:
             rows = chosen_rows(actions.rows, context.data.num_rows)
@@ -122,24 +118,27 @@ def run_experiment(settings: Settings, actions: Actions) -> int:
         context.store.prepare()
         crash_point("cached")
         page = LivePage(context, ledger)
-        # A cell and its audits share the trained runs. What another process holds comes last.
-        for group in groups_in_turn(context, left):
-            computable = [cell for cell in group if cell not in ledger.failures]
-            with noting_failures(context, ledger, computable):
-                run_group(context, ledger, computable, features)
-            announce_failures(context, ledger, group)
-            page.show(group)
-        return finish(context, ledger)
+        with contextlib.closing(train_cells(context, ledger, left, features)) as groups:
+            for group in groups:  # a cell and its audits, which share the trained runs
+                announce_failures(context, ledger, group)
+                page.show(group)
+        status = finish(context, ledger)
+    if status == 0:
+        before.remember(context, ledger)
+    return status
 
 
 def open_context(settings: Settings, actions: Actions) -> Context:
     """Open the data set, and make settings definite that depend on the device."""
+    import torch
+
     from ablation.context import Context
     from ablation.loading import load
     from ablation.training import resolve_training
     from ablation.workers import kind_of_workers
 
     clock = Clock()
+    torch.set_float32_matmul_precision("highest")  # whatever the environment says; `arithmetic` alone differs
     device = find_device(actions.devices[0] if actions.devices else settings.device)
     trained_on = kind_of_workers(settings, actions) if actions.has_workers else device
     settings = dataclasses.replace(settings, training=resolve_training(settings.training, trained_on))
@@ -149,7 +148,9 @@ def open_context(settings: Settings, actions: Actions) -> Context:
     return Context(settings, actions, device, data, store, clock)
 
 
-def open_ledger(context: Context, cells: list[Cell], skipped: dict[Cell, str]) -> Ledger:
+def open_ledger(
+    context: Context, cells: list[Cell], skipped: dict[Cell, str], before: FinishedBefore
+) -> Ledger:
     """Set damaged and stale files aside, and find out which cells are missing.
 
     Raises Refused if finished cells were made with other settings and may not be run again.
@@ -171,7 +172,8 @@ def open_ledger(context: Context, cells: list[Cell], skipped: dict[Cell, str]) -
             save_results(context, ledger)  # results.json must not list cells that were just set aside
     missing = [cell for cell in cells if store.state(cell.name, inputs[cell]).kind == "missing"]
     ledger.missing = [] if actions.results_only else [cell for cell in missing if cell in own]
-    plan = announce_plan(context.settings, context.data)
+    with before.listening():
+        plan = announce_plan(context.settings, context.data)
     print_progress_summary(cells, missing)
     cells_to_run = [cell.name for cell in ledger.missing]
     event = "joined" if actions.is_unit else "started"
@@ -181,31 +183,6 @@ def open_ledger(context: Context, cells: list[Cell], skipped: dict[Cell, str]) -
     else:
         write_manifest(context, ledger, None, RUNNING)
     return ledger
-
-
-def run_group(context: Context, ledger: Ledger, cells: list[Cell], features: Features) -> None:
-    """Train, score and save a cell, its audits, or both: they share the trained runs."""
-    from ablation.runs import prepare_cells, save_cell, train_cell
-
-    store = context.store
-    with store.locking(cell.name for cell in cells):
-        # Another process may have finished a cell while this one waited for the lock.
-        cells = [cell for cell in cells if store.state(cell.name, ledger.inputs[cell]).kind != "done"]
-        if not cells:
-            return
-        prepared = prepare_cells(context, cells, features)
-        number = ledger.cells.index(cells[0]) + 1
-        names = " + ".join(cell.name for cell in cells)
-        log.info(f"\n[{number}/{len(ledger.cells)}] {names}: {prepared.task.features.shape[1]} columns")
-        made_with = {cell.name: ledger.inputs[cell] for cell in cells} | computed_by(context.device)
-        kept = Unfinished(store.folder, cells[0].trained.name, made_with)
-        with context.clock("training"):
-            trained = train_cell(context, prepared, kept)
-        for cell in cells:
-            record = save_cell(context, cell, prepared, trained, ledger.inputs[cell])
-            crash_point("committed")
-            announce_finished(store.folder, cell, record)
-        kept.remove()
 
 
 def finish(context: Context, ledger: Ledger) -> int:
@@ -236,16 +213,19 @@ def write_all(context: Context, ledger: Ledger) -> int:
     announce(store.folder, "ended", status=status, seconds=context.clock.seconds)
     if context.actions.report and store.names():
         with logging_errors("the report"), Progress(None, "writing the report"):
-            from ablation.report.write import is_current, write_report
+            from ablation.report.write import write_report
 
-            if not is_current(store.folder):
+            if not has_report(store.folder):
                 write_report(store.folder)
-    log.info("\n" + text.rstrip())
-    seconds = ", ".join(f"{stage} {spent:.1f}" for stage, spent in context.clock.seconds.items())
-    log.info(f"\nSeconds: {seconds}")
-    page = f" and {store.folder / 'report.html'}" if context.actions.report else ""
-    log.info(f"Results: {store.folder / 'results.txt'}{page}")
+    print_results(store.folder, text, context.clock, context.actions.report)
     return status
+
+
+def has_report(folder: Path) -> bool:
+    """True if the report of the present results is there."""
+    from ablation.report.write import is_current
+
+    return is_current(folder)
 
 
 # --- the page while cells run

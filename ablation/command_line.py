@@ -255,27 +255,39 @@ def read_yaml(path: str) -> dict[str, Any]:
     return values
 
 
+REFUSED_DEVICES = {  # kinds of device that torch has and this program does not use, with the reason
+    "mps": "features are computed in float64, which MPS does not have",
+    "xpu": "features are computed in float64, which some Intel GPUs do not have, and no result was checked "
+    "on one",
+}
+
+
 def find_device(name: str) -> str:
-    """The device that a setting names; `auto` is cuda if there is one.
-    Raises InputError if it is not there.
+    """The device that a setting names: cpu, cuda or cuda:N; `auto` is cuda if there is one, else cpu.
+    Raises InputError if it is not there, or is of a kind that is not used.
     """
     if name in ("cpu", "cpu:0"):
         return "cpu"
-    match = re.fullmatch(r"auto|cuda(?::([0-9]{1,3}))?", name)
+    match = re.fullmatch(r"auto|(cuda|mps|xpu)(?::([0-9]{1,3}))?", name)
     if match is None:
         raise InputError(f"unknown --device '{shortened_text(name)}': use auto, cpu, cuda or cuda:N")
+    kind, number = match.groups()
+    if kind in REFUSED_DEVICES:
+        raise InputError(
+            f"--device {name} is refused: {REFUSED_DEVICES[kind]}; use auto, cpu, cuda or cuda:N"
+        )
     # Without this setting cuBLAS may sum in another order when a command is run again.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     import torch
 
-    if name == "auto":
+    if kind is None:
         return "cuda" if torch.cuda.is_available() else "cpu"
-    if int(match.group(1) or 0) >= torch.cuda.device_count():
-        raise InputError(
-            f"--device {name} is not there: torch sees {torch.cuda.device_count()} CUDA devices; use cpu or "
-            "auto"
-        )
-    return name if match.group(1) is None else f"cuda:{int(match.group(1))}"
+    there = torch.cuda.device_count()
+    if int(number or 0) >= there:
+        gpus = [f"cuda:{i} ({torch.cuda.get_device_name(i)})" for i in range(there)]
+        seen = ", ".join(["cpu", *gpus]) if gpus else "cpu alone"
+        raise InputError(f"--device {name} is not there: torch sees {seen}")
+    return name if number is None else f"cuda:{int(number)}"
 
 
 def typed_command() -> str:

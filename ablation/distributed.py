@@ -155,14 +155,13 @@ def describe_shares(cells: list[Cell], sizes: CellSizes, count: int) -> list[str
     return [*lines, f"Expected speed-up: {whole / max(costs):.1f} of {count}; {share_of_longest}"]
 
 
-def groups_in_turn(context: Context, cells: list[Cell]) -> Iterator[list[Cell]]:
+def groups_in_turn(context: Context, groups: list[list[Cell]]) -> Iterator[list[Cell]]:
     """Each group of cells that share their runs; one that another process holds comes when that let it go.
 
-    In a part of an experiment the longest come first.
+    An empty list before it waits for other processes.
     """
     store = context.store
-    is_part = context.actions.is_unit
-    waiting = deque(longest_first(cells, sizes_of(context)) if is_part else groups_of(cells))
+    waiting = deque(groups)
     announced: set[str] = set()
     began = len(read_events(store.folder / "events.jsonl"))
     while waiting:
@@ -180,6 +179,7 @@ def groups_in_turn(context: Context, cells: list[Cell]) -> Iterator[list[Cell]]:
                 announced.add(holders[0])
                 log.info(f"{holders[0]} is at work in another process: it comes last")
         if waiting and held == len(waiting):
+            yield []
             with Progress(None, f"waiting for other processes that work on {held} cells"):
                 wait_for_one(waiting, store)
 

@@ -20,7 +20,7 @@ from ablation.audits import Audit
 from ablation.catalogue import SPECS
 from ablation.collection import LoraCollection
 from ablation.reading import BLOCK_ROWS, ReadAhead
-from ablation.training import one_thread_a_core
+from ablation.work_pool import one_thread_a_core
 from checkpointing import CannotWrite, Unfinished
 
 log = logging.getLogger("visual_ablation")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import logging
+import mmap
 import os
 import socket
 import sys
@@ -52,6 +54,7 @@ def log_to_stdout() -> None:
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a terminal without ± shows a question mark
     log.handlers[:] = [LineHandler()]
+    log.filters[:] = [is_written_now]
     log.setLevel(logging.INFO)
     log.propagate = False
 
@@ -104,7 +107,51 @@ def escape(character: str) -> str:
     return character.encode("unicode_escape", "backslashreplace").decode()
 
 
+class HeldLines:
+    """Lines of the log that wait until others are written, such as those of a cell that began earlier."""
+
+    def __init__(self):
+        self.lock = threading.RLock()
+        self.records: list[logging.LogRecord] = []
+        self.is_shown = False
+
+    @contextlib.contextmanager
+    def taken(self) -> Iterator[None]:
+        """Lines of this thread in a block of a `with` statement belong to these."""
+        token = HELD.set(self)
+        try:
+            yield
+        finally:
+            HELD.reset(token)
+
+    def holds_back(self, record: logging.LogRecord) -> bool:
+        """True if a line of these has to wait; it is shown later."""
+        with self.lock:
+            if not self.is_shown:
+                self.records.append(record)
+            return not self.is_shown
+
+    def show(self) -> None:
+        """Write the lines that waited; later ones wait no more."""
+        with self.lock:
+            self.is_shown = True
+            for record in self.records:
+                log.handle(record)
+            self.records.clear()
+
+
+HELD: contextvars.ContextVar[HeldLines | None] = contextvars.ContextVar("HELD", default=None)
+
+
+def is_written_now(record: logging.LogRecord) -> bool:
+    """A filter of the log: False for a line that waits for its turn."""
+    held = HELD.get()
+    return held is None or not held.holds_back(record)
+
+
 # --- progress
+
+NOTE_BYTES = 200  # of what a line says beside its numbers
 
 
 class Progress:
@@ -118,7 +165,7 @@ class Progress:
 
     def __init__(self, total: int | None, unit: str):
         self.total, self.unit, self.done = total, unit, 0.0
-        self.note = ""  # what is going on within a unit
+        self.shared_note = mmap.mmap(-1, NOTE_BYTES)  # which forks of this process write to as well
         self.started = time.monotonic()
         self.over = threading.Event()
         self.bar: Any = None
@@ -146,6 +193,15 @@ class Progress:
             self.bar.close()
         elif self.unit == "layers" and exception[0] is None:
             log.info(self.line())
+
+    @property
+    def note(self) -> str:
+        """What is going on within a unit."""
+        return self.shared_note[:NOTE_BYTES].rstrip(b"\0").decode(errors="replace")
+
+    @note.setter
+    def note(self, text: str) -> None:
+        self.shared_note[:NOTE_BYTES] = text.encode()[:NOTE_BYTES].ljust(NOTE_BYTES, b"\0")
 
     def advance(self, amount: float = 1.0) -> None:
         """Count finished work. Ends the program if a signal asked for it."""

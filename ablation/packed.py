@@ -7,6 +7,7 @@ classes, L hidden layers.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import logging
 import time
@@ -42,6 +43,8 @@ from checkpointing import Unfinished
 log = logging.getLogger("visual_ablation")
 
 KEEP_SECONDS = 180.0  # between two times that a pack at work is kept on disk
+WHOLE_PACK = "pack"  # the file in which the pack of all runs is kept; that of a half names its seeds
+HALVED = "halved"  # the one array in the file of a pack that is trained as halves: their sizes
 PLATEAU = ("best", "num_bad_epochs", "cooldown_counter", "last_epoch")  # state of ReduceLROnPlateau
 
 
@@ -200,15 +203,62 @@ def train_packed(
 
     The host waits for the device between epochs, and when a step is recorded, but not within the steps of an
     epoch. The pack is kept every KEEP_SECONDS, and goes on from there after a kill with the same numbers.
+    A pack that the device has no room for is trained as two halves, one after the other. Raises
+    OutOfMemoryError if there is no room for one run.
     """
+    runs: list[Run] = []
+    for pack in trained_packs(data, settings, listener, kept):
+        for run in pack:
+            runs.append(run)
+            listener.on_run(run, len(runs))
+    return runs
+
+
+def trained_packs(
+    data: Prepared,
+    settings: TrainingSettings,
+    listener: Listener,
+    kept: Unfinished | None,
+    name: str = WHOLE_PACK,
+) -> Iterator[list[Run]]:
+    """Yields the runs of a pack; or those of its halves, if the device has no room for the whole.
+
+    `name` is that of the file in which the pack is kept.
+    """
+    R = settings.num_runs
+    sizes = [R // 2, R - R // 2]
+    if not (kept and kept.names_in(name) == {HALVED}):
+        runs = None
+        try:
+            runs = train_at_once(data, settings, listener, kept, name)
+        except torch.OutOfMemoryError:
+            if R == 1:
+                raise
+        # Outside the except clause, whose traceback keeps the tensors alive.
+        if runs is not None:
+            yield runs
+            return
+        log.warning(
+            f"out of memory on {data.device}: the pack of {R} runs is trained as {sizes[0]} and {sizes[1]}"
+        )
+        keep(kept, name, {HALVED: np.array(sizes)})
+    for first, size in ((0, sizes[0]), (sizes[0], sizes[1])):
+        half = dataclasses.replace(settings, num_runs=size, seed=settings.seed + first)
+        own_name = f"{WHOLE_PACK}{half.seeds[0]}-{half.seeds[-1]}"
+        yield from trained_packs(data, half, listener, kept, own_name)
+
+
+def train_at_once(
+    data: Prepared, settings: TrainingSettings, listener: Listener, kept: Unfinished | None, name: str
+) -> list[Run]:
+    """Train and predict the runs of one pack, which is kept under its name."""
     training = PackedTraining(data, settings)
-    training.train(listener, kept)
+    training.train(listener, kept, name)
     predictions = data.predict(training.best_pack().predict)
     seconds = training.seconds() / len(training.runs)
     for r, run in enumerate(training.runs):
         run.predictions = {part: classes_RN[r] for part, classes_RN in predictions.items()}
         run.seconds = seconds
-        listener.on_run(run, r + 1)
     return training.runs
 
 
@@ -243,9 +293,9 @@ class PackedTraining:
         """Seconds since training began, without those between a kill and the command that went on."""
         return time.perf_counter() - self.began
 
-    def train(self, listener: Listener, kept: Unfinished | None = None) -> None:
-        """Train until every run has stopped."""
-        arrays = kept.load("pack") if kept else None
+    def train(self, listener: Listener, kept: Unfinished | None = None, name: str = WHOLE_PACK) -> None:
+        """Train until every run has stopped. The pack is kept under its name, a half also at its end."""
+        arrays = kept.load(name) if kept else None
         if arrays is not None:
             self.restore(arrays)
             log.info(f"An earlier command trained {max(len(run.train_loss) for run in self.runs)} epochs")
@@ -263,8 +313,10 @@ class PackedTraining:
                     epoch.steps.clear()  # recorded steps hold a GPU's memory
                     epoch = PackedEpoch(self.pack, self.x_train, self.y_train, self.weights_C)
                 if kept and self.alive and time.monotonic() - last_kept >= KEEP_SECONDS:
-                    keep(kept, "pack", self.arrays())
+                    keep(kept, name, self.arrays())
                     last_kept = time.monotonic()
+            if name != WHOLE_PACK:  # another half follows
+                keep(kept, name, self.arrays())
         finally:
             epoch.steps.clear()
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
+import threading
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -15,16 +17,15 @@ from ablation.cells import Cell
 from ablation.collection import View
 from ablation.context import Context
 from ablation.fingerprints import data_settings
-from ablation.fold_training import FoldPlan, FoldRun, runs_by_round, train_folds
 from ablation.log import Progress
+from ablation.planned_runs import FoldRun, PlannedRun, PlannedRuns, Train, runs_by_round
 from ablation.provenance import made_on
 from ablation.scores import audit_record, cell_record, prediction_arrays, run_scores, variant_arrays
-from ablation.settings import TrainingSettings
 from ablation.splits import Split
 from ablation.stopping import end_if_stopped
 from ablation.streamed import Matrix
 from ablation.task import Listener, Run, Task, TrainedRuns
-from ablation.training import train_runs
+from ablation.training import Watch, prepare, runs_of_seeds, train_alone, train_runs
 from checkpointing import Unfinished
 
 log = logging.getLogger("visual_ablation")
@@ -83,53 +84,82 @@ def prepare_cells(context: Context, cells: list[Cell], features: Features) -> Pr
     return PreparedCells(cell, view, task, task_of, changes, audited)
 
 
-def train_cell(context: Context, prepared: PreparedCells, kept: Unfinished) -> TrainedRuns:
-    """Train the runs of a cell, with a line in the log for each run.
+def takes_all_cores(context: Context, cell: Cell) -> bool:
+    """True if a cell is prepared or trained by all cores at once, or on a GPU, and not by a core a run."""
+    fitted, on_gpu = SPECS[cell.representation].fitted, context.device != "cpu"
+    at_once = cell.own_classifier or context.settings.training.trainer == "packed"
+    return fitted or on_gpu or bool(at_once and not context.settings.folds)
+
+
+def plan_runs(
+    context: Context, prepared: PreparedCells, runs: PlannedRuns, kept: Unfinished, progress: Progress
+) -> None:
+    """Plan the runs of a cell, with a line in the log for each run.
 
     `kept` has what an earlier command trained of it, and gets what this one trains.
     """
-    cell, task, settings = prepared.cell, prepared.task, context.settings.training
-    planned = planned_runs(context, prepared)
-    count = len(planned) or (1 if cell.own_classifier else settings.num_runs)
+    cell, settings, folds = prepared.cell, context.settings.training, prepared.view.folds
 
     def on_run(run: Run, number: int) -> None:
-        scores, _ = run_scores(prepared.view.labels_by_part(run.fold), run, task.num_classes)
+        scores, _ = run_scores(prepared.view.labels_by_part(run.fold), run, prepared.task.num_classes)
         log.info(
             f"Run {number}/{count}: Train={scores['train_acc']:.4f}, Val={scores['val_acc']:.4f}, "
             f"Test={scores['test_acc']:.4f}, Time={run.seconds:.1f}s"
         )
-        progress.advance()
+        progress.advance(settings.num_runs / count)
 
     def on_epoch(run: Run) -> None:
         end_if_stopped()
         progress.note = f"epoch {len(run.train_loss)} of the run with seed {run.seed}"
 
-    def train_one(task: Task, one: FoldRun, listener: Listener) -> TrainedRuns:
-        return train(task, dataclasses.replace(settings, num_runs=1, seed=one.seed), listener)
+    listener = Listener(on_epoch=on_epoch)
+    is_pack = settings.trainer == "packed" and not (folds or cell.own_classifier)
+    if folds:
+        runs.planned = planned_folds(context, prepared, listener)
+    elif cell.own_classifier:
+        runs.planned = [PlannedRun(0, lambda: lambda stop: train_classifier(cell, prepared.task))]
+    elif is_pack:
+        pack = functools.partial(train_runs, prepared.task, settings, context.device, listener, kept)
+        runs.planned = [PlannedRun(0, lambda: lambda stop: pack())]
+    else:
+        ready = functools.cache(lambda: prepare(prepared.task, context.device))
+        runs.planned = runs_of_seeds(ready, settings, listener)
+    count = settings.num_runs if is_pack else len(runs.planned)
+    runs.on_run = on_run
+    runs.kept = None if is_pack else kept  # a pack keeps itself
+    runs.in_turn = context.device != "cpu" or is_pack or bool(cell.own_classifier and not folds)
 
-    def train(task: Task, settings: TrainingSettings, listener: Listener) -> TrainedRuns:
-        if cell.own_classifier:
-            from ablation.classifiers import TRAINERS
 
-            return TRAINERS[cell.own_classifier](task, listener)
-        return train_runs(task, settings, context.device, listener, None if planned else kept)
+def planned_folds(context: Context, prepared: PreparedCells, listener: Listener) -> list[PlannedRun]:
+    """The runs of a cross-validation, of a classifier one a fold."""
+    settings, cell = context.settings, prepared.cell
+    folds = runs_by_round(settings.folds, settings.partitions, settings.training)
+    if cell.own_classifier:
+        folds = [FoldRun(number, number, number) for number in range(len(prepared.view.folds))]
 
-    with Progress(count, "runs") as progress:
-        listener = Listener(on_run, on_epoch)
-        if planned:
-            plan = FoldPlan(planned, prepared.task_of, train_one, context.device)
-            return train_folds(plan, kept, listener)
-        return train(task, settings, listener)
+    def begin(one: FoldRun) -> Train:
+        task = prepared.task_of(one.fold)
+        alone = dataclasses.replace(settings.training, num_runs=1, seed=one.seed)
+
+        def train(stop: threading.Event) -> TrainedRuns:
+            if cell.own_classifier:
+                trained = train_classifier(cell, task)
+            else:
+                trained = train_alone(task, alone, context.device, Watch(stop, listener))
+            (run,) = trained.runs
+            run.fold, run.seed = one.fold, one.seed
+            return trained
+
+        return train
+
+    return [PlannedRun(one.number, functools.partial(begin, one)) for one in folds]
 
 
-def planned_runs(context: Context, prepared: PreparedCells) -> list[FoldRun]:
-    """The runs of a cross-validation, of a classifier one a fold; [] for a single split."""
-    settings, folds = context.settings, prepared.view.folds
-    if not folds:
-        return []
-    if prepared.cell.own_classifier:
-        return [FoldRun(number, number, number) for number in range(len(folds))]
-    return runs_by_round(settings.folds, settings.partitions, settings.training)
+def train_classifier(cell: Cell, task: Task) -> TrainedRuns:
+    """The run of a classifier in place of the MLP."""
+    from ablation.classifiers import TRAINERS
+
+    return TRAINERS[cell.own_classifier](task, Listener())
 
 
 def save_cell(

@@ -29,7 +29,7 @@ from ablation.command_line import find_device
 from ablation.distributed import CellSizes, describe_shares
 from ablation.fingerprints import requested_inputs
 from ablation.layers import ColumnLayout, Layers, layers_of, refuse_empty_layer_sets
-from ablation.log import duration
+from ablation.log import Clock, duration
 from ablation.provenance import changed_files
 from ablation.results import reported_entries
 from ablation.selection import NO_LAYER, USUAL_CLASSES, Contents, list_cells, possible_cells
@@ -67,6 +67,15 @@ def print_progress_summary(cells: list[Cell], missing: list[Cell]) -> None:
         log.info(f"Resuming from checkpoints. Will run {len(missing)} remaining...")
     else:
         log.info(f"No finished cell of these settings yet. Will run {len(missing)}...")
+
+
+def print_results(folder: Path, text: str, clock: Clock, has_page: bool) -> None:
+    """The tables of results.txt, seconds by stage, and where the results lie."""
+    log.info("\n" + text.rstrip())
+    seconds = ", ".join(f"{stage} {spent:.1f}" for stage, spent in clock.seconds.items())
+    log.info(f"\nSeconds: {seconds}")
+    page = f" and {folder / 'report.html'}" if has_page else ""
+    log.info(f"Results: {folder / 'results.txt'}{page}")
 
 
 def cell_states(settings: Settings, layers: Layers | None = None) -> dict[Cell, State]:
@@ -223,7 +232,7 @@ def print_plan(settings: Settings, actions: Actions) -> int:
     if surveyed is not None:
         layouts = {layer: ColumnLayout(layer, rows, cols, "", True) for layer, rows, cols in surveyed.shapes}
         layers = layers_of(settings, list(layouts), layouts)
-    skipped = refuse_what_a_run_refuses(settings, surveyed, layers, actions.default_sets)
+    skipped = refuse_what_a_run_refuses(settings, surveyed, layers, actions)
     states = cell_states(settings, layers)
     states = {cell: state for cell, state in states.items() if cell not in skipped}
     print_progress_summary(list(states), unfinished(states))
@@ -256,19 +265,13 @@ def print_shares(settings: Settings, actions: Actions, cells: list[Cell], sizes:
 
 
 def refuse_what_a_run_refuses(
-    settings: Settings, surveyed: Survey | None, layers: Layers | None, default_sets: bool
+    settings: Settings, surveyed: Survey | None, layers: Layers | None, actions: Actions
 ) -> set[Cell]:
     """The cells that the data set has nothing for.
 
     Raises the InputError or Refused that a run would end with, as far as settings and file headers tell.
     """
-    precision = settings.training.precision
-    if settings.device != "auto" or precision == "tf32":
-        device = find_device(settings.device)  # imports torch only to look for a GPU
-        if precision == "tf32":
-            from ablation.training import resolve_training
-
-            resolve_training(settings.training, device)
+    refuse_devices(settings, actions)
     refuse_place(settings.output_folder)
     if surveyed is None or surveyed.columns is None or layers is None:
         return set()
@@ -286,9 +289,28 @@ def refuse_what_a_run_refuses(
     has_groups = bool(group_column_of(surveyed.columns, columns))
     for name in split_names(settings):
         refuse_impossible(surveyed.rows, split_spec(settings, name), has_groups)
-    refuse_empty_layer_sets(layers, settings, default_sets)
+    refuse_empty_layer_sets(layers, settings, actions.default_sets)
     _, skipped = possible_cells(settings, contents)
     return set(skipped)
+
+
+def refuse_devices(settings: Settings, actions: Actions) -> None:
+    """Raise the InputError of a run for devices that are not there, are not used, or do not go together, and
+    for a precision that they do not have. Imports torch only to look for a GPU.
+    """
+    device, precision = settings.device, settings.training.precision
+    if actions.devices:
+        from ablation.workers import kind_of_workers
+
+        for name in actions.devices:  # in their order, as a run meets them
+            find_device(name)
+        device = kind_of_workers(settings, actions)
+    elif device != "auto" or precision == "tf32":
+        device = find_device(device)
+    if precision == "tf32":
+        from ablation.training import resolve_training
+
+        resolve_training(settings.training, device)
 
 
 def print_needs(settings: Settings, surveyed: Survey, to_run: list[Cell]) -> None:

@@ -10,13 +10,12 @@ Suffixes name the axes: R runs, B rows of a batch, N rows, D features, H hidden 
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
+import functools
 import logging
 import threading
 import time
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -24,8 +23,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ablation.catalogue import PARTS
+from ablation.cpu_step import CpuStep
 from ablation.fields import InputError
-from ablation.kept_runs import keep_run, kept_runs
 from ablation.mlp import (
     EVAL_ROWS,
     AdamState,
@@ -44,9 +43,11 @@ from ablation.mlp import (
     record_epoch,
 )
 from ablation.packed import train_packed
+from ablation.planned_runs import PlannedRun, PlannedRuns, Train
 from ablation.settings import TrainingSettings
 from ablation.streamed import COLUMN_BLOCK, Matrix, column_blocks, joined, minibatches, some, stream
 from ablation.task import Listener, Run, Task, TrainedRuns, TrainingError
+from ablation.work_pool import Pool
 from checkpointing import Unfinished
 
 log = logging.getLogger("visual_ablation")
@@ -165,38 +166,6 @@ def standardise(x_ND: Matrix, train_rows: Tensor, device: str = "cpu") -> Matrix
 # --- one model a run
 
 
-def train_sequential(
-    data: Prepared, settings: TrainingSettings, listener: Listener, kept: Unfinished | None = None
-) -> list[Run]:
-    """Train run after run. On a CPU each core trains one,
-    because small products gain little from a second core.
-    """
-    inputs = data.x_ND.shape[1]
-    stop, runs = threading.Event(), []
-    watch = Watch(stop, listener)
-
-    def train_and_keep(model: nn.Sequential, seed: int) -> Run:
-        run = train_one(model, data, settings, seed, watch)
-        keep_run(kept, seed, run, inputs)
-        return run
-
-    stored = kept_runs(kept, settings.seeds)
-    # As many threads for the last runs as for all, so that rounding does not depend on how many are missing.
-    with one_thread_a_core(settings.num_runs if data.device.type == "cpu" else 1) as pool:
-        try:
-            jobs = {}
-            for seed in settings.seeds:
-                if seed not in stored:
-                    model = build_model(seed, inputs, data.num_classes, settings)
-                    jobs[seed] = pool.submit(train_and_keep, model.to(data.device, data.x_ND.dtype), seed)
-            for number, seed in enumerate(settings.seeds, 1):
-                runs.append(stored[seed][0] if seed in stored else jobs[seed].result())
-                listener.on_run(runs[-1], number)
-        finally:
-            stop.set()
-    return runs
-
-
 class Watch(NamedTuple):
     """The event that ends a run in a thread, and the listener that is told of its epochs."""
 
@@ -204,29 +173,56 @@ class Watch(NamedTuple):
     listener: Listener
 
 
-@contextlib.contextmanager
-def one_thread_a_core(most: int) -> Iterator[ThreadPoolExecutor]:
-    """A pool of as many threads as torch uses, at most `most`; torch's own threads are shared out among them.
-
-    At the end jobs that have not begun are cancelled.
+def train_sequential(
+    data: Prepared, settings: TrainingSettings, listener: Listener, kept: Unfinished | None = None
+) -> list[Run]:
+    """Train run after run. On a CPU each core trains one,
+    because small products gain little from a second core.
     """
-    threads = torch.get_num_threads()
-    workers = min(threads, most)
-    torch.set_num_threads(threads // workers)
-    pool = ThreadPoolExecutor(workers)
-    try:
-        yield pool
-    finally:
-        pool.shutdown(cancel_futures=True)
-        torch.set_num_threads(threads)
+    on_cpu = data.device.type == "cpu"
+    runs = PlannedRuns(runs_of_seeds(lambda: data, settings, listener), listener.on_run, kept, not on_cpu)
+    # As many threads for the last runs as for all, so that rounding does not depend on how many are missing.
+    pool: Pool[PlannedRuns] = Pool(min(torch.get_num_threads(), settings.num_runs))
+    with pool:
+        list(pool.finished([runs]))
+    return runs.trained().runs
 
 
-def train_one(
-    model: nn.Sequential, data: Prepared, settings: TrainingSettings, seed: int, watch: Watch
-) -> Run:
+def train_alone(task: Task, settings: TrainingSettings, device: str, watch: Watch) -> TrainedRuns:
+    """Train the only run of some settings in this thread."""
+    data = prepare(task, device)
+    with arithmetic(settings.precision):
+        if settings.trainer == "packed":
+            runs = train_packed(data, settings, watch.listener)
+        else:
+            runs = [train_one(data, settings, settings.seed, watch)]
+    return TrainedRuns(runs, data.x_ND.shape[1])
+
+
+def runs_of_seeds(
+    prepared: Callable[[], Prepared], settings: TrainingSettings, listener: Listener
+) -> list[PlannedRun]:
+    """A run for each seed, on a task that is prepared when the first one begins."""
+
+    def begin(seed: int) -> Train:
+        data = prepared()
+
+        def train(stop: threading.Event) -> TrainedRuns:
+            with arithmetic(settings.precision):
+                run = train_one(data, settings, seed, Watch(stop, listener))
+            return TrainedRuns([run], data.x_ND.shape[1])
+
+        return train
+
+    return [PlannedRun(seed, functools.partial(begin, seed)) for seed in settings.seeds]
+
+
+def train_one(data: Prepared, settings: TrainingSettings, seed: int, watch: Watch) -> Run:
     """Train and score one run. Ends with a TrainingError within a step once `watch.stop` is set."""
     start = time.perf_counter()
-    state = AdamState.before(list(model.parameters()))
+    model = build_model(seed, data.x_ND.shape[1], data.num_classes, settings)
+    model = model.to(data.device, data.x_ND.dtype)
+    step = step_of(model, data, settings)
     scheduler = new_scheduler(settings)
     order, run, best = batch_order(seed), Run(seed), {}
     x_train, y_train = data.rows_of("train")
@@ -242,11 +238,9 @@ def train_one(
         for batch, x_BD in zip(epoch, minibatches(x_train, epoch, data.device), strict=True):
             if watch.stop.is_set():
                 raise TrainingError("stopped")
-            rows_of_batch = (x_BD, y_train[batch], data.weights_C)
-            set_dropout(model, next(factors)[:, : len(batch)] if settings.dropout else None)
-            total += training_step(model, rows_of_batch, state, learning_rate, settings) * len(batch)
+            dropout = next(factors)[:, : len(batch)] if settings.dropout else None
+            total += step(x_BD, y_train[batch], dropout, learning_rate) * len(batch)
             rows += len(batch)
-        set_dropout(model, None)
         correct = int((predict(model, x_val, settings, data.device) == y_val).sum())
         if record_epoch(run, total.item() / rows, correct, len(y_val), learning_rate):
             # Training goes on: a copy.
@@ -259,32 +253,42 @@ def train_one(
     return run
 
 
+# A step of Adam on columns (B, D), class numbers (B,) and dropout's factors (L, B, H) or None, at a learning
+# rate. It returns the mean loss before the step.
+Step = Callable[[Tensor, Tensor, Tensor | None, float], Tensor]
+
+
+def step_of(model: nn.Sequential, data: Prepared, settings: TrainingSettings) -> Step:
+    """The training step of a model: on a CPU in float32 that of `cpu_step`, which has the same numbers."""
+    if data.device.type == "cpu" and settings.precision == "float32":
+        return CpuStep(model, settings, data.weights_C)
+    return autograd_step(model, settings, data.weights_C)
+
+
+def autograd_step(model: nn.Sequential, settings: TrainingSettings, weights_C: Tensor | None) -> Step:
+    """The training step of a model by autograd; rows weigh `weights_C` (C,) by their class."""
+    parameters: list[Tensor] = list(model.parameters())
+    state = AdamState.before(parameters)
+
+    def step(x_BD: Tensor, y_B: Tensor, dropout_LBH: Tensor | None, learning_rate: float) -> Tensor:
+        set_dropout(model, dropout_LBH)
+        with autocast(x_BD.device, settings.precision):
+            logits_BC = model(x_BD)
+        set_dropout(model, None)
+        if weights_C is None:
+            loss = F.cross_entropy(logits_BC.to(x_BD.dtype), y_B)
+        else:
+            loss = F.cross_entropy(logits_BC.to(x_BD.dtype), y_B, weights_C, reduction="none").mean()
+        adam_step(parameters, torch.autograd.grad(loss, parameters), state, learning_rate, settings)
+        return loss.detach()
+
+    return step
+
+
 def set_dropout(model: nn.Sequential, factors_LBH: Tensor | None) -> None:
     """Hand each Dropout of the model its factors for the next step; None switches dropout off."""
     for level, module in enumerate(module for module in model if isinstance(module, Dropout)):
         module.factors = None if factors_LBH is None else factors_LBH[level]
-
-
-def training_step(
-    model: nn.Sequential,
-    batch: tuple[Tensor, Tensor, Tensor | None],
-    state: AdamState,
-    learning_rate: float,
-    settings: TrainingSettings,
-) -> Tensor:
-    """One step of Adam on a batch of columns (B, D), class numbers (B,) and weights by class (C,) or None.
-    Returns the mean loss before the step.
-    """
-    x_BD, y_B, weights_C = batch
-    parameters = list(model.parameters())
-    with autocast(x_BD.device, settings.precision):
-        logits_BC = model(x_BD)
-    if weights_C is None:
-        loss = F.cross_entropy(logits_BC.to(x_BD.dtype), y_B)
-    else:
-        loss = F.cross_entropy(logits_BC.to(x_BD.dtype), y_B, weights_C, reduction="none").mean()
-    adam_step(parameters, torch.autograd.grad(loss, parameters), state, learning_rate, settings)
-    return loss.detach()
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ import time
 from builders import load
 from conftest import ROOT
 
-import visual_ablation_experiment as experiment
+from ablation import cells_at_work
 from ablation.catalogue import NINE
 from ablation.cells import cells_of
 from checkpointing import SETTLED
@@ -67,16 +67,26 @@ def experiment_data():
 
 
 def interfere(monkeypatch, action):
-    """Do something to the output folder when the third cell starts."""
-    real, calls = experiment.run_group, []
+    """Do something to the output folder before the third cell is saved."""
+    act, real = at_the_third_call(action), cells_at_work.save_cell
+    monkeypatch.setattr(cells_at_work, "save_cell", lambda *given: act() or real(*given))
 
-    def run_group(*arguments):
+
+def at_the_third_call(action):
+    calls = []
+
+    def act():
         calls.append(1)
         if len(calls) == 3:
             action()
-        return real(*arguments)
 
-    monkeypatch.setattr(experiment, "run_group", run_group)
+    return act
+
+
+def as_cells_begin(monkeypatch, action):
+    """Do something whenever a cell, or a cell with its audits, begins."""
+    real = cells_at_work.prepare_cells
+    monkeypatch.setattr(cells_at_work, "prepare_cells", lambda *given: action() or real(*given))
 
 
 def settle(*files):

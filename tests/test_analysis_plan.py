@@ -2,9 +2,8 @@
 
 import json
 
-from running import FAST, experiment_data, folder
+from running import FAST, as_cells_begin, experiment_data, folder
 
-import visual_ablation_experiment as experiment
 from ablation.analysis_plan import analysis_plan, expectation
 from ablation.conversion import build_settings
 
@@ -15,12 +14,7 @@ def plan_in(place):
 
 def test_the_plan_is_stated_before_training_and_its_hash_is_everywhere(run, place, monkeypatch):
     shown = []
-    real = experiment.run_group
-    monkeypatch.setattr(
-        experiment,
-        "run_group",
-        lambda *rest: (shown.append((folder(place) / "events.jsonl").read_text()), real(*rest)),
-    )
+    as_cells_begin(monkeypatch, lambda: shown.append((folder(place) / "events.jsonl").read_text()))
     status, log = run("--representations", "stats", fast=FAST)
     first = plan_in(place)
     assert status == 0 and log.index("Plan of analysis") < log.index("PROGRESS SUMMARY")

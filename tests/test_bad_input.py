@@ -1030,20 +1030,34 @@ def no_device(name):
     return f"unknown --device '{name}': use auto, cpu, cuda or cuda:N"
 
 
+def refused_device(name, reason):
+    return re.compile(
+        f"--device {name} is refused: features are computed in float64, which {reason}.*; use auto, cpu, "
+        "cuda or cuda:N"
+    )
+
+
 DEVICES = [
     takes("--device", "cpu", like=plain),
     takes("--device", "cpu:0", like=plain),
     flag("", re.compile("(unknown )?--device '?cpu:1'?.*: .*use .*cpu.*"), "--device", "cpu:1"),
     flag("", re.compile("(unknown )?--device '?cpu:99'?.*: .*use .*cpu.*"), "--device", "cpu:99"),
-    flag("", re.compile(r"--device cuda:99 is not there: torch sees \d+ CUDA devices; use cpu or auto"),
+    flag("", re.compile(r"--device cuda:99 is not there: torch sees (cpu alone|cpu(, cuda:\d+ \([^()]+\))+)"),
             "--device", "cuda:99"),
+    flag("", refused_device("mps", "MPS does not have"), "--device", "mps"),
+    flag("", refused_device("mps:0", "MPS does not have"), "--device", "mps:0"),
+    flag("", refused_device("xpu", "some Intel GPUs do not have"), "--device", "xpu"),
+    flag("", refused_device("xpu:1", "some Intel GPUs do not have"), "--device", "xpu:1"),
+    flag("", refused_device("xpu:1", "some Intel GPUs do not have"), "--devices", "cpu", "xpu:1"),
     *[
         flag("", no_device(name), "--device", name)
         for name in (
-            "mps",
             "meta",
-            "xpu",
             "CPU",
+            "MPS",
+            "mps:x",
+            "xpu:-1",
+            "cudax",
             "",
             "0",
             " cpu",

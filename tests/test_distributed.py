@@ -11,11 +11,11 @@ from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT
-from running import FAST, SCRIPT, cell_files, folder, never, visible, without_times
+from running import FAST, SCRIPT, as_cells_begin, cell_files, folder, never, visible, without_times
 
 import checkpointing
 import visual_ablation_experiment as experiment
-from ablation import distributed, status
+from ablation import cells_at_work, distributed, status
 from ablation.cells import cells_of, groups_of
 from ablation.distributed import CellSizes, balanced_shares, chosen_cells, chosen_rows, cost_of
 from ablation.fields import InputError
@@ -78,7 +78,7 @@ def test_shares_and_gathering(run, place, monkeypatch):
     assert status == 0 and "2 cells are left" in log
     assert not (folder(place, output="shared") / "results.json").exists()
     with monkeypatch.context() as patched:
-        patched.setattr("ablation.runs.train_runs", never)
+        patched.setattr("ablation.training.train_one", never)
         status, log = run(*flags, "--results-only")
     missing = set(NAMES[:2] + NAMES[3:5]) - {name[:-5] for name in cell_files(place, output="shared")}
     assert status == 1 and len(missing) == 2
@@ -96,7 +96,7 @@ def test_shares_and_gathering(run, place, monkeypatch):
 def test_a_failed_cell_of_one_part_is_reported_by_the_last(run, place, monkeypatch):
     flags = ("--representations", "stats", "frequency", "--layer-sets", "visual_only")
     with monkeypatch.context() as patched:
-        patched.setattr("ablation.runs.train_runs", lambda *arguments: 1 / 0)
+        patched.setattr("ablation.training.train_one", lambda *arguments: 1 / 0)
         assert run(*flags, "--cells", "visual_only_stats")[0] == 1
     assert not (folder(place) / "results.json").exists()
     status, log = run(*flags, "--cells", "visual_only_frequency")
@@ -186,15 +186,15 @@ def test_a_cell_that_another_process_finished_meanwhile_is_not_trained_again(run
     flags = ("--representations", "stats", "--layer-sets", "all_layers")
     assert run(*flags, "--output-dir", "there")[0] == 0
     done = folder(place, output="there")
-    real = experiment.groups_in_turn
+    real = cells_at_work.groups_in_turn
 
-    def groups_in_turn(context, cells):
+    def groups_in_turn(context, groups):
         for name in ("predictions/all_layers_stats.npz", "checkpoints/all_layers_stats.json"):
             (folder(place) / name).write_bytes((done / name).read_bytes())
-        return real(context, cells)
+        return real(context, groups)
 
-    monkeypatch.setattr(experiment, "groups_in_turn", groups_in_turn)
-    monkeypatch.setattr("ablation.runs.train_runs", never)
+    monkeypatch.setattr(cells_at_work, "groups_in_turn", groups_in_turn)
+    monkeypatch.setattr("ablation.training.train_one", never)
     status, log = run(*flags, "--cells", "all_layers_stats")
     assert status == 0 and "VERDICT" in log and "Traceback" not in log
 
@@ -202,13 +202,7 @@ def test_a_cell_that_another_process_finished_meanwhile_is_not_trained_again(run
 def test_watching_sees_parts_at_work(run, place, monkeypatch):
     flags = ("--representations", "stats", "frequency", "--layer-sets", "all_layers")
     seen = []
-
-    def run_group(*arguments):
-        seen.append(checkpointing.parts_at_work(folder(place)))
-        return real(*arguments)
-
-    real = experiment.run_group
-    monkeypatch.setattr(experiment, "run_group", run_group)
+    as_cells_begin(monkeypatch, lambda: seen.append(checkpointing.parts_at_work(folder(place))))
     assert run(*flags, "--cells", "all_layers_stats")[0] == 0
     assert seen == [1] and checkpointing.parts_at_work(folder(place)) == 0
     assert not list(folder(place).glob(".part*"))

@@ -54,7 +54,7 @@ def test_earlier_checkpoints_are_current_and_give_equal_results(
     assert f"{cells}/{cells} (100.0%)" in capsys.readouterr().out
 
     results.unlink()  # --status learns from it that a control was skipped; the run must not need it
-    monkeypatch.setattr("ablation.runs.train_runs", never)
+    monkeypatch.setattr("ablation.training.train_one", never)
     monkeypatch.setattr("ablation.features.extract_features", never)
     assert experiment.main(command) == 0
     assert f"{cells}/{cells} (100.0%)" in capsys.readouterr().out

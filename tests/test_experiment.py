@@ -10,6 +10,7 @@ from datasets import Dataset
 from running import BOTH, cell_files, checkpoints, experiment_data, folder, snapshot, visible
 
 import representations
+from ablation import cells_at_work
 from ablation.catalogue import NINE, SPECS
 from ablation.cells import cells_of
 from ablation.estimators import difference
@@ -112,26 +113,23 @@ def test_what_only_the_text_layers_know_is_lost_without_them(run, place):
 
 def test_features_are_the_representations_of_the_layers_in_their_order(run, place, monkeypatch):
     seen = {}
-    from ablation import runs
+    real = cells_at_work.plan_runs
 
-    real = runs.train_runs
-    monkeypatch.setattr(
-        runs,
-        "train_runs",
-        lambda task, *rest: (seen.setdefault(len(seen), task.features.clone()), real(task, *rest))[1],
-    )
+    def plan_runs(context, prepared, *rest):
+        seen[prepared.cell] = prepared.task.features.clone()
+        real(context, prepared, *rest)
+
+    monkeypatch.setattr(cells_at_work, "plan_runs", plan_runs)
     run("--representations", "stats", "ensemble", "--layer-sets", "all_layers", "visual_only", "text_only")
     data = experiment_data()
     whole = {layer: data.weights.read_layer(layer, 0, data.num_rows) for layer in data.layers.names}
-    for number, cell in enumerate(
-        cells_of(("all_layers", "visual_only", "text_only"), ("stats", "ensemble"))
-    ):
+    for cell in cells_of(("all_layers", "visual_only", "text_only"), ("stats", "ensemble")):
         pattern = {"all_layers": "attn", "visual_only": "attn1", "text_only": "attn2"}[cell.layer_set]
         layers = [layer for layer in data.layers.names if pattern in layer]
         expected = torch.cat(
             [representations.REPRESENTATIONS[cell.representation](whole[layer]) for layer in layers], dim=1
         )
-        assert torch.allclose(seen[number], expected, rtol=1e-6), cell
+        assert torch.allclose(seen[cell], expected, rtol=1e-6), cell
 
 
 def test_each_weight_is_read_once_for_all_that_needs_it(run, monkeypatch):

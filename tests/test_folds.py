@@ -1,8 +1,10 @@
 """Cross-validation: folds against scikit-learn, its estimator against simulation and statsmodels."""
 
 import dataclasses
+import functools
 import json
 import math
+import threading
 
 import numpy as np
 import pytest
@@ -16,12 +18,13 @@ from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 from ablation import estimators, family, fold_estimators, simulation
 from ablation.conversion import build_settings
 from ablation.fold_estimators import OVERLAP, fold_standard_error, variance_of_runs
-from ablation.fold_training import FoldPlan, runs_by_round, train_folds
+from ablation.planned_runs import PlannedRun, PlannedRuns, runs_by_round
 from ablation.reservations import about
 from ablation.settings import InputError
 from ablation.splits import SplitSpec, fold_splits
 from ablation.task import Listener, Task
-from ablation.training import train_runs
+from ablation.training import Watch, train_alone
+from ablation.work_pool import Pool
 from checkpointing import Unfinished
 
 LABELS = np.arange(200) % 4
@@ -122,18 +125,24 @@ def test_runs_of_folds_are_what_each_is_alone_however_many_train_at_a_time(tmp_p
     settings = build_settings({"max_epochs": 4, "hidden_dim": 16, "batch_size": 8}).training
     tasks = [Task(x, labels, split, 3) for split in splits]
 
-    def train(task, one, listener):
+    def train(task, one, stop):
         alone = dataclasses.replace(settings, num_runs=1, seed=one.seed, trainer="sequential")
-        return train_runs(task, alone, "cpu", listener)
+        return train_alone(task, alone, "cpu", Watch(stop, Listener()))
 
     planned = runs_by_round(5, 2, settings)
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        alone = [train(tasks[one.fold], one, Listener()).runs[0] for one in planned]
+        alone = [train(tasks[one.fold], one, threading.Event()).runs[0] for one in planned]
         torch.set_num_threads(6)
-        plan = FoldPlan(planned, tasks.__getitem__, train, "cpu")
-        together = train_folds(plan, Unfinished(tmp_path, "cell", {}), Listener()).runs
+        runs = [
+            PlannedRun(one.number, lambda one=one: functools.partial(train, tasks[one.fold], one))
+            for one in planned
+        ]
+        batch = PlannedRuns(runs, kept=Unfinished(tmp_path, "cell", {}))
+        with Pool(6) as pool:
+            assert list(pool.finished([batch])) == [batch]
+        together = batch.trained().runs
     finally:
         torch.set_num_threads(threads)
     for ours, expected in zip(together, alone, strict=True):
@@ -382,7 +391,7 @@ def test_audits_of_other_rows_are_stale_both_ways(run, place):
 def test_unfinished_runs_without_an_audit_are_none_of_an_audited_cell(run, place, monkeypatch):
     from ablation import runs as runs_module
 
-    real, trained = runs_module.train_runs, []
+    real, trained = runs_module.train_alone, []
 
     def ended(*arguments):
         if len(trained) == 4:
@@ -391,10 +400,10 @@ def test_unfinished_runs_without_an_audit_are_none_of_an_audited_cell(run, place
         return real(*arguments)
 
     whole = ("--folds", "5", "--representations", "stats", "--layer-sets", "all_layers")
-    monkeypatch.setattr(runs_module, "train_runs", ended)
+    monkeypatch.setattr(runs_module, "train_alone", ended)
     with pytest.raises(KeyboardInterrupt):
         run(*whole, fast=TEN)
-    monkeypatch.setattr(runs_module, "train_runs", real)
+    monkeypatch.setattr(runs_module, "train_alone", real)
     status, log = run(*whole, "--audit", "gauge", fast=TEN)
     assert status == 0, log
     assert len(visible(folder(place) / "checkpoints")) == 2
@@ -403,7 +412,7 @@ def test_unfinished_runs_without_an_audit_are_none_of_an_audited_cell(run, place
 def test_a_killed_cross_validation_goes_on_with_the_runs_that_it_has(run, place, monkeypatch):
     from ablation import runs as runs_module
 
-    real, trained = runs_module.train_runs, []
+    real, trained = runs_module.train_alone, []
 
     def ended(task, settings, *rest):
         if len(trained) == 6:
@@ -413,13 +422,13 @@ def test_a_killed_cross_validation_goes_on_with_the_runs_that_it_has(run, place,
 
     whole = ("--folds", "5", "--representations", "stats", "--layer-sets", "all_layers")
     run(*whole, "--output-dir", "whole", fast=TEN)
-    monkeypatch.setattr(runs_module, "train_runs", ended)
+    monkeypatch.setattr(runs_module, "train_alone", ended)
     with pytest.raises(KeyboardInterrupt):
         run(*whole, fast=TEN)
     kept = len(visible(folder(place) / ".unfinished" / "all_layers_stats"))
     assert 4 <= kept <= 6
     trained.clear()
-    monkeypatch.setattr(runs_module, "train_runs", lambda *rest: (trained.append(1), real(*rest))[1])
+    monkeypatch.setattr(runs_module, "train_alone", lambda *rest: (trained.append(1), real(*rest))[1])
     assert run(*whole, fast=TEN)[0] == 0 and len(trained) == 10 - kept
     assert cell_files(place) == cell_files(place, output="whole")
 

@@ -81,7 +81,7 @@ def test_under_a_terminal_there_are_bars_and_the_lines_stand_above_them(place):
     text = shown.decode()
     assert (
         "\r" in text.replace("\r\n", "\n")
-        and "0/2 runs [" in text
+        and "0/4 runs [" in text
         and "Run 2/2: Train=" in text
         and " | Rate: " not in text
     )

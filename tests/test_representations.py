@@ -1,5 +1,5 @@
 """Every representation against its float64 oracle,
-its invariances with their sensitivity twins, and other devices.
+its invariances with their sensitivity twins, and batches. Other devices: test_device_operations.py.
 """
 
 import numpy as np
@@ -8,7 +8,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 import representations
 from ablation import catalogue as project
@@ -452,29 +451,6 @@ def test_what_is_no_module_is_refused(down, up):
 
 
 # --- devices
-
-
-@pytest.mark.parametrize("shape", [(1, 320, 300), (4, 64, 48), (3, 2, 9)], ids=str)
-@pytest.mark.parametrize("name", PRODUCT_NAMES)
-def test_a_product_runs_on_a_device_that_is_not_the_cpu(name, shape, monkeypatch):
-    r, inner, out = shape
-    on_meta = lambda count, size, side, device: torch.empty(count, size, dtype=torch.float64, device=device)
-    monkeypatch.setattr(representations, "projection", on_meta)
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        found = FUNCTIONS[name](
-            ModuleBatch(torch.empty(7, r, inner, device="meta"), torch.empty(7, out, r, device="meta"))
-        )
-    assert found.device.type == "meta" and found.dtype == torch.float32
-    assert found.shape == (7, project.SPECS[name].width)
-
-
-@pytest.mark.parametrize("shape", [(1, 320), (1280, 1), (4, 64), (64, 64), (1, 1)], ids=str)
-@pytest.mark.parametrize("name", NAMES)
-def test_runs_on_a_device_that_is_not_the_cpu(name, shape):
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        out = FUNCTIONS[name](torch.empty(7, *shape, device="meta"))
-    assert out.device.type == "meta" and out.dtype == torch.float32
-    assert out.shape == (7, project.SPECS[name].width)
 
 
 def test_many_matrices_are_decomposed_in_batches(monkeypatch):

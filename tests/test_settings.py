@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import ROOT
 
 import visual_ablation_experiment as experiment
@@ -21,7 +22,7 @@ from ablation.catalogue import (
     title_of,
 )
 from ablation.cells import Cell, cells_of
-from ablation.command_line import parse_command_line, read_yaml
+from ablation.command_line import find_device, parse_command_line, read_yaml
 from ablation.controls import CONTROL_CELLS
 from ablation.conversion import build_settings
 from ablation.selection import list_cells
@@ -185,6 +186,32 @@ def test_the_embedded_collections_are_cross_validated_unless_something_says_othe
     ):
         assert parse(*other).folds == 0 and parse(*other).split == ("random",)
     assert parse("--dataset", "1k").folds == 0 and parse("--dataset", "./digits").folds == 0
+
+
+@pytest.mark.parametrize("gpus", [0, 1, 2])
+def test_a_device_is_there_or_the_error_names_those_that_are(gpus, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda i: f"NVIDIA H{i + 1}00")
+    seen = ["cpu alone", "cpu, cuda:0 (NVIDIA H100)", "cpu, cuda:0 (NVIDIA H100), cuda:1 (NVIDIA H200)"][gpus]
+    named = {"cpu": "cpu", "cpu:0": "cpu", "auto": "cuda" if gpus else "cpu"}
+    named |= {"cuda": "cuda", "cuda:0": "cuda:0", "cuda:00": "cuda:0"} if gpus else {}
+    assert {name: find_device(name) for name in named} == named
+    for absent in ("cuda:9", f"cuda:{gpus}", *([] if gpus else ["cuda"])):
+        with pytest.raises(InputError) as refused:
+            find_device(absent)
+        assert str(refused.value) == f"--device {absent} is not there: torch sees {seen}"
+
+
+@pytest.mark.parametrize("backend", ["mps", "xpu"])
+def test_devices_that_do_not_give_these_numbers_are_not_taken(backend, monkeypatch):
+    """Not by name, nor by auto where torch has such a device."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(getattr(torch, backend), "is_available", lambda: True)
+    assert find_device("auto") == "cpu"
+    for name in (backend, f"{backend}:0", f"{backend}:1"):
+        with pytest.raises(InputError, match=f"^--device {name} is refused: .* float64.*; use auto, cpu"):
+            find_device(name)
 
 
 def test_an_empty_file_changes_nothing(tmp_path):

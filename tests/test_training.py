@@ -1,11 +1,17 @@
 """Both trainers against a plain loop and each other, and what a run must and must not do."""
 
 import dataclasses
+import gc
+import os
+import subprocess
+import sys
+import weakref
 
 import numpy as np
 import oracles
 import pytest
 import torch
+from conftest import ROOT
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ablation import mlp, packed, training
@@ -236,10 +242,47 @@ def test_dropout_is_torchs_in_distribution():
             return model
 
         patch_everywhere(patch, "build_model", build_model)
+        patch.setattr(training, "step_of", step_by_autograd)
         theirs = losses(settings)
     assert not np.array_equal(ours, theirs)
     assert abs(ours.mean() - theirs.mean()) < 4 * np.hypot(ours.std(ddof=1), theirs.std(ddof=1)) / np.sqrt(12)
     assert without.mean() < ours.mean() - 0.1
+
+
+def step_by_autograd(model, data, settings):
+    return training.autograd_step(model, settings, data.weights_C)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    "overrides", [{}, {"dropout": 0.5}, {"hidden_dim": 37, "weight_decay": 0.1}], ids=str
+)
+@pytest.mark.parametrize("is_weighted", [False, True])
+def test_the_step_without_autograd_is_that_of_autograd_to_the_bit(monkeypatch, dtype, overrides, is_weighted):
+    settings = dataclasses.replace(SMALL, max_epochs=6, **overrides)
+    x, labels, split = problem(dtype=dtype)
+    task = Task(x, labels, split, 4, is_weighted=is_weighted)  # class 3 has no row
+    ours = training.train_runs(task, settings)
+    used = []
+    monkeypatch.setattr(training, "step_of", lambda *given: used.append(given) or step_by_autograd(*given))
+    same_to_the_bit(ours, training.train_runs(task, settings))
+    assert len(used) == 3
+
+
+def test_the_step_without_autograd_leaves_the_same_model():
+    """Parameters and BatchNorm's statistics, which predictions on three classes hardly show."""
+    settings = dataclasses.replace(SMALL, dropout=0.5)
+    x, labels, split = problem(dtype=torch.float32)
+    data, models = prepared(x, labels, split), []
+    for make in (training.step_of, step_by_autograd):
+        model = mlp.build_model(42, 10, 3, settings)
+        factors = mlp.dropout_factors(42, 16, settings, next(model.parameters()))
+        step = make(model, data, settings)
+        for batch in torch.arange(64).split(16):
+            step(data.x_ND[batch], data.y_N[batch], next(factors), 1e-3)
+        models.append(model.state_dict())
+    ours, theirs = models
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs if "num_batches" not in name)
 
 
 @pytest.mark.parametrize("dropout", [0.1, 0.3, 0.5, 0.9])
@@ -618,3 +661,146 @@ def test_dropout_after_some_steps_is_that_of_a_run_that_took_them(steps):
     for _ in range(steps):
         next(drawn)
     assert all(torch.equal(next(drawn), next(later)) for _ in range(20))
+
+
+# --- a pack that a device has no room for
+
+
+ROOMY = dataclasses.replace(SMALL, trainer="packed", num_runs=7, dropout=0.5, batch_size=19, max_epochs=12)
+
+
+def without_room(monkeypatch, most, after=0):
+    """Memory ends in step number `after` + 1 of a pack of more than `most` runs; in its building if it is -1.
+    Returns the sizes of the packs that were begun.
+    """
+    begun, build, step = [], Pack.__init__, PackedEpoch.step
+
+    def refuse():
+        raise torch.OutOfMemoryError("pretended")
+
+    def build_or_refuse(self, models, *rest):
+        begun.append(len(models))
+        self.steps_taken, self.first_size = 0, len(models)
+        if after < 0 and len(models) > most:
+            refuse()
+        build(self, models, *rest)
+
+    def step_or_refuse(self, *given):
+        self.pack.steps_taken += 1
+        if self.pack.first_size > most and self.pack.steps_taken > after:
+            refuse()
+        step(self, *given)
+
+    monkeypatch.setattr(Pack, "__init__", build_or_refuse)
+    monkeypatch.setattr(PackedEpoch, "step", step_or_refuse)
+    return begun
+
+
+def warnings_of(caplog):
+    return [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+
+
+@pytest.fixture
+def logged(caplog, monkeypatch):
+    monkeypatch.setattr(packed.log, "propagate", True)
+    monkeypatch.setattr(packed.log, "filters", [])
+    return caplog
+
+
+@pytest.mark.parametrize("after", [-1, 0, 3, 40])
+def test_a_pack_without_room_is_trained_as_halves_with_the_same_numbers(monkeypatch, logged, after):
+    x, labels, split = problem()
+    task = Task(x, labels, split, 3, {"changed": x[:5]})
+    whole = training.train_runs(task, ROOMY)
+    begun, told = without_room(monkeypatch, 2, after), []
+    listener = Listener(on_run=lambda run, number: told.append((run.seed, number)))
+    halves = training.train_runs(task, ROOMY, "cpu", listener)
+    assert begun == [7, 3, 1, 2, 4, 2, 2]
+    assert told == [(42 + i, i + 1) for i in range(7)]
+    assert_same_runs(halves.runs, whole.runs)
+    assert [run.seed for run in halves.runs] == ROOMY.seeds
+    for a, b in zip(halves.runs, whole.runs, strict=True):
+        assert np.array_equal(a.predictions["changed"], b.predictions["changed"])
+    assert warnings_of(logged) == [
+        f"out of memory on cpu: the pack of {R} runs is trained as {R // 2} and {R - R // 2}"
+        for R in (7, 3, 4)
+    ]
+
+
+def test_one_run_without_room_ends_the_training(monkeypatch, logged):
+    begun = without_room(monkeypatch, 0)
+    with pytest.raises(torch.OutOfMemoryError, match="pretended"):
+        training.train_runs(Task(*problem(), 3), ROOMY)
+    assert begun == [7, 3, 1]
+
+
+def test_the_whole_pack_is_gone_before_its_halves_are_built(monkeypatch):
+    """Without the collector of cycles: its tensors would take the room that the halves need."""
+    without_room(monkeypatch, 4, after=3)
+    built, alive, real = [], [], packed.PackedTraining.__init__
+
+    def build(self, *given):
+        alive.append(sum(reference() is not None for reference in built))
+        real(self, *given)
+        built.extend([weakref.ref(self), weakref.ref(self.pack.parameters["0.weight"])])
+
+    monkeypatch.setattr(packed.PackedTraining, "__init__", build)
+    monkeypatch.setattr(PackedEpoch, "replays", lambda self: True)
+    monkeypatch.setattr(packed, "record_graph", lambda function, device: function)
+    gc.disable()
+    try:
+        training.train_runs(Task(*problem(), 3), ROOMY)
+    finally:
+        gc.enable()
+    assert alive == [0, 0, 0]
+
+
+@pytest.mark.parametrize("epochs", [1, 2, 8, 25, 40, 70])
+def test_a_killed_half_goes_on_with_the_same_numbers(tmp_path, monkeypatch, epochs):
+    x, labels, split = problem(dtype=torch.float32)
+    task = Task(x, labels, split, 3, {"changed": x[:5]})
+    settings = dataclasses.replace(ROOMY, patience=11)
+    begun = without_room(monkeypatch, 4, after=6)
+    whole = training.train_runs(task, settings)
+    assert begun == [7, 3, 4]
+    monkeypatch.setattr(packed, "KEEP_SECONDS", 0.0)
+    kept, trained = Unfinished(tmp_path, "cell", {"a": 1}), []
+    ended = [interrupted(settings, kept, epochs, task), interrupted(settings, kept, 3, task)]
+    begun.clear()
+    again = training.train_runs(task, settings, "cpu", Listener(on_epoch=trained.append), kept)
+    same_to_the_bit(again, whole)
+    names = {path.stem for path in kept.folder.iterdir()}
+    assert names == {"pack", "pack42-44", "pack45-48"} and kept.names_in("pack") == {packed.HALVED}
+    if epochs > 7:  # the whole pack, which has no room, was given up before the kill
+        assert begun == [3, 4]
+        lost = sum(map(len, ended)) + len(trained) - sum(len(run.train_loss) for run in whole.runs)
+        assert lost <= 7 + 2 * 4, "the epoch of the whole pack, and of each kill the epoch at work"
+
+
+# --- the precision of products outside training
+
+
+def test_the_environment_does_not_make_float32_products_less_exact(tmp_path):
+    """Pca and the kernels multiply in float32 before the MLP is trained."""
+    code = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
+        "import torch; assert torch.get_float32_matmul_precision() == 'high'\n"
+        "import visual_ablation_experiment as experiment\n"
+        "from ablation import features; seen = []\n"
+        "real = features.load_or_extract\n"
+        "def spy(*given):\n"
+        "    seen.append(torch.get_float32_matmul_precision()); return real(*given)\n"
+        "features.load_or_extract = spy\n"
+        "flags = ['--dataset', 'sanity-check', '--representations', 'pca', '--no-report']\n"
+        "flags += ['--num-runs', '1', '--max-epochs', '1', '--hidden-dim', '4']\n"
+        "assert experiment.main(flags) == 0\n"
+        "assert [*seen, torch.get_float32_matmul_precision()] == ['highest'] * 2, seen\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": "1"},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr

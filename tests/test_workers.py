@@ -183,15 +183,15 @@ def test_what_a_process_failed_is_not_tried_by_the_next(run, place, monkeypatch)
     monkeypatch.setenv(distributed.WORKER, "1")
     real = distributed.groups_in_turn
 
-    def turns(context, cells):
-        for number, group in enumerate(real(context, cells)):
+    def turns(context, groups):
+        for number, group in enumerate(real(context, groups)):
             if number == 0:
                 announce(
                     context.store.folder, "failed", cell="all_layers_simple_stats", error="told elsewhere"
                 )
             yield group
 
-    monkeypatch.setattr("visual_ablation_experiment.groups_in_turn", turns)
+    monkeypatch.setattr("ablation.cells_at_work.groups_in_turn", turns)
     assert run(*FOUR, "--cells", "all_layers_stats", "all_layers_simple_stats")[0] == 0
     assert visible(folder(place) / "checkpoints") == ["all_layers_stats.json"]
 

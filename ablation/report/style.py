@@ -70,7 +70,11 @@ def drawn(function: Callable[[Any], Figure | None]) -> Callable[[Any], Figure | 
 
     def draw(results: Any) -> Figure | None:
         with matplotlib.rc_context(STYLE):
-            return function(results)
+            figure = function(results)
+            if figure is not None:  # laid out once, not again for each format
+                figure.draw_without_rendering()
+                figure.set_layout_engine("none")
+            return figure
 
     draw.__name__, draw.__doc__ = function.__name__, function.__doc__
     return draw

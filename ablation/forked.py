@@ -1,0 +1,210 @@
+"""Jobs in processes of their own, each a fork of this one: it has everything that a job needs, at no cost.
+
+The thread that forks is the only one that computes here, so no lock of a library is held by a thread that the
+fork does not have. A fork does its job, tells the result through a pipe, and ends; it ends with this process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import json
+import logging
+import os
+import select
+import signal
+import sys
+import traceback
+import warnings
+from collections import deque
+from collections.abc import Callable
+from typing import Any, NoReturn, Protocol
+
+from ablation.stopping import SIGNALS
+from ablation.task import TrainingError
+
+log = logging.getLogger("visual_ablation")
+
+DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG of Linux
+PIECE = 2**16  # bytes of a pipe
+
+
+def can_fork() -> bool:
+    """True on Linux: elsewhere libraries of the system do not bear a fork."""
+    return sys.platform == "linux"
+
+
+class Travelling(Protocol):
+    """What knows how a job's result travels."""
+
+    def to_bytes(self, result: Any) -> bytes:
+        """A result as bytes."""
+
+    def from_bytes(self, content: bytes) -> Any:
+        """The result again."""
+
+
+class Fork:
+    """A job that waits for a core, or is at work in a process."""
+
+    def __init__(self, job: Callable[[], Any], batch: Travelling):
+        self.job, self.batch = job, batch
+        self.pid, self.pipe = 0, -1
+        self.told = bytearray()
+
+    def begin(self) -> None:
+        """Do the job in a fork of this process."""
+        reading, writing = os.pipe()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # of threads: see the module's first lines
+            self.pid = os.fork()
+        if self.pid == 0:
+            os.close(reading)
+            do_and_tell(self.job, self.batch, writing)
+        os.close(writing)
+        self.pipe = reading
+
+    def read(self) -> bool:
+        """Read what the process tells; True once it has ended."""
+        content = os.read(self.pipe, PIECE)
+        self.told += content
+        return not content
+
+    def end(self) -> int:
+        """Wait for the process, which has nothing more to tell. Returns its status."""
+        os.close(self.pipe)
+        return os.waitpid(self.pid, 0)[1]
+
+    def kill(self) -> None:
+        """End the process at once."""
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, signal.SIGKILL)
+        self.end()
+
+    def result(self) -> Any:
+        """What the job gave. Raises what it raised, and ProcessLost if its process ended before it told."""
+        head, _, content = bytes(self.told).partition(b"\n")
+        try:
+            told = json.loads(head)
+        except ValueError:
+            raise ProcessLost("the process of a run was killed: is the memory enough?") from None
+        for level, line in told["lines"]:
+            log.log(level, line)
+        if told["error"] is not None:
+            raise error_of(*told["error"])
+        return self.batch.from_bytes(content)
+
+
+class ProcessLost(Exception):
+    """The process of a job ended before it told its result."""
+
+
+class Forks:
+    """At most `workers` jobs at work in forks; the others wait."""
+
+    def __init__(self, workers: int):
+        self.workers = workers
+        self.waiting: deque[Fork] = deque()
+        self.at_work: dict[int, Fork] = {}  # by their pipes
+
+    def submit(self, job: Callable[[], Any], batch: Travelling) -> object:
+        """Begin a job when a core is free; returns what `done` calls it."""
+        fork = Fork(job, batch)
+        self.waiting.append(fork)
+        self.begin_next()
+        return fork
+
+    def begin_next(self) -> None:
+        """Begin jobs as long as there are cores."""
+        while self.waiting and len(self.at_work) < self.workers:
+            fork = self.waiting.popleft()
+            fork.begin()
+            self.at_work[fork.pipe] = fork
+
+    def done(self) -> list[tuple[object, Callable[[], Any]]]:
+        """Wait for a job to end. Returns those that did, each with a function that gives its result."""
+        ended: list[Fork] = []
+        while not ended:
+            for pipe in select.select(self.at_work, [], [])[0]:
+                if self.at_work[pipe].read():
+                    ended.append(self.at_work.pop(pipe))
+                    ended[-1].end()
+        self.begin_next()
+        return [(fork, fork.result) for fork in ended]
+
+    def drop(self, job: Any) -> bool:
+        """End a job, at work or not."""
+        if job in self.waiting:
+            self.waiting.remove(job)
+        elif self.at_work.pop(job.pipe, None):
+            job.kill()
+        else:
+            return False  # it has just ended
+        self.begin_next()
+        return True
+
+    def close(self) -> None:
+        """End all jobs."""
+        self.waiting.clear()
+        for fork in self.at_work.values():
+            fork.kill()
+        self.at_work.clear()
+
+
+# --- in the fork
+
+
+class Lines(logging.Handler):
+    """Keeps the lines of a fork's log, for the process that it is of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[tuple[int, str]] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Keep a line."""
+        self.lines.append((record.levelno, record.getMessage()))
+
+
+def do_and_tell(job: Callable[[], Any], batch: Travelling, pipe: int) -> NoReturn:
+    """Do a job, write its result into the pipe, and end this process."""
+    status = 1
+    try:
+        end_with(os.getppid())
+        gc.freeze()  # what the process had before is not this one's to tidy up
+        kept = Lines()
+        log.handlers[:], log.filters[:] = [kept], []
+        error, content = None, b""
+        try:
+            content = batch.to_bytes(job())
+        except BaseException as raised:
+            error = type(raised).__name__, str(raised), traceback.format_exc()
+        message = json.dumps({"lines": kept.lines, "error": error}).encode() + b"\n" + content
+        with os.fdopen(pipe, "wb") as file:
+            file.write(message)
+        status = 0
+    finally:
+        os._exit(status)
+
+
+def end_with(parent: int) -> None:
+    """End this process with that one, and by no signal that a terminal sends to both."""
+    signal.set_wakeup_fd(-1)
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    ctypes.CDLL(None).prctl(DIE_WITH_PARENT, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
+
+
+def error_of(kind: str, text: str, where: str) -> BaseException:
+    """An error like one that was raised in another process, with its traceback as a note."""
+    known: dict[str, type[BaseException]] = {
+        "TrainingError": TrainingError,
+        "KeyboardInterrupt": KeyboardInterrupt,
+        "MemoryError": MemoryError,
+    }
+    error = known.get(kind, type(kind, (Exception,), {}))(text)
+    error.add_note(where)
+    return error

@@ -1,0 +1,314 @@
+"""The pool of cores: every job once, batches as they end, errors where they belong; threads and forks alike."""
+
+import dataclasses
+import logging
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from running import FAST, SCRIPT, cell_files
+from test_training import SMALL, problem, same_to_the_bit
+
+from ablation import forked, log, training, work_pool
+from ablation.forked import Forks, ProcessLost
+from ablation.task import Listener, Task, TrainingError
+from ablation.work_pool import Batch, Pool, Threads
+
+
+class Numbers(Batch):
+    """Jobs that give their numbers, or what a function of a number gives."""
+
+    def __init__(self, count, job=lambda number: number, in_turn=False):
+        super().__init__()
+        self.count, self.job, self.in_turn = count, job, in_turn
+        self.made, self.noted = [], []
+
+    def jobs(self):
+        for number in range(self.count):
+            self.made.append(number)
+            yield lambda number=number: (number, self.job(number))
+
+    def note(self, result):
+        self.noted.append(result[0])
+
+    def to_bytes(self, result):
+        return str(result[0]).encode()
+
+    def from_bytes(self, content):
+        return int(content), None
+
+
+@pytest.fixture(params=[Threads, Forks])
+def pool_of(request, monkeypatch):
+    def make(workers):
+        pool = Pool(workers)
+        pool.crew = request.param(workers)
+        return pool
+
+    threads = torch.get_num_threads()
+    yield make
+    assert torch.get_num_threads() == threads
+
+
+def pause(number):
+    time.sleep(0.02 * (number % 3))
+
+
+@pytest.mark.parametrize("workers", [1, 2, 5])
+def test_every_job_is_done_once_and_every_batch_is_yielded_once(pool_of, workers):
+    batches = [Numbers(count, pause) for count in (7, 0, 1, 3)]
+    with pool_of(workers) as pool:
+        ended = list(pool.finished(iter(batches)))
+    assert sorted(map(id, ended)) == sorted(map(id, batches))
+    assert [sorted(batch.noted) for batch in batches] == [list(range(batch.count)) for batch in batches]
+    assert all(batch.error is None for batch in batches)
+
+
+def test_the_next_batch_begins_while_the_last_jobs_of_another_are_at_work(pool_of):
+    first, second = Numbers(3, lambda number: time.sleep(0.3 * (number == 2))), Numbers(4)
+    seen = []
+    with pool_of(2) as pool:
+        for batch in pool.finished([first, second]):
+            seen.append((batch is first, len(second.noted)))
+    assert seen == [(False, 4), (True, 4)], "the short jobs of the second fill the other core"
+
+
+def test_none_and_batches_in_turn_wait_for_what_is_at_work(pool_of):
+    long, alone, last = Numbers(2, lambda number: time.sleep(0.1)), Numbers(2, in_turn=True), Numbers(1)
+    noted = []
+
+    def batches():
+        yield long
+        yield None
+        noted.append(list(long.noted))
+        yield alone
+        noted.append(list(alone.noted))
+        yield last
+
+    threads, used = torch.get_num_threads(), []
+    alone.job = lambda number: used.append(torch.get_num_threads())
+    with pool_of(2) as pool:
+        assert list(pool.finished(batches())) == [long, alone, last]
+    assert [sorted(numbers) for numbers in noted] == [[0, 1], [0, 1]] and used == [threads] * 2
+
+
+def fail_at(number, error):
+    def job(given):
+        if given == number:
+            raise error
+        time.sleep(0.01)
+
+    return job
+
+
+@pytest.mark.parametrize(
+    "error, kind",
+    [(TrainingError("no column varies"), TrainingError), (ZeroDivisionError("by 0"), Exception)],
+)
+def test_an_error_ends_its_batch_and_no_other(pool_of, error, kind):
+    bad, good = Numbers(50, fail_at(1, error)), Numbers(5)
+    with pool_of(2) as pool:
+        assert list(pool.finished([bad, good])) == [bad, good]
+    assert isinstance(bad.error, kind) and bad.stop.is_set() and len(bad.made) < 10
+    assert log.describe_error(bad.error) == f"{type(error).__name__}: {error}"
+    assert sorted(good.noted) == list(range(5)) and good.error is None
+
+
+def test_jobs_that_cannot_be_made_fail_their_batch(pool_of):
+    class Unmade(Numbers):
+        def jobs(self):
+            yield from super().jobs()
+            raise TrainingError("no more")
+
+    batches = [Unmade(2), Numbers(2)]
+    with pool_of(2) as pool:
+        assert set(pool.finished(batches)) == set(batches)
+    assert str(batches[0].error) == "no more" and sorted(batches[1].noted) == [0, 1]
+
+
+def test_an_interrupt_ends_the_pool_and_all_jobs(pool_of):
+    class Endless(Numbers):
+        def jobs(self):
+            yield lambda: (0, self.stop.wait(600))
+            yield lambda: (1, self.stop.wait(600))
+            raise KeyboardInterrupt
+
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt), pool_of(2) as pool:
+        list(pool.finished([Endless(2)]))
+    assert time.monotonic() - began < 300, "jobs at work are asked to end, not waited for"
+
+
+# --- forks
+
+
+def test_runs_in_forks_are_those_of_threads_to_the_bit(monkeypatch):
+    x, labels, split = problem(dtype=torch.float32)
+    task = Task(x, labels, split, 3, {"changed": x[:5]})
+    settings = dataclasses.replace(SMALL, num_runs=5, dropout=0.5)
+    whole = training.train_runs(task, settings)
+    begun = []
+    real = forked.Fork.begin
+    monkeypatch.setattr(forked.Fork, "begin", lambda self: (begun.append(1), real(self)))
+    monkeypatch.setattr(work_pool, "FORK_FROM", 1)
+    heard = []
+    again = training.train_runs(task, settings, "cpu", Listener(lambda run, number: heard.append(number)))
+    same_to_the_bit(again, whole)
+    assert len(begun) == 5 and heard == [1, 2, 3, 4, 5]
+    assert all(run.seconds > 0 for run in again.runs)
+
+
+def test_an_error_in_a_fork_says_where_it_was():
+    batch = Numbers(1, lambda number: 1 / 0)
+    pool = Pool(1)
+    pool.crew = Forks(1)
+    with pool:
+        list(pool.finished([batch]))
+    (note,) = batch.error.__notes__
+    assert "Traceback" in note and "1 / 0" in note
+
+
+def test_a_fork_that_is_killed_fails_its_batch():
+    def die(number):
+        if number == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    bad, good = Numbers(3, die), Numbers(3)
+    pool = Pool(2)
+    pool.crew = Forks(2)
+    with pool:
+        assert set(pool.finished([bad, good])) == {bad, good}
+    assert isinstance(bad.error, ProcessLost) and "memory" in str(bad.error)
+    assert sorted(good.noted) == [0, 1, 2]
+
+
+def test_lines_of_a_fork_come_into_the_log_of_the_process(caplog):
+    logger = logging.getLogger("visual_ablation")
+    batch = Numbers(1, lambda number: logger.warning("out of the fork"))
+    pool = Pool(1)
+    pool.crew = Forks(1)
+    logger.addHandler(caplog.handler)
+    try:
+        with pool:
+            list(pool.finished([batch]))
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert [(record.levelname, record.getMessage()) for record in caplog.records] == [
+        ("WARNING", "out of the fork")
+    ]
+
+
+def test_results_longer_than_a_pipe_come_whole():
+    class Long(Numbers):
+        def to_bytes(self, result):
+            return np.full(3_000_000, result[0], np.uint8).tobytes()
+
+        def from_bytes(self, content):
+            found = np.frombuffer(content, np.uint8)
+            assert len(found) == 3_000_000 and (found == found[0]).all()
+            return int(found[0]), None
+
+    batch = Long(6)
+    pool = Pool(3)
+    pool.crew = Forks(3)
+    with pool:
+        list(pool.finished([batch]))
+    assert sorted(batch.noted) == list(range(6))
+
+
+def test_what_a_fork_notes_stands_in_the_line_of_progress():
+    with log.Progress(2, "runs") as progress:
+        batch = Numbers(1, lambda number: setattr(progress, "note", "epoch 7 of ähnliche"))
+        pool = Pool(1)
+        pool.crew = Forks(1)
+        with pool:
+            list(pool.finished([batch]))
+        assert progress.line().endswith(" | epoch 7 of ähnliche")
+
+
+def alive(pid):
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def wait_until(what):
+    for _ in range(3000):
+        if what():
+            return
+        time.sleep(0.02)
+    raise AssertionError("waited a minute")
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+def test_forks_end_with_their_process_and_not_by_a_signal_of_a_terminal(tmp_path, number):
+    script = tmp_path / "forks.py"
+    script.write_text(
+        textwrap.dedent(f"""
+        import sys, time, os
+        sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
+        from ablation.forked import Forks
+        from ablation.stopping import handle_signals
+        from test_work_pool import Numbers
+        handle_signals()
+        forks = Forks(2)
+        batch = Numbers(2)
+        try:
+            for _ in range(2):
+                forks.submit(lambda: time.sleep(600), batch)
+            print(*(fork.pid for fork in forks.at_work.values()), flush=True)
+            forks.done()
+        finally:
+            forks.close()
+        """)
+    )
+    process = subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True)
+    pids = list(map(int, process.stdout.readline().split()))
+    assert len(pids) == 2 and all(map(alive, pids))
+    if number == signal.SIGINT:
+        wait_until(lambda: all(ignores(pid, number) for pid in pids))
+        for pid in pids:
+            os.kill(pid, number)
+        assert all(map(alive, pids))
+    process.send_signal(number)
+    process.communicate()
+    assert process.returncode == (-9 if number == signal.SIGKILL else 128 + number)
+    wait_until(lambda: not any(map(alive, pids)))
+
+
+def ignores(pid, number):
+    with open(f"/proc/{pid}/status") as file:
+        (mask,) = [line.split()[1] for line in file if line.startswith("SigIgn")]
+    return bool(int(mask, 16) >> (number - 1) & 1)
+
+
+@pytest.mark.parametrize("extra", [(), ("--folds", "2")], ids=["split", "folds"])
+def test_an_experiment_of_four_processes_has_the_cells_of_one_thread(place, extra):
+    """Killed in the middle, too."""
+    chosen = ("--representations", "stats", "frequency", "--audit", "noise", *extra)
+    for threads, output in (("1", "one"), ("4", "four")):
+        command = [sys.executable, SCRIPT, "--dataset", "./loras", *FAST, *chosen, "--output-dir", output]
+        environment = os.environ | {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": "1"}
+        if threads == "4":
+            first = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+            for line in first.stdout:
+                if "Run 1/2" in line:
+                    first.kill()
+            first.wait()
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert cell_files(place, output="one") == cell_files(place, output="four")
+    lines = [line for line in done.stdout.splitlines() if line.startswith(("[", "Run ", "Results:", "Audit"))]
+    for begun, *rest in zip(lines[::5], *(lines[number::5] for number in range(1, 5)), strict=True):
+        assert begun[0] == "[" and [line.split()[0] for line in rest] in (
+            ["Run", "Run", "Results:", "Audit"],
+        ), lines
