@@ -20,9 +20,9 @@ NOT_A_CLASS = -100  # labels that a loss leaves out: none here
 VECTOR = 16  # numbers that a kernel takes at once; what is left at an end is rounded otherwise
 
 
-def joined(parameters: list[nn.Parameter]) -> list[Tensor]:
-    """Copies of parameters in one piece, where Adam's kernel rounds them as it does each alone; otherwise in
-    a piece each.
+def in_pieces(parameters: list[nn.Parameter]) -> list[Tensor]:
+    """Copies of parameters: joined, where Adam's kernel rounds them as it does each alone; otherwise one by
+    one.
     """
     flat = [parameter.detach().flatten() for parameter in parameters]
     is_whole = all(len(values) % VECTOR == 0 for values in flat[:-1])
@@ -30,7 +30,7 @@ def joined(parameters: list[nn.Parameter]) -> list[Tensor]:
 
 
 def views_of(pieces: list[Tensor], parameters: list[nn.Parameter]) -> list[Tensor]:
-    """The values of each parameter in the pieces of `joined`, in its shape."""
+    """The values of each parameter in the pieces of `in_pieces`, in its shape."""
     sizes = [parameter.numel() for parameter in parameters]
     flat = pieces[0].split(sizes) if len(pieces) == 1 else pieces
     return [values.view_as(parameter) for values, parameter in zip(flat, parameters, strict=True)]
@@ -42,7 +42,7 @@ class CpuStep:
     def __init__(self, model: nn.Sequential, settings: TrainingSettings, weights_C: Tensor | None):
         self.settings, self.weights_C = settings, weights_C
         parameters = list(model.parameters())
-        self.parameters = joined(parameters)
+        self.parameters = in_pieces(parameters)
         self.gradients = [torch.zeros_like(piece) for piece in self.parameters]
         self.adam = AdamState.before(self.parameters)
         gradients = views_of(self.gradients, parameters)
@@ -77,7 +77,7 @@ class CpuStep:
         loss, gradient = self.loss_of(torch.addmm(last.bias, inputs[-1], last.weight.t()), y_B)
         for level in reversed(range(len(self.layers))):
             if level < len(self.norms):
-                gradient = self.behind_norm(level, gradient, dropout_LBH, *normed[level])
+                gradient = self.behind_norm(level, gradient, dropout_LBH, normed[level])
             of_weight, of_bias = self.of_layers[level]
             torch.mm(gradient.t(), inputs[level], out=of_weight)
             torch.sum(gradient, 0, out=of_bias)
@@ -101,15 +101,15 @@ class CpuStep:
         level: int,
         gradient: Tensor,
         dropout_LBH: Tensor | None,
-        units: Tensor,
-        positive: Tensor,
-        statistics: list[Tensor],
+        had: tuple[Tensor, Tensor, list[Tensor]],
     ) -> Tensor:
         """The gradient (B, H) by the units of a hidden layer, from that by what the next layer takes.
 
-        The arguments are those of one layer. Notes the gradients of the norm's weight and bias.
+        `had` are the layer's units, those that were positive, and the batch's statistics. Notes the gradients
+        of the norm's weight and bias.
         """
         norm, (of_weight, of_bias) = self.norms[level], self.of_norms[level]
+        units, positive, statistics = had
         if dropout_LBH is not None:
             gradient = gradient * dropout_LBH[level]
         gradient = aten.threshold_backward(gradient, positive, 0)

@@ -122,10 +122,11 @@ def cost_of(cell: Cell, sizes: CellSizes) -> float:
 def columns_expected(cell: Cell, sizes: CellSizes) -> float:
     """Columns of a cell, as far as they are known before it runs."""
     settings, layers, name = sizes.settings, sizes.layers, cell.representation
-    modules = len(layers.module_positions(cell.layer_set))
     positions = layers.positions(cell.layer_set)
+    by_layer = SPECS[name].source == "layer" and name != "centroid_cosine"
+    modules = 0 if by_layer else len(layers.module_positions(cell.layer_set))  # some layers have no module
     if not SPECS[name].fitted:
-        count = len(positions) if SPECS[name].source == "layer" else modules
+        count = len(positions) if by_layer else modules
         return count * sum(map(settings.width_of, components_of(name)))
     known = {
         "flat_vec": sum(layers.layouts[layers.names[position]].size for position in positions),

@@ -27,7 +27,7 @@ from ablation.task import TrainingError
 log = logging.getLogger("visual_ablation")
 
 DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG of Linux
-PIECE = 2**16  # bytes of a pipe
+PIPE_BYTES = 2**16  # bytes of a pipe
 
 
 def can_fork() -> bool:
@@ -67,7 +67,7 @@ class Fork:
 
     def read(self) -> bool:
         """Read what the process tells; True once it has ended."""
-        content = os.read(self.pipe, PIECE)
+        content = os.read(self.pipe, PIPE_BYTES)
         self.told += content
         return not content
 

@@ -1,8 +1,8 @@
 """The cores as one pool: runs of several cells at a time, one a core, and no core waits for a cell to end.
 
-Numbers do not depend on the pool: each job has as many of torch's threads whatever else is at work. Threads of
-Python wait for each other: together they take as many training steps as four to six cores do, so on more
-cores jobs are done by processes. On fewer a thread is cheaper than a fork.
+Numbers do not depend on the pool: each job has as many of torch's threads whatever else is at work. Threads
+of Python wait for each other: all together they take as many training steps as four to six cores could, so on
+more cores jobs are done by processes. On fewer a thread is cheaper than a fork.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from ablation.settings import setting_fields
 FILES = sorted(
     path for pattern in ("*.py", "ablation/**/*.py", "scripts/*.py") for path in ROOT.glob(pattern)
 )
-TOOLS = ("report", "making", "inspection", "benchmark", "endurance")
+TOOLS = ("report", "making", "inspection", "benchmark", "endurance", "device_check")
 TREES = {path: ast.parse(path.read_text()) for path in FILES}
 
 
