@@ -22,6 +22,7 @@ hypothesis.settings.load_profile("any speed")
 
 # Files that take long, the longest first: begun last they would leave a core idle at the end.
 LONGEST = (
+    "test_check_device.py",
     "test_report.py",
     "test_endurance.py",
     "test_folds.py",
@@ -30,6 +31,7 @@ LONGEST = (
     "test_surroundings.py",
     "test_resuming.py",
     "test_training.py",
+    "test_nothing_left.py",
     "test_experiment.py",
     "test_reading.py",
 )

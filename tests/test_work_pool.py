@@ -289,10 +289,9 @@ def ignores(pid, number):
     return bool(int(mask, 16) >> (number - 1) & 1)
 
 
-@pytest.mark.parametrize("extra", [(), ("--folds", "2")], ids=["split", "folds"])
-def test_an_experiment_of_four_processes_has_the_cells_of_one_thread(place, extra):
+def test_an_experiment_of_four_processes_has_the_cells_of_one_thread(place):
     """Killed in the middle, too."""
-    chosen = ("--representations", "stats", "frequency", "--audit", "noise", *extra)
+    chosen = ("--representations", "stats", "frequency", "--audit", "noise")
     for threads, output in (("1", "one"), ("4", "four")):
         command = [sys.executable, SCRIPT, "--dataset", "./loras", *FAST, *chosen, "--output-dir", output]
         environment = os.environ | {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": "1"}
