@@ -52,7 +52,7 @@ def finished(run, place, settled):
 def told(log):
     """The lines of a log, less those with times and less the times in others."""
     lines = [line for line in log.splitlines() if line and not line.startswith((*TIMES, "Features of "))]
-    return [re.sub(r"\b[0-9.]+ ?s\b", "", line) for line in lines]
+    return [re.sub(r"\b[0-9.]+ ?s\b|\b0\.[0-9]\b", "", line) for line in lines]  # 0.1: seconds a run
 
 
 def contents(root):
