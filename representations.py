@@ -29,8 +29,9 @@ EPS = 1e-8
 TOP = 10  # singular values and FFT magnitudes kept
 BINS = 50  # of the histogram behind info_theoretic
 EIGH_BATCH = 16_384  # matrices a call: cuSOLVER fails on larger batches
-# Weights described at a time: on a CPU what stays in a core's cache.
-SLICE_WEIGHTS = {"cpu": 2**17, "gpu": 2**24}
+# Weights described at a time. On a CPU shorter slices stay in a core's cache, but the threads of Python wait
+# for each other between operations, which costs more.
+SLICE_WEIGHTS = {"cpu": 2**19, "gpu": 2**24}
 # The same of modules, whose many small operations want longer slices.
 SLICE_PRODUCTS = {"cpu": 2**20, "gpu": 2**24}
 GRAM_IS_EXACT_ABOVE = 1e-4  # of s_m/s_1: below it, squaring loses more than half of float64's digits
@@ -157,18 +158,28 @@ class LayerBatch:
         once = [0] if longer % 2 else [0, longer // 2]
         return half[:, :, once].flatten(1), half[:, :, mirrored].flatten(1)
 
-    def percentiles(self, *percents: float) -> Tensor:
-        """Linearly interpolated between the sorted entries, float64."""
-        return percentiles_of(self.sorted, percents)  # (n, len(percents))
+    @cached_property
+    def percentiles(self) -> Tensor:
+        """1 5 10 25 50 75 90 95 99, float64."""
+        return percentiles_of(self.sorted, (1, 5, 10, 25, 50, 75, 90, 95, 99))  # (n, 9)
+
+
+# --- what NumPy does faster on a CPU, by SIMD, and torch does on another device
 
 
 def sort(x: Tensor) -> Tensor:
-    """Rows ascending. NumPy's sort uses SIMD and is far faster than torch's on a CPU."""
-    return (
-        torch.from_numpy(np.sort(x.detach().numpy(), axis=1))
-        if x.device.type == "cpu"
-        else x.sort(dim=1).values
-    )
+    """Rows ascending."""
+    if x.device.type != "cpu":
+        return x.sort(dim=1).values
+    return torch.from_numpy(np.sort(x.detach().numpy(), axis=1))
+
+
+def largest(x: Tensor, count: int) -> Tensor:
+    """The `count` largest entries of each row (n, N), descending; all N if there are fewer."""
+    first = x.shape[1] - min(count, x.shape[1])
+    if x.device.type != "cpu":
+        return x.topk(x.shape[1] - first).values
+    return sort(torch.from_numpy(np.partition(x.detach().numpy(), first, axis=1)[:, first:])).flip(1)
 
 
 def percentiles_of(ascending: Tensor, percents: tuple[float, ...]) -> Tensor:
@@ -195,7 +206,7 @@ def simple_stats(w: Tensor | LayerBatch) -> Tensor:
 
 def rank_based(w: Tensor | LayerBatch) -> Tensor:
     """Percentiles 1 5 10 25 50 75 90 95 99, p75-p25, p99-p1, in weight units. (n, rows, cols) -> (n, 11)."""
-    p = LayerBatch.of(w).percentiles(1, 5, 10, 25, 50, 75, 90, 95, 99)  # (n, 9)
+    p = LayerBatch.of(w).percentiles  # (n, 9)
     return columns(p, p[:, 5] - p[:, 3], p[:, 8] - p[:, 0])
 
 
@@ -242,11 +253,17 @@ def matrix_norms(w: Tensor | LayerBatch) -> Tensor:
     """
     layer = LayerBatch.of(w)
     s, absolute = layer.singular_values, layer.w.abs()
-    nuclear, largest = s.sum(1), s[:, 0]
-    one = absolute.sum(1, dtype=torch.float64).amax(1)
-    inf = absolute.sum(2, dtype=torch.float64).amax(1)
+    nuclear, s_1 = s.sum(1), s[:, 0]
+    one, inf = largest_sum(absolute, 1), largest_sum(absolute, 2)
     scale = layer.frobenius + EPS
-    return columns(layer.frobenius, nuclear, largest, one, inf, nuclear / scale, largest / scale)
+    return columns(layer.frobenius, nuclear, s_1, one, inf, nuclear / scale, s_1 / scale)
+
+
+def largest_sum(w: Tensor, dim: int) -> Tensor:
+    """The largest of each matrix's sums along an axis. (n, rows, cols) -> (n,) float64."""
+    if w.shape[dim] == 1:  # sums of one entry
+        return w.flatten(1).amax(1).double()
+    return w.sum(dim, dtype=torch.float64).amax(1)
 
 
 def distribution(w: Tensor | LayerBatch) -> Tensor:
@@ -256,7 +273,7 @@ def distribution(w: Tensor | LayerBatch) -> Tensor:
     (n, rows, cols) -> (n, 12).
     """
     layer = LayerBatch.of(w)
-    p = layer.percentiles(5, 10, 25, 50, 75, 90, 95)  # (n, 7)
+    p = layer.percentiles[:, 1:-1]  # (n, 7)
     deviation = layer.central_sums[0] / layer.N
     variation = layer.std / (layer.mean.abs() + EPS)
     return columns(p, p[:, 4] - p[:, 2], deviation, variation, layer.skewness, layer.kurtosis)
@@ -272,10 +289,8 @@ def frequency(w: Tensor | LayerBatch) -> Tensor:
     """
     layer = LayerBatch.of(w)
     once, twice = layer.fft_magnitudes  # (n, a), (n, b)
-    candidates = [once.topk(min(TOP, once.shape[1])).values]
-    candidates.append(twice.topk(min(TOP, twice.shape[1])).values.repeat_interleave(2, dim=1))
-    top = torch.cat(candidates, dim=1)
-    top = top.topk(min(TOP, top.shape[1])).values  # (n, 10 or N)
+    candidates = (largest(once, TOP), largest(twice, TOP).repeat_interleave(2, dim=1))
+    top = largest(torch.cat(candidates, dim=1), TOP)  # (n, 10 or N)
     top = pad(top, (0, TOP - top.shape[1]))  # (n, 10)
     mean = (once.sum(1) + 2 * twice.sum(1)) / layer.N
     deviations = [((part - mean[:, None]) ** 2).sum(1) for part in (once, twice)]

@@ -482,3 +482,18 @@ def test_describe_shares_work_names_failures_and_leaves_out_of_memory_to_the_cal
 def test_torchs_sort_gives_what_numpys_does():
     w = torch.from_numpy(draw("integers", 6, 4, 50))
     assert torch.equal(LayerBatch(w).sorted, LayerBatch(w).x.sort(dim=1).values)
+
+
+@pytest.mark.parametrize("columns", [0, 1, 7, 10, 11, 640])
+def test_the_largest_entries_are_those_of_a_full_sort(columns):
+    x = torch.from_numpy(np.random.default_rng(columns).integers(0, 40, (20, columns)) / 8.0)
+    expected = np.sort(x.numpy(), axis=1)[:, ::-1][:, : representations.TOP]
+    assert np.array_equal(representations.largest(x, representations.TOP).numpy(), expected)
+
+
+@pytest.mark.parametrize("shape", [(4, 1, 9), (4, 9, 1), (4, 1, 1), (4, 3, 5)])
+@pytest.mark.parametrize("dim", [1, 2])
+def test_the_largest_sum_along_an_axis_is_that_of_numpy(shape, dim):
+    w = torch.from_numpy(np.random.default_rng(1).random(shape).astype(np.float32))
+    expected = w.numpy().sum(axis=dim, dtype=np.float64).max(axis=1)
+    assert np.allclose(representations.largest_sum(w, dim).numpy(), expected, rtol=1e-14)
