@@ -1,7 +1,9 @@
 """Jobs in processes of their own, each a fork of this one: it has everything that a job needs, at no cost.
 
 The thread that forks is the only one that computes here, so no lock of a library is held by a thread that the
-fork does not have. A fork does its job, tells the result through a pipe, and ends; it ends with this process.
+fork does not have. A job must not use threads that a library keeps, such as torch's: a fork waits for them
+forever, so `Pool` gives it one. A fork does its job, tells the result through a pipe, and ends; it ends with
+this process.
 """
 
 from __future__ import annotations

@@ -54,9 +54,8 @@ RECORD = ".finished.json"
 RESULTS = ("results.json", "results.txt", "manifest.json")
 UNIMPORTANT_ACTIONS = ("argv", "rerun_stale")  # with every cell finished nothing is stale
 DEVICE_FILES = ("/dev/nvidia*", "/dev/kfd", "/dev/dri/*", "/dev/dxg")  # of GPUs, by any driver
-HASH_LINE = (
-    "Content hash of "  # begins the line of a command that hashed the weights, which this one does not
-)
+# Begins the line of a command that hashed the weights, which this one does not.
+HASH_LINE = "Content hash of "
 VARIABLES = ("CUDA_", "NVIDIA_", "HIP_", "ROCR_", "HF_", "XDG_")  # which devices are seen; where copies lie
 
 

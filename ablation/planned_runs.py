@@ -9,7 +9,7 @@ import functools
 import io
 import threading
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -73,9 +73,9 @@ class PlannedRuns(Batch):
         """A run as an archive of arrays."""
         place, trained = result
         (run,) = trained.runs
-        numbers = {"place": np.array(place), "trained_dim": np.array(trained.trained_dim)}
+        numbers: dict[str, Any] = {"place": np.array(place), "trained_dim": np.array(trained.trained_dim)}
         file = io.BytesIO()
-        np.savez(file, allow_pickle=False, **numbers, **run_arrays(run))
+        np.savez(file, **(numbers | run_arrays(run)))
         return file.getvalue()
 
     def from_bytes(self, content: bytes) -> tuple[int, TrainedRuns]:

@@ -86,9 +86,13 @@ def prepare_cells(context: Context, cells: list[Cell], features: Features) -> Pr
 
 def takes_all_cores(context: Context, cell: Cell) -> bool:
     """True if a cell is prepared or trained by all cores at once, or on a GPU, and not by a core a run."""
-    fitted, on_gpu = SPECS[cell.representation].fitted, context.device != "cpu"
+    return SPECS[cell.representation].fitted or is_trained_in_turn(context, cell)
+
+
+def is_trained_in_turn(context: Context, cell: Cell) -> bool:
+    """True if the runs of a cell are trained by all cores at once, or on a GPU."""
     at_once = cell.own_classifier or context.settings.training.trainer == "packed"
-    return fitted or on_gpu or bool(at_once and not context.settings.folds)
+    return context.device != "cpu" or bool(at_once and not context.settings.folds)
 
 
 def plan_runs(
@@ -127,7 +131,8 @@ def plan_runs(
     count = settings.num_runs if is_pack else len(runs.planned)
     runs.on_run = on_run
     runs.kept = None if is_pack else kept  # a pack keeps itself
-    runs.in_turn = context.device != "cpu" or is_pack or bool(cell.own_classifier and not folds)
+    runs.in_turn = is_trained_in_turn(context, cell)
+    runs.may_fork = not cell.own_classifier  # scikit-learn has threads of its own
 
 
 def planned_folds(context: Context, prepared: PreparedCells, listener: Listener) -> list[PlannedRun]:

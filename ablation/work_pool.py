@@ -24,9 +24,8 @@ FORK_FROM = 4  # cores
 class Batch:
     """Jobs that belong together, such as the runs of a cell."""
 
-    in_turn = (
-        False  # its jobs are done by the process that hands them out, with all cores, and nothing beside
-    )
+    in_turn = False  # its jobs are done where they are handed out, with all cores, and nothing beside
+    may_fork = True  # its jobs use no threads but torch's; if not, they are done in turn where jobs fork
 
     def __init__(self) -> None:
         self.stop = threading.Event()  # asks jobs at work to end, because their results are not needed
@@ -89,16 +88,19 @@ Own = TypeVar("Own", bound=Batch)  # the kind of batch that a pool is given
 
 
 class Pool(Generic[Own]):
-    """A process or thread for each of `workers` cores; torch's threads are shared out among them."""
+    """A process, or a thread with its share of torch's threads, for each of `workers` cores."""
 
     def __init__(self, workers: int):
         self.threads = torch.get_num_threads()
         self.workers = workers
-        self.crew: Threads | Forks = (Forks if workers >= FORK_FROM and can_fork() else Threads)(workers)
+        self.forks = workers >= FORK_FROM and can_fork()
+        self.crew: Threads | Forks = Forks(workers) if self.forks else Threads(workers)
+        # A fork has one thread: torch's pool of threads is not in it, and waiting for them never ends.
+        self.share = 1 if self.forks else max(1, self.threads // workers)
         self.at_work: dict[object, Own] = {}  # the batch of each job
 
     def __enter__(self) -> Pool[Own]:
-        torch.set_num_threads(max(1, self.threads // self.workers))
+        torch.set_num_threads(self.share)
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -116,7 +118,7 @@ class Pool(Generic[Own]):
         try:
             yield
         finally:
-            torch.set_num_threads(max(1, self.threads // self.workers))
+            torch.set_num_threads(self.share)
 
     def finished(self, batches: Iterable[Own | None]) -> Iterator[Own]:
         """Do the jobs of all batches in order, and yield each batch when its last job is done or one failed.
@@ -125,13 +127,17 @@ class Pool(Generic[Own]):
         work. One job more than there are cores is handed out, so that none waits for the next to be made.
         """
         for batch in batches:
-            if batch is None or batch.in_turn:
+            if batch is None or self.is_in_turn(batch):
                 yield from self.collected(0)
             if batch is not None:
                 yield from self.hand_out(batch)
                 if batch not in self.at_work.values():
                     yield batch
         yield from self.collected(0)
+
+    def is_in_turn(self, batch: Own) -> bool:
+        """True if the jobs of a batch are done by this thread."""
+        return batch.in_turn or (self.forks and not batch.may_fork)
 
     def hand_out(self, batch: Own) -> Iterator[Own]:
         """Begin the jobs of a batch; yields others that finish meanwhile."""
@@ -144,7 +150,7 @@ class Pool(Generic[Own]):
                 job = next(jobs, None)
                 if job is None:
                     return
-                if batch.in_turn:
+                if self.is_in_turn(batch):
                     with self.all_cores():
                         batch.note(job())
                 elif batch.error is None:

@@ -6,7 +6,7 @@ of doing it and beside what the machine can do at best.
                split; the limit: a plain copy of the same bytes
     features   nine representations of every layer, then six of every product, reading included; the origin:
                the formatter's tensors, and each representation on its own with torch.quantile, fft2, svdvals
-               and histogram; the limit: the copy again
+               and histogram; the limit: the copy again, and one sort, FFT and float64 sum
     train      runs of the 18 cells; the origin: one model after another from a DataLoader with torch's plain
                Adam and all cores, on all columns; the limit: the matrix products at the rate that the command
                measures for large ones

@@ -48,9 +48,8 @@ class Numbers(Batch):
 @pytest.fixture(params=[Threads, Forks])
 def pool_of(request, monkeypatch):
     def make(workers):
-        pool = Pool(workers)
-        pool.crew = request.param(workers)
-        return pool
+        monkeypatch.setattr(work_pool, "FORK_FROM", 1 if request.param is Forks else 100)
+        return Pool(workers)
 
     threads = torch.get_num_threads()
     yield make
@@ -165,35 +164,65 @@ def test_runs_in_forks_are_those_of_threads_to_the_bit(monkeypatch):
     assert all(run.seconds > 0 for run in again.runs)
 
 
-def test_an_error_in_a_fork_says_where_it_was():
+@pytest.fixture
+def forking(monkeypatch):
+    monkeypatch.setattr(work_pool, "FORK_FROM", 1)
+    return Pool
+
+
+def test_a_fork_does_not_wait_for_threads_that_it_does_not_have():
+    """In a process of its own, whose torch has threads at work before it forks."""
+    script = f"""
+        import sys, torch
+        sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
+        from ablation import work_pool
+        from test_work_pool import Numbers
+        work_pool.FORK_FROM = 1
+        torch.set_num_threads(4)
+        x = torch.randn(1500, 1500)
+        batch = Numbers(3, lambda number: (x @ x).exp().sum())
+        alone = Numbers(1, lambda number: print("threads", torch.get_num_threads()))
+        alone.may_fork = False
+        pool = work_pool.Pool(2)
+        with pool:
+            with pool.all_cores():
+                (x @ x).exp().sum()
+            assert list(pool.finished([batch, alone])) == [batch, alone]
+        assert batch.error is None and alone.error is None
+        print("done", len(batch.noted))
+        """
+    command = [sys.executable, "-c", textwrap.dedent(script)]
+    environment = os.environ | {"OMP_NUM_THREADS": "4", "MKL_NUM_THREADS": "4"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert done.stdout.splitlines() == ["threads 4", "done 3"], done.stderr
+
+
+def test_an_error_in_a_fork_says_where_it_was(forking):
     batch = Numbers(1, lambda number: 1 / 0)
-    pool = Pool(1)
-    pool.crew = Forks(1)
+    pool = forking(1)
     with pool:
         list(pool.finished([batch]))
     (note,) = batch.error.__notes__
     assert "Traceback" in note and "1 / 0" in note
 
 
-def test_a_fork_that_is_killed_fails_its_batch():
+def test_a_fork_that_is_killed_fails_its_batch(forking):
     def die(number):
         if number == 1:
             os.kill(os.getpid(), signal.SIGKILL)
 
     bad, good = Numbers(3, die), Numbers(3)
-    pool = Pool(2)
-    pool.crew = Forks(2)
+    pool = forking(2)
     with pool:
         assert set(pool.finished([bad, good])) == {bad, good}
     assert isinstance(bad.error, ProcessLost) and "memory" in str(bad.error)
     assert sorted(good.noted) == [0, 1, 2]
 
 
-def test_lines_of_a_fork_come_into_the_log_of_the_process():
+def test_lines_of_a_fork_come_into_the_log_of_the_process(forking):
     logger, shown = logging.getLogger("visual_ablation"), forked.Lines()
     batch = Numbers(1, lambda number: logger.warning("out of the fork"))
-    pool = Pool(1)
-    pool.crew = Forks(1)
+    pool = forking(1)
     logger.addHandler(shown)
     try:
         with pool:
@@ -203,7 +232,7 @@ def test_lines_of_a_fork_come_into_the_log_of_the_process():
     assert shown.lines == [(logging.WARNING, "out of the fork")]
 
 
-def test_results_longer_than_a_pipe_come_whole():
+def test_results_longer_than_a_pipe_come_whole(forking):
     class Long(Numbers):
         def to_bytes(self, result):
             return np.full(3_000_000, result[0], np.uint8).tobytes()
@@ -214,18 +243,16 @@ def test_results_longer_than_a_pipe_come_whole():
             return int(found[0]), None
 
     batch = Long(6)
-    pool = Pool(3)
-    pool.crew = Forks(3)
+    pool = forking(3)
     with pool:
         list(pool.finished([batch]))
     assert sorted(batch.noted) == list(range(6))
 
 
-def test_what_a_fork_notes_stands_in_the_line_of_progress():
+def test_what_a_fork_notes_stands_in_the_line_of_progress(forking):
     with log.Progress(2, "runs") as progress:
         batch = Numbers(1, lambda number: setattr(progress, "note", "epoch 7 of ähnliche"))
-        pool = Pool(1)
-        pool.crew = Forks(1)
+        pool = forking(1)
         with pool:
             list(pool.finished([batch]))
         assert progress.line().endswith(" | epoch 7 of ähnliche")
