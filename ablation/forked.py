@@ -58,12 +58,13 @@ class Fork:
     def begin(self) -> None:
         """Do the job in a fork of this process."""
         reading, writing = os.pipe()
+        parent = os.getpid()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # of threads: see the module's first lines
             self.pid = os.fork()
         if self.pid == 0:
             os.close(reading)
-            do_and_tell(self.job, self.batch, writing)
+            do_and_tell(self.job, self.batch, writing, parent)
         os.close(writing)
         self.pipe = reading
 
@@ -169,11 +170,11 @@ class Lines(logging.Handler):
         self.lines.append((record.levelno, record.getMessage()))
 
 
-def do_and_tell(job: Callable[[], Any], batch: Travelling, pipe: int) -> NoReturn:
-    """Do a job, write its result into the pipe, and end this process."""
+def do_and_tell(job: Callable[[], Any], batch: Travelling, pipe: int, parent: int) -> NoReturn:
+    """Do a job, write its result into the pipe of the process `parent`, and end this process."""
     status = 1
     try:
-        end_with(os.getppid())
+        end_with(parent)
         gc.freeze()  # what the process had before is not this one's to tidy up
         kept = Lines()
         log.handlers[:], log.filters[:] = [kept], []

@@ -13,7 +13,7 @@ of doing it and beside what the machine can do at best.
 
 Times are medians of interleaved runs: ours, the origin's, the limit's, and again. The origin's are measured
 on a part (some layers, one run) and scaled to the whole. `--batch-sizes` and `--precisions` compare settings
-of training instead.
+of training instead, `--utilisation` says how busy the cores are while the program trains.
 """
 
 import argparse
@@ -21,6 +21,7 @@ import json
 import subprocess
 import sys
 import tempfile
+from pathlib import Path
 
 import _root
 import torch
@@ -35,12 +36,14 @@ from ablation.benchmark.batch_and_precision import (
 )
 from ablation.benchmark.stages import PRECISIONS, STAGES, StageOptions, stage_table
 from ablation.benchmark.timing import gemm_rate, machine_text
+from ablation.benchmark.utilisation import measure_utilisation, utilisation_table
 from ablation.catalogue import SPECS
 from ablation.collection import LoraCollection, collect_rows
 from ablation.command_line import find_device
 from ablation.fields import InputError
 from ablation.settings import TrainingSettings
 from ablation.sources import open_dataset
+from visual_ablation_experiment import main as run_program
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -56,7 +59,11 @@ def main(argv: list[str] | None = None) -> int:
         device = find_device(arguments.device)
         with tempfile.TemporaryDirectory() as folder:
             name = arguments.dataset or make_synthetic(f"{folder}/loras", arguments)
-            measure(collect_rows(open_dataset(name), name, device), arguments)
+            if arguments.utilisation:
+                report = measure_utilisation(run_program, name, arguments.runs, Path(folder))
+                print(json.dumps(report, indent=2) if arguments.json else utilisation_table(report))
+            else:
+                measure(collect_rows(open_dataset(name), name, device), arguments)
     except InputError as error:
         parser.error(str(error))
     return 0
@@ -129,6 +136,8 @@ def build_parser() -> argparse.ArgumentParser:
     text = "bfloat16's accuracies against float32's, instead of the stages"
     add("--precisions", action="store_true", help=text)
     add("--seeds", type=int, default=80, help="runs of each precision for --precisions")
+    text = "how busy the cores are while the program trains on a CPU, instead of the stages"
+    add("--utilisation", action="store_true", help=text)
     add("--json", action="store_true", help="print JSON instead of tables")
     return parser
 

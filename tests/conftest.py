@@ -1,5 +1,7 @@
 """The project's root and its commands on the path, and the fixtures that run the program."""
 
+import gc
+import shutil
 import sys
 from pathlib import Path
 
@@ -44,12 +46,26 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: place_of.get(item.path.name, len(LONGEST)))
 
 
+def pytest_collection_finish():
+    """The collector of garbage need not look at modules and tests again: they stay to the end."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope="session")
+def saved_loras(tmp_path_factory):
+    """A data set of 40 rows whose attn2 layers know the class, as `save_to_disk` wrote it."""
+    folder = tmp_path_factory.mktemp("saved") / "loras"
+    lora_dataset(n=40, signal=True).save_to_disk(folder)
+    return folder
+
+
 @pytest.fixture
-def place(tmp_path, monkeypatch):
+def place(saved_loras, tmp_path, monkeypatch):
     """A folder to work in with a data set `loras` of 40 rows whose attn2 layers know the class."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "hf")
-    lora_dataset(n=40, signal=True).save_to_disk("loras")
+    shutil.copytree(saved_loras, "loras")
     return tmp_path
 
 

@@ -8,13 +8,16 @@ import numpy as np
 import pytest
 import torch
 from builders import lora_dataset
+from running import FAST
 from test_training import SMALL, problem, train_runs
 from torch.utils.flop_counter import FlopCounterMode
 
 from ablation import mlp
-from ablation.benchmark import batch_and_precision, stages, timing
+from ablation.benchmark import batch_and_precision, stages, timing, utilisation
 from ablation.benchmark.origin import describe_one_by_one, train_from_loader
+from ablation.benchmark.utilisation import RunSpan
 from ablation.training import standardise
+from visual_ablation_experiment import main as run_program
 
 
 @pytest.fixture
@@ -187,3 +190,56 @@ def test_the_peak_of_memory_is_that_of_the_work_alone():
     work = torch.ones(2**24)  # 64 MiB
     del work
     assert 0.9 * 2**26 < timing.peak("cpu") - before < 1.5 * 2**26
+
+
+# --- busy cores
+
+TWO_CELLS = ["--representations", "stats", "--layer-sets", "all_layers", "visual_only"]
+
+
+def test_the_program_is_recorded_run_by_run(small_set, capsys, monkeypatch):
+    options = FAST[FAST.index("--max-epochs") :]
+    monkeypatch.setattr(benchmark, "run_program", lambda flags: run_program([*flags, *options, *TWO_CELLS]))
+    report = run(capsys, "--dataset", small_set, "--utilisation", "--runs", "3")
+    assert [(cell["cell"], cell["runs"]) for cell in report["cells"]] == [
+        ("all_layers_stats", 3),
+        ("visual_only_stats", 3),
+    ]
+    for cell in report["cells"]:
+        assert 0 < cell["step_share_of_runs"] < 1
+        assert cell["longest_run"] < cell["busy_core_seconds"] <= 3 * cell["longest_run"]
+    assert 0 < report["step_share_of_training"] < report["busy_share_of_training"] <= 1
+    assert report["busy_share_of_the_command"] < report["busy_share_of_training"]
+    busy = sum(int(count) * seconds for count, seconds in report["seconds_by_busy_cores"].items())
+    assert busy == pytest.approx(report["busy_core_seconds"])
+    text = utilisation.utilisation_table(report)
+    assert "| visual_only_stats | 3 |" in text and "| 64 |" in text
+
+
+def test_a_program_that_fails_is_not_recorded(small_set, capsys, monkeypatch):
+    monkeypatch.setattr(benchmark, "run_program", lambda flags: run_program([*flags, "--hidden-dim", "0"]))
+    with pytest.raises(SystemExit, match=r"ended with 2(?s:.*)hidden-dim"):
+        benchmark.main(["--dataset", small_set, "--utilisation"])
+
+
+def test_busy_cores_are_counted_on_a_line_of_time():
+    spans = [RunSpan("a", 0, 4, 3), RunSpan("a", 1, 3, 1), RunSpan("b", 4, 5, 1), RunSpan("b", 7, 8, 0)]
+    assert utilisation.seconds_by_busy_cores(spans) == {0: 2, 1: 4, 2: 2}
+    report = utilisation.utilisation_of(spans, {"training": 8, "total": 10}, 2)
+    assert (report["busy_core_seconds"], report["busy_share_of_training"]) == (8, 0.5)
+    assert (report["busy_share_of_the_command"], report["step_share_of_training"]) == (0.4, 5 / 16)
+
+
+@pytest.mark.parametrize(
+    "durations, cores, seconds, least",
+    [
+        ([3, 3, 2, 2, 2], 2, 7, 6),  # the best order takes 6, the longest first 7
+        ([5, 1, 1], 2, 5, 5),
+        ([2], 4, 2, 2),
+        ([1, 1, 1, 4], 2, 5, 4),  # the longest last waits for a core
+    ],
+)
+def test_longest_first_on_paper(durations, cores, seconds, least):
+    paper = utilisation.simulated(durations, cores)
+    assert (paper["seconds"], paper["least"]) == (seconds, least)
+    assert paper["busy_share"] == sum(durations) / (cores * seconds)
