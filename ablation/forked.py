@@ -14,17 +14,17 @@ import gc
 import json
 import logging
 import os
+import pickle
 import select
 import signal
 import sys
 import traceback
 import warnings
 from collections import deque
-from collections.abc import Callable
-from typing import Any, NoReturn, Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn, Protocol, TypeVar
 
 from ablation.stopping import SIGNALS
-from ablation.task import TrainingError
 
 log = logging.getLogger("visual_ablation")
 
@@ -155,6 +155,45 @@ class Forks:
         self.at_work.clear()
 
 
+# --- jobs whose results are all wanted, in order
+
+Given = TypeVar("Given")  # by a job
+
+
+class Pickled:
+    """Results that travel as they are."""
+
+    def to_bytes(self, result: Any) -> bytes:
+        """The result, pickled."""
+        return pickle.dumps(result)
+
+    def from_bytes(self, content: bytes) -> Any:
+        """What a fork of this process pickled."""
+        return pickle.loads(content)
+
+
+def cores() -> int:
+    """Cores that this process may use, as OpenMP counts them."""
+    wanted = os.environ.get("OMP_NUM_THREADS", "")
+    if wanted.isdecimal() and int(wanted):
+        return int(wanted)
+    return len(os.sched_getaffinity(0)) if can_fork() else 1
+
+
+def each_done(jobs: Sequence[Callable[[], Given]], workers: int) -> list[Given]:
+    """The results of jobs, in their order: each is done in a fork, or here if one core is to be used."""
+    if workers < 2 or not can_fork():
+        return [job() for job in jobs]
+    forks, results = Forks(workers), dict[int, Given]()
+    try:
+        places = {forks.submit(job, Pickled()): place for place, job in enumerate(jobs)}
+        while len(results) < len(jobs):
+            results |= {places[fork]: result_of() for fork, result_of in forks.done()}
+    finally:
+        forks.close()
+    return [results[place] for place in range(len(jobs))]
+
+
 # --- in the fork
 
 
@@ -203,6 +242,8 @@ def end_with(parent: int) -> None:
 
 def error_of(kind: str, text: str, where: str) -> BaseException:
     """An error like one that was raised in another process, with its traceback as a note."""
+    from ablation.task import TrainingError  # which imports torch
+
     known: dict[str, type[BaseException]] = {
         "TrainingError": TrainingError,
         "KeyboardInterrupt": KeyboardInterrupt,

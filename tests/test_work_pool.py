@@ -17,7 +17,7 @@ from running import FAST, SCRIPT, cell_files
 from test_training import SMALL, problem, same_to_the_bit
 
 from ablation import forked, log, training, work_pool
-from ablation.forked import Forks, ProcessLost
+from ablation.forked import Forks, ProcessLost, each_done
 from ablation.task import Listener, Task, TrainingError
 from ablation.work_pool import Batch, Pool, Threads
 
@@ -334,3 +334,48 @@ def test_an_experiment_of_four_processes_has_the_cells_of_one_thread(place):
     lines = [line for line in done.stdout.splitlines() if line.startswith(("[", "Run ", "Results:", "Audit"))]
     kinds = [line.split()[0].rstrip(":") for line in lines if not line.startswith("Results: four")]
     assert [kind[0] for kind in kinds] == ["[", "R", "R", "R", "A"] * 4, "lines of a cell stand together"
+
+
+# --- jobs whose results are all wanted
+
+
+@pytest.mark.parametrize("workers", [1, 2, 9])
+def test_results_stand_in_the_order_of_their_jobs(workers):
+    def job(number):
+        pause(-number)
+        return number, os.getpid()
+
+    done = each_done([lambda number=number: job(number) for number in range(5)], workers)
+    assert [number for number, _ in done] == list(range(5))
+    assert len({process for _, process in done} - {os.getpid()}) == (0 if workers == 1 else 5)
+    assert each_done([], workers) == []
+
+
+def test_a_job_that_fails_is_an_error_with_its_traceback_and_ends_the_others(tmp_path):
+    other = tmp_path / "process"
+
+    def sleep():
+        other.write_text(f"{os.getpid()} ")
+        time.sleep(600)
+
+    def fail():
+        while not (other.exists() and other.read_text().endswith(" ")):
+            time.sleep(0.01)
+        raise ZeroDivisionError("as wanted")
+
+    with pytest.raises(Exception, match="as wanted") as caught:
+        each_done([sleep, fail, sleep], 2)
+    assert type(caught.value).__name__ == "ZeroDivisionError" and "in fail" in caught.value.__notes__[0]
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(other.read_text()), 0)
+
+
+def test_a_job_whose_process_is_killed_is_an_error():
+    with pytest.raises(ProcessLost):
+        each_done([lambda: os.kill(os.getpid(), signal.SIGKILL)] * 2, 2)
+
+
+@pytest.mark.parametrize("wanted, number", [("3", 3), ("", None), ("0", None), ("4,2", None)])
+def test_as_many_cores_as_openmp_takes(monkeypatch, wanted, number):
+    monkeypatch.setenv("OMP_NUM_THREADS", wanted)
+    assert forked.cores() == (number or len(os.sched_getaffinity(0)))

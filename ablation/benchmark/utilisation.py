@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import torch
 
@@ -82,11 +83,8 @@ def recording(file: Path) -> Iterator[None]:
             lines.write(json.dumps(span) + "\n")
         return trained
 
-    Group.train, training.step_of = timed_train, timed_step_of  # type: ignore[method-assign]
-    try:
+    with patch.object(Group, "train", timed_train), patch.object(training, "step_of", timed_step_of):
         yield
-    finally:
-        Group.train, training.step_of = train, step_of  # type: ignore[method-assign]
 
 
 def read_spans(file: Path) -> list[RunSpan]:
@@ -129,7 +127,7 @@ def cell_entry(name: str, spans: list[RunSpan]) -> dict[str, Any]:
 def seconds_by_busy_cores(spans: Sequence[RunSpan]) -> dict[int, float]:
     """For how long so many runs were at work at a time, while the first to the last run was trained."""
     changes = sorted([(span.began, 1) for span in spans] + [(span.ended, -1) for span in spans])
-    at_work, by_count = 0, {}
+    at_work, by_count = 0, dict[int, float]()
     for (moment, change), (later, _) in itertools.pairwise(changes):
         at_work += change
         by_count[at_work] = by_count.get(at_work, 0.0) + later - moment

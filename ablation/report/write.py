@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import re
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ablation.cells import Cell
+from ablation.forked import cores, each_done
 from ablation.report.load import Results, load_results, made_from, partial_results
 from ablation.report.page import (
     data_block,
@@ -19,6 +21,7 @@ from ablation.report.page import (
     render_page,
     render_running_page,
 )
+from ablation.report.rows import layer_sets
 from ablation.report.tables import (
     RUNS_NOTE,
     cell_rows,
@@ -203,24 +206,39 @@ def number_comparable_runs(runs: list[Results]) -> None:
 def draw_all(
     drawings: dict[str, Drawing], results: Any, formats: tuple[str, ...]
 ) -> tuple[list[dict], Files]:
-    """The sections of the page and the files of some figures, whose tables have every name in full."""
-    sections, files, shown = [], {}, showable(results)
-    for name, drawing in drawings.items():
-        rows, figure = drawing.rows(results), drawing.draw(shown)
-        has_table = bool(rows) and "csv" in formats
-        if has_table:
-            files[f"tables/{name}.csv"] = csv_table(rows)
-        if figure is None:
-            continue
-        for kind in ("png", "pdf"):
-            if kind in formats:
-                files[f"figures/{name}.{kind}"] = figure_file(figure, kind)
-        if "html" in formats:
-            table = f" Data: tables/{name}.csv." if has_table else ""
-            sections.append(
-                page_section(name, drawing, figure, scope_of(drawing, results) + drawing.caption + table)
-            )
-    return sections, files
+    """The sections of the page and the files of some figures, each drawn on a core of its own."""
+    from ablation.report.style import colour_of
+
+    for run in results if isinstance(results, list) else [results]:
+        for layer_set in layer_sets(run):
+            colour_of(layer_set)  # one for all figures, whichever is drawn first
+    shown = showable(results)
+    jobs = [functools.partial(draw_one, item, results, shown, formats) for item in drawings.items()]
+    drawn = each_done(jobs, cores())
+    files = {name: content for _, of_figure in drawn for name, content in of_figure.items()}
+    return [section for section, _ in drawn if section], files
+
+
+def draw_one(
+    item: tuple[str, Drawing], results: Any, shown: Any, formats: tuple[str, ...]
+) -> tuple[dict[str, Any] | None, Files]:
+    """The section of a figure, None if there is nothing to draw, and its files.
+    The table has every name in full, the figure as it is `shown`.
+    """
+    name, drawing = item
+    rows, figure, files = drawing.rows(results), drawing.draw(shown), {}
+    has_table = bool(rows) and "csv" in formats
+    if has_table:
+        files[f"tables/{name}.csv"] = csv_table(rows)
+    if figure is None:
+        return None, files
+    for kind in ("png", "pdf"):
+        if kind in formats:
+            files[f"figures/{name}.{kind}"] = figure_file(figure, kind)
+    if "html" not in formats:
+        return None, files
+    table = f" Data: tables/{name}.csv." if has_table else ""
+    return page_section(name, drawing, figure, scope_of(drawing, results) + drawing.caption + table), files
 
 
 def scope_of(drawing: Drawing, results: Any) -> str:
