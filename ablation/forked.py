@@ -14,7 +14,6 @@ import gc
 import json
 import logging
 import os
-import pickle
 import select
 import signal
 import sys
@@ -160,18 +159,6 @@ class Forks:
 Given = TypeVar("Given")  # by a job
 
 
-class Pickled:
-    """Results that travel as they are."""
-
-    def to_bytes(self, result: Any) -> bytes:
-        """The result, pickled."""
-        return pickle.dumps(result)
-
-    def from_bytes(self, content: bytes) -> Any:
-        """What a fork of this process pickled."""
-        return pickle.loads(content)
-
-
 def cores() -> int:
     """Cores that this process may use, as OpenMP counts them."""
     wanted = os.environ.get("OMP_NUM_THREADS", "")
@@ -180,13 +167,13 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if can_fork() else 1
 
 
-def each_done(jobs: Sequence[Callable[[], Given]], workers: int) -> list[Given]:
+def each_done(jobs: Sequence[Callable[[], Given]], travelling: Travelling, workers: int) -> list[Given]:
     """The results of jobs, in their order: each is done in a fork, or here if one core is to be used."""
     if workers < 2 or not can_fork():
         return [job() for job in jobs]
     forks, results = Forks(workers), dict[int, Given]()
     try:
-        places = {forks.submit(job, Pickled()): place for place, job in enumerate(jobs)}
+        places = {forks.submit(job, travelling): place for place, job in enumerate(jobs)}
         while len(results) < len(jobs):
             results |= {places[fork]: result_of() for fork, result_of in forks.done()}
     finally:

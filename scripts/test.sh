@@ -10,13 +10,13 @@ if [ "${1:-}" = --all ]; then
     which="all tests"
     shift
 fi
-echo "Checks style (ruff), then types (mypy) beside $which, two test files at a time."
+echo "Checks style (ruff), then types (mypy) beside $which, three test files at a time."
 echo "Usually 4 minutes on two idle cores; the first call also sets up .venv, in 2 minutes."
 install tests/requirements.txt requirements.txt
-# Two processes share two cores: more threads would only wait for each other. tests/conftest.py has the order of
-# the files, in which the longest begin first.
+# Three processes share two cores, because some tests wait; more threads would only wait for each other.
+# tests/conftest.py has the order of the files, in which the longest begin first.
 export OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 MKL_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE
-files_in_turn=(-n 2 --dist loadfile --no-loadscope-reorder)
+files_in_turn=(-n 3 --dist loadfile --no-loadscope-reorder)
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
 # mypy takes 20 seconds of one core: it works beside the tests, and what it says comes after theirs.

@@ -1,6 +1,7 @@
 """The pool of cores: every job once, batches as they end, errors where they belong; by threads and forks."""
 
 import dataclasses
+import json
 import logging
 import os
 import signal
@@ -339,16 +340,24 @@ def test_an_experiment_of_four_processes_has_the_cells_of_one_thread(place):
 # --- jobs whose results are all wanted
 
 
+class AsJson:
+    def to_bytes(self, result):
+        return json.dumps(result).encode()
+
+    def from_bytes(self, content):
+        return json.loads(content)
+
+
 @pytest.mark.parametrize("workers", [1, 2, 9])
 def test_results_stand_in_the_order_of_their_jobs(workers):
     def job(number):
         pause(-number)
-        return number, os.getpid()
+        return [number, os.getpid()]
 
-    done = each_done([lambda number=number: job(number) for number in range(5)], workers)
+    done = each_done([lambda number=number: job(number) for number in range(5)], AsJson(), workers)
     assert [number for number, _ in done] == list(range(5))
     assert len({process for _, process in done} - {os.getpid()}) == (0 if workers == 1 else 5)
-    assert each_done([], workers) == []
+    assert each_done([], AsJson(), workers) == []
 
 
 def test_a_job_that_fails_is_an_error_with_its_traceback_and_ends_the_others(tmp_path):
@@ -364,7 +373,7 @@ def test_a_job_that_fails_is_an_error_with_its_traceback_and_ends_the_others(tmp
         raise ZeroDivisionError("as wanted")
 
     with pytest.raises(Exception, match="as wanted") as caught:
-        each_done([sleep, fail, sleep], 2)
+        each_done([sleep, fail, sleep], AsJson(), 2)
     assert type(caught.value).__name__ == "ZeroDivisionError" and "in fail" in caught.value.__notes__[0]
     with pytest.raises(ProcessLookupError):
         os.kill(int(other.read_text()), 0)
@@ -372,7 +381,7 @@ def test_a_job_that_fails_is_an_error_with_its_traceback_and_ends_the_others(tmp
 
 def test_a_job_whose_process_is_killed_is_an_error():
     with pytest.raises(ProcessLost):
-        each_done([lambda: os.kill(os.getpid(), signal.SIGKILL)] * 2, 2)
+        each_done([lambda: os.kill(os.getpid(), signal.SIGKILL)] * 2, AsJson(), 2)
 
 
 @pytest.mark.parametrize("wanted, number", [("3", 3), ("", None), ("0", None), ("4,2", None)])

@@ -214,31 +214,49 @@ def draw_all(
             colour_of(layer_set)  # one for all figures, whichever is drawn first
     shown = showable(results)
     jobs = [functools.partial(draw_one, item, results, shown, formats) for item in drawings.items()]
-    drawn = each_done(jobs, cores())
-    files = {name: content for _, of_figure in drawn for name, content in of_figure.items()}
-    return [section for section, _ in drawn if section], files
+    sections, files = [], Files()
+    for (name, drawing), of_figure in zip(
+        drawings.items(), each_done(jobs, FilesAsBytes(), cores()), strict=True
+    ):
+        svg = of_figure.pop(INLINE, b"").decode()
+        files |= of_figure
+        if svg:
+            table = f" Data: tables/{name}.csv." if f"tables/{name}.csv" in files else ""
+            caption = scope_of(drawing, results) + drawing.caption + table
+            sections.append(page_section(name, drawing, svg, caption))
+    return sections, files
 
 
-def draw_one(
-    item: tuple[str, Drawing], results: Any, shown: Any, formats: tuple[str, ...]
-) -> tuple[dict[str, Any] | None, Files]:
-    """The section of a figure, None if there is nothing to draw, and its files.
-    The table has every name in full, the figure as it is `shown`.
-    """
+INLINE = "svg"  # what the page shows among the files of a figure
+
+
+def draw_one(item: tuple[str, Drawing], results: Any, shown: Any, formats: tuple[str, ...]) -> Files:
+    """The files of a figure. The table has every name in full, the figure as it is `shown`."""
     name, drawing = item
     rows, figure, files = drawing.rows(results), drawing.draw(shown), {}
-    has_table = bool(rows) and "csv" in formats
-    if has_table:
+    if rows and "csv" in formats:
         files[f"tables/{name}.csv"] = csv_table(rows)
     if figure is None:
-        return None, files
+        return files
     for kind in ("png", "pdf"):
         if kind in formats:
             files[f"figures/{name}.{kind}"] = figure_file(figure, kind)
-    if "html" not in formats:
-        return None, files
-    table = f" Data: tables/{name}.csv." if has_table else ""
-    return page_section(name, drawing, figure, scope_of(drawing, results) + drawing.caption + table), files
+    if "html" in formats:
+        files[INLINE] = inline_svg(figure, name, drawing.title).encode()
+    return files
+
+
+class FilesAsBytes:
+    """How the files of a figure travel from the process that drew it."""
+
+    def to_bytes(self, result: Files) -> bytes:
+        """JSON, whose characters are the bytes of the files."""
+        texts = {name: content.decode("latin-1") for name, content in result.items()}
+        return json.dumps(texts, ensure_ascii=False).encode()
+
+    def from_bytes(self, content: bytes) -> Files:
+        """The files again."""
+        return {name: text.encode("latin-1") for name, text in json.loads(content).items()}
 
 
 def scope_of(drawing: Drawing, results: Any) -> str:
@@ -249,14 +267,14 @@ def scope_of(drawing: Drawing, results: Any) -> str:
     return "Of the first split. " if several else ""
 
 
-def page_section(name: str, drawing: Drawing, figure: Figure, caption: str) -> dict[str, Any]:
+def page_section(name: str, drawing: Drawing, svg: str, caption: str) -> dict[str, Any]:
     """A figure as the page shows it."""
     from markupsafe import Markup
 
     return {
         "name": name,
         "title": drawing.title,
-        "svg": Markup(inline_svg(figure, name, drawing.title)),
+        "svg": Markup(svg),
         "caption": caption,
         "narrow": drawing.is_narrow,
         "leads": drawing.leads,
