@@ -27,7 +27,7 @@ from ablation.provenance import announce_finished, computed_by
 from ablation.runs import PreparedCells, plan_runs, prepare_cells, save_cell, takes_all_cores
 from ablation.task import TrainedRuns
 from ablation.training import COPIES
-from ablation.work_pool import Pool
+from ablation.work_pool import Job, Pool
 from checkpointing import Unfinished, crash_point
 
 log = logging.getLogger("visual_ablation")
@@ -70,6 +70,16 @@ class Group(PlannedRuns):
         self.lines, self.locks = HeldLines(), contextlib.ExitStack()
         self.prepared: PreparedCells | None = None
         self.is_over = False
+
+    def jobs(self) -> Iterator[Job]:
+        """The jobs of missing runs. What is logged of runs that an earlier command kept is the cell's."""
+        jobs = super().jobs()
+        while True:
+            with self.lines.taken():
+                job = next(jobs, None)
+            if job is None:
+                return
+            yield job
 
     def train(self, place: int, train: Train) -> tuple[int, TrainedRuns]:
         """Train a run, whose lines in the log are the cell's."""

@@ -53,19 +53,31 @@ class Fork:
         self.job, self.batch = job, batch
         self.pid, self.pipe = 0, -1
         self.told = bytearray()
+        self.failure: OSError | None = None  # of its beginning
 
     def begin(self) -> None:
-        """Do the job in a fork of this process."""
+        """Do the job in a fork of this process. Raises OSError if the system lacks processes or memory."""
         reading, writing = os.pipe()
         parent = os.getpid()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # of threads: see the module's first lines
-            self.pid = os.fork()
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter(
+                    "ignore", DeprecationWarning
+                )  # of threads: see the module's first lines
+                self.pid = os.fork()
+        except OSError:
+            os.close(reading)
+            os.close(writing)
+            raise
         if self.pid == 0:
             os.close(reading)
             do_and_tell(self.job, self.batch, writing, parent)
         os.close(writing)
         self.pipe = reading
+
+    def fileno(self) -> int:
+        """The pipe, for `select`."""
+        return self.pipe
 
     def read(self) -> bool:
         """Read what the process tells; True once it has ended."""
@@ -85,7 +97,11 @@ class Fork:
         self.end()
 
     def result(self) -> Any:
-        """What the job gave. Raises what it raised, and ProcessLost if its process ended before it told."""
+        """What the job gave. Raises what it raised, OSError if it could not begin, and ProcessLost if its
+        process ended before it told.
+        """
+        if self.failure is not None:
+            raise self.failure
         head, _, content = bytes(self.told).partition(b"\n")
         try:
             told = json.loads(head)
@@ -108,7 +124,8 @@ class Forks:
     def __init__(self, workers: int):
         self.workers = workers
         self.waiting: deque[Fork] = deque()
-        self.at_work: dict[int, Fork] = {}  # by their pipes
+        self.at_work: set[Fork] = set()
+        self.failed: list[Fork] = []  # to begin
 
     def submit(self, job: Callable[[], Any], batch: Travelling) -> object:
         """Begin a job when a core is free; returns what `done` calls it."""
@@ -121,17 +138,23 @@ class Forks:
         """Begin jobs as long as there are cores."""
         while self.waiting and len(self.at_work) < self.workers:
             fork = self.waiting.popleft()
-            fork.begin()
-            self.at_work[fork.pipe] = fork
+            try:
+                fork.begin()
+            except OSError as error:
+                fork.failure = error
+                self.failed.append(fork)
+            else:
+                self.at_work.add(fork)
 
     def done(self) -> list[tuple[object, Callable[[], Any]]]:
         """Wait for a job to end. Returns those that did, each with a function that gives its result."""
-        ended: list[Fork] = []
+        ended, self.failed = self.failed, []
         while not ended:
-            for pipe in select.select(self.at_work, [], [])[0]:
-                if self.at_work[pipe].read():
-                    ended.append(self.at_work.pop(pipe))
-                    ended[-1].end()
+            for fork in select.select(self.at_work, [], [])[0]:
+                if fork.read():
+                    self.at_work.remove(fork)
+                    fork.end()
+                    ended.append(fork)
         self.begin_next()
         return [(fork, fork.result) for fork in ended]
 
@@ -139,7 +162,8 @@ class Forks:
         """End a job, at work or not."""
         if job in self.waiting:
             self.waiting.remove(job)
-        elif self.at_work.pop(job.pipe, None):
+        elif job in self.at_work:
+            self.at_work.remove(job)
             job.kill()
         else:
             return False  # it has just ended
@@ -149,7 +173,7 @@ class Forks:
     def close(self) -> None:
         """End all jobs."""
         self.waiting.clear()
-        for fork in self.at_work.values():
+        for fork in self.at_work:
             fork.kill()
         self.at_work.clear()
 

@@ -1,6 +1,7 @@
 """The pool of cores: every job once, batches as they end, errors where they belong; by threads and forks."""
 
 import dataclasses
+import errno
 import json
 import logging
 import os
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import textwrap
 import time
+import types
 
 import numpy as np
 import pytest
@@ -18,8 +20,12 @@ from running import FAST, SCRIPT, cell_files
 from test_training import SMALL, problem, same_to_the_bit
 
 from ablation import forked, log, training, work_pool
+from ablation.cells_at_work import Group
 from ablation.forked import Forks, ProcessLost, each_done
-from ablation.task import Listener, Task, TrainingError
+from ablation.kept_runs import run_arrays
+from ablation.log import log_to_stdout
+from ablation.planned_runs import PlannedRun
+from ablation.task import Listener, Run, Task, TrainingError
 from ablation.work_pool import Batch, Pool, Threads
 
 
@@ -220,6 +226,58 @@ def test_a_fork_that_is_killed_fails_its_batch(forking):
     assert sorted(good.noted) == [0, 1, 2]
 
 
+def test_a_fork_that_has_ended_is_not_taken_for_one_that_has_its_pipe():
+    """Of two that ended at once one failed, so that the other is dropped; a third has begun meanwhile."""
+    forks = Forks(2)
+    first, second, third = (forks.submit(lambda number=number: number, AsJson()) for number in range(3))
+    for fork in (first, second):
+        os.waitid(os.P_PID, fork.pid, os.WEXITED | os.WNOWAIT)
+    assert {fork for fork, _ in forks.done()} == {first, second}
+    assert third.pipe in (first.pipe, second.pipe), "the system gives the lowest number that is free"
+    assert not forks.drop(first) and not forks.drop(second)
+    ((fork, result_of),) = forks.done()
+    assert fork is third and result_of() == 2
+
+
+def test_a_fork_that_cannot_begin_fails_its_batch(forking, monkeypatch):
+    real, calls = os.fork, []
+
+    def fork():
+        calls.append(1)
+        if len(calls) in (2, 3):
+            raise BlockingIOError(errno.EAGAIN, "no process is left")
+        return real()
+
+    monkeypatch.setattr(os, "fork", fork)
+    before, bad, good = len(os.listdir("/proc/self/fd")), Numbers(3), Numbers(3)
+    with forking(2) as pool:
+        assert set(pool.finished([bad, good])) == {bad, good}
+    assert isinstance(bad.error, BlockingIOError) and sorted(good.noted) == [0, 1, 2]
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_lines_of_kept_runs_stand_with_their_cell(capsys):
+    """Another cell began before, and its lines are shown first."""
+    log_to_stdout()
+    logger = logging.getLogger("visual_ablation")
+    before, cell = Group([], 0), Group([], 0)
+    before.lines.show()
+    cell.on_run = lambda run, number: logger.info(f"Run {number}")
+    cell.planned = [PlannedRun(42, lambda: None)]
+    run = {**run_arrays(Run(42, predictions={"val": np.zeros(2)})), "trained_dim": np.array(3)}
+    cell.kept = types.SimpleNamespace(load=lambda name: run)
+    with Pool(1) as pool:
+        assert list(pool.finished([cell])) == [cell]
+    with before.lines.taken():
+        logger.info("of the cell before")
+    cell.lines.show()
+    assert [line.strip() for line in capsys.readouterr().out.splitlines()] == [
+        "of the cell before",
+        "1 of its 1 runs were finished by an earlier command",
+        "Run 1",
+    ]
+
+
 def test_lines_of_a_fork_come_into_the_log_of_the_process(forking):
     logger, shown = logging.getLogger("visual_ablation"), forked.Lines()
     batch = Numbers(1, lambda number: logger.warning("out of the fork"))
@@ -291,7 +349,7 @@ def test_forks_end_with_their_process_and_not_by_a_signal_of_a_terminal(tmp_path
         try:
             for _ in range(2):
                 forks.submit(lambda: time.sleep(600), batch)
-            print(*(fork.pid for fork in forks.at_work.values()), flush=True)
+            print(*(fork.pid for fork in forks.at_work), flush=True)
             forks.done()
         finally:
             forks.close()
