@@ -2,8 +2,8 @@
 
 The thread that forks is the only one that computes here, so no lock of a library is held by a thread that the
 fork does not have. A job must not use threads that a library keeps, such as torch's: a fork waits for them
-forever, so `Pool` gives it one. A fork does its job, tells the result through a pipe, and ends; it ends with
-this process.
+forever, so `Pool` gives it one. Nor may it use autograd if a GPU is in sight (`training.may_fork`). A fork
+does its job, tells the result through a pipe, and ends; it ends with this process.
 """
 
 from __future__ import annotations
@@ -85,10 +85,11 @@ class Fork:
         self.told += content
         return not content
 
-    def end(self) -> int:
-        """Wait for the process, which has nothing more to tell. Returns its status."""
+    def end(self) -> None:
+        """Wait for the process, which has nothing more to tell."""
         os.close(self.pipe)
-        return os.waitpid(self.pid, 0)[1]
+        with contextlib.suppress(ChildProcessError):  # the system has done so: SIGCHLD is ignored
+            os.waitpid(self.pid, 0)
 
     def kill(self) -> None:
         """End the process at once."""

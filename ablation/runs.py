@@ -25,7 +25,7 @@ from ablation.splits import Split
 from ablation.stopping import end_if_stopped
 from ablation.streamed import Matrix
 from ablation.task import Listener, Run, Task, TrainedRuns
-from ablation.training import Watch, prepare, runs_of_seeds, train_alone, train_runs
+from ablation.training import Watch, may_fork, prepare, runs_of_seeds, train_alone, train_runs
 from checkpointing import Unfinished
 
 log = logging.getLogger("visual_ablation")
@@ -132,7 +132,8 @@ def plan_runs(
     runs.on_run = on_run
     runs.kept = None if is_pack else kept  # a pack keeps itself
     runs.in_turn = is_trained_in_turn(context, cell)
-    runs.may_fork = not cell.own_classifier  # scikit-learn has threads of its own
+    # scikit-learn has threads of its own
+    runs.may_fork = may_fork(settings) and not cell.own_classifier
 
 
 def planned_folds(context: Context, prepared: PreparedCells, listener: Listener) -> list[PlannedRun]:

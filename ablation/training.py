@@ -181,6 +181,7 @@ def train_sequential(
     """
     on_cpu = data.device.type == "cpu"
     runs = PlannedRuns(runs_of_seeds(lambda: data, settings, listener), listener.on_run, kept, not on_cpu)
+    runs.may_fork = may_fork(settings)
     # As many threads for the last runs as for all, so that rounding does not depend on how many are missing.
     pool: Pool[PlannedRuns] = Pool(min(torch.get_num_threads(), settings.num_runs))
     with pool:
@@ -251,6 +252,15 @@ def train_one(data: Prepared, settings: TrainingSettings, seed: int, watch: Watc
     run.predictions = data.predict(lambda x: predict(model, x, settings, data.device))
     run.seconds = time.perf_counter() - start
     return run
+
+
+def may_fork(settings: TrainingSettings) -> bool:
+    """True if runs on a CPU can be trained in forks.
+
+    Where a GPU is in sight torch refuses autograd in the forks of a process that has used it.
+    """
+    needs_autograd = settings.precision != "float32" or settings.trainer != "sequential"
+    return not (needs_autograd and torch.cuda.is_available())
 
 
 # A step of Adam on columns (B, D), class numbers (B,) and dropout's factors (L, B, H) or None, at a learning

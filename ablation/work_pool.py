@@ -25,7 +25,7 @@ class Batch:
     """Jobs that belong together, such as the runs of a cell."""
 
     in_turn = False  # its jobs are done where they are handed out, with all cores, and nothing beside
-    may_fork = True  # its jobs use no threads but torch's; if not, they are done in turn where jobs fork
+    may_fork = True  # its jobs bear a fork; if not, they are done in turn where jobs fork
 
     def __init__(self) -> None:
         self.stop = threading.Event()  # asks jobs at work to end, because their results are not needed

@@ -256,6 +256,35 @@ def test_a_fork_that_cannot_begin_fails_its_batch(forking, monkeypatch):
     assert len(os.listdir("/proc/self/fd")) == before
 
 
+def test_forks_end_where_their_end_is_not_told(forking):
+    """The process was begun by one that ignores SIGCHLD, and inherits that."""
+    before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    try:
+        batch = Numbers(5)
+        with forking(2) as pool:
+            assert list(pool.finished([batch])) == [batch]
+        assert batch.error is None and sorted(batch.noted) == [0, 1, 2, 3, 4]
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+
+
+@pytest.mark.parametrize(
+    "precision, in_sight, forks",
+    [("bfloat16", True, False), ("float32", True, True), ("bfloat16", False, True)],
+)
+def test_autograd_is_not_used_in_a_fork_where_a_gpu_is_in_sight(
+    forking, monkeypatch, precision, in_sight, forks
+):
+    processes = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: in_sight)
+    real = training.train_one
+    monkeypatch.setattr(training, "train_one", lambda *job: processes.append(os.getpid()) or real(*job))
+    training.train_runs(
+        Task(*problem(dtype=torch.float32), 3), dataclasses.replace(SMALL, precision=precision)
+    )
+    assert (processes == []) == forks  # those of forks are noted in the forks
+
+
 def test_lines_of_kept_runs_stand_with_their_cell(capsys):
     """Another cell began before, and its lines are shown first."""
     log_to_stdout()
