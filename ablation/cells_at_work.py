@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import sys
 import time
 from collections import deque
 from collections.abc import Generator, Iterator
@@ -25,7 +26,8 @@ from ablation.memory import free_memory
 from ablation.planned_runs import PlannedRuns, Train
 from ablation.provenance import announce_finished, computed_by
 from ablation.runs import PreparedCells, plan_runs, prepare_cells, save_cell, takes_all_cores
-from ablation.task import TrainedRuns
+from ablation.streamed import Matrix
+from ablation.task import TrainedRuns, TrainingError
 from ablation.training import COPIES
 from ablation.work_pool import Job, Pool
 from checkpointing import Unfinished, crash_point
@@ -49,7 +51,7 @@ def train_cells(
     try:
         with Progress(len(groups_of(cells)) * runs_of_cell, "runs") as progress, pool:
             work = CellsAtWork(context, ledger, features, pool, progress)
-            with work.locks:
+            with work.locks, contextlib.closing(work):
                 for group in pool.finished(work.begin(cells)):
                     with group.lines.taken():
                         work.save(group)
@@ -111,7 +113,7 @@ class CellsAtWork:
         groups = longest_first(cells, sizes) if on_cpu or is_part else groups_of(cells)
         if not is_part:  # what needs all cores comes last: until then runs fill them
             groups.sort(key=lambda group: takes_all_cores(context, group[0]))
-        room = context.settings.memory_gb * 1e9 or free_memory()
+        room = self.room()
         for own in groups_in_turn(context, groups):
             if not own:  # others may wait for what is at work here
                 yield None
@@ -121,6 +123,19 @@ class CellsAtWork:
             if takes_all_cores(context, own[0]) or (others and others + size > room):
                 yield None
             yield self.begun_with(own, size)
+
+    def room(self) -> float:
+        """Bytes of memory for cells."""
+        return self.context.settings.memory_gb * 1e9 or free_memory()
+
+    def runs_that_fit(self, features: Matrix) -> int:
+        """How many runs of a cell may be at work at a time. In a cross-validation each has copies of its own;
+        otherwise all share them.
+        """
+        if not self.context.settings.folds or not isinstance(features, torch.Tensor):
+            return sys.maxsize
+        copies = (COPIES - 1) * features.numel() * features.element_size()
+        return max(1, int(min(self.room() // copies, sys.maxsize)))
 
     def begun_with(self, cells: list[Cell], size: float) -> Group:
         """Lock and prepare what is missing of some cells, and plan their runs."""
@@ -144,6 +159,7 @@ class CellsAtWork:
                 made_with = {cell.name: ledger.inputs[cell] for cell in own} | computed_by(context.device)
                 kept = Unfinished(store.folder, own[0].trained.name, made_with)
                 plan_runs(context, group.prepared, group, kept, self.progress)
+                group.most = self.runs_that_fit(group.prepared.task.features)
                 group.missing = own
         return group
 
@@ -161,7 +177,7 @@ class CellsAtWork:
                 store.remove_unfinished_of([missing[0].trained.name])
         for other in self.begun:  # a disk that takes no results makes all others fail
             if other.missing and ledger.failures.keys() >= set(other.missing):
-                other.stop.set()
+                other.fail(TrainingError("its results could not be saved"))
         group.locks.close()
         group.is_over = True
         group.planned, group.prepared = [], None  # they hold its columns
@@ -173,3 +189,8 @@ class CellsAtWork:
             if not self.begun[0].is_over:
                 return
             self.begun.popleft()
+
+    def close(self) -> None:
+        """Show all lines: those of cells whose turn does not come any more, too."""
+        for group in self.begun:
+            group.lines.show()

@@ -14,7 +14,7 @@ import gc
 import json
 import logging
 import os
-import select
+import selectors
 import signal
 import sys
 import traceback
@@ -59,24 +59,26 @@ class Fork:
         """Do the job in a fork of this process. Raises OSError if the system lacks processes or memory."""
         reading, writing = os.pipe()
         parent = os.getpid()
+        # A signal that a terminal sends to both must not run this process's handler in the fork.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter(
-                    "ignore", DeprecationWarning
-                )  # of threads: see the module's first lines
+                # Of threads: see the module's first lines.
+                warnings.simplefilter("ignore", DeprecationWarning)
                 self.pid = os.fork()
+            if self.pid == 0:
+                os.close(reading)
+                do_and_tell(self.job, self.batch, writing, parent)
+            self.pipe = reading
         except OSError:
             os.close(reading)
-            os.close(writing)
             raise
-        if self.pid == 0:
-            os.close(reading)
-            do_and_tell(self.job, self.batch, writing, parent)
-        os.close(writing)
-        self.pipe = reading
+        finally:
+            os.close(writing)
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def fileno(self) -> int:
-        """The pipe, for `select`."""
+        """The pipe, for a selector."""
         return self.pipe
 
     def read(self) -> bool:
@@ -107,7 +109,7 @@ class Fork:
         try:
             told = json.loads(head)
         except ValueError:
-            raise ProcessLost("the process of a run was killed: is the memory enough?") from None
+            raise ProcessLost("its process was killed: is the memory enough?") from None
         for level, line in told["lines"]:
             log.log(level, line)
         if told["error"] is not None:
@@ -150,12 +152,16 @@ class Forks:
     def done(self) -> list[tuple[object, Callable[[], Any]]]:
         """Wait for a job to end. Returns those that did, each with a function that gives its result."""
         ended, self.failed = self.failed, []
-        while not ended:
-            for fork in select.select(self.at_work, [], [])[0]:
-                if fork.read():
-                    self.at_work.remove(fork)
-                    fork.end()
-                    ended.append(fork)
+        with selectors.DefaultSelector() as selector:
+            for fork in self.at_work:
+                selector.register(fork, selectors.EVENT_READ, fork)
+            while not ended:
+                for key, _ in selector.select():
+                    if key.data.read():
+                        selector.unregister(key.data)
+                        self.at_work.remove(key.data)
+                        key.data.end()
+                        ended.append(key.data)
         self.begin_next()
         return [(fork, fork.result) for fork in ended]
 
@@ -243,7 +249,7 @@ def do_and_tell(job: Callable[[], Any], batch: Travelling, pipe: int, parent: in
 
 
 def end_with(parent: int) -> None:
-    """End this process with that one, and by no signal that a terminal sends to both."""
+    """End this process with its parent, and by no signal that a terminal sends to both."""
     signal.set_wakeup_fd(-1)
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)

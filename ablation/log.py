@@ -117,7 +117,9 @@ class HeldLines:
 
     @contextlib.contextmanager
     def taken(self) -> Iterator[None]:
-        """Lines of this thread in a block of a `with` statement belong to these."""
+        """Lines of this thread in a block of a `with` statement belong to these: also those of a generator's
+        caller, while the generator waits in such a block.
+        """
         token = HELD.set(self)
         try:
             yield

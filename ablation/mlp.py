@@ -10,6 +10,8 @@ import itertools
 import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -29,7 +31,8 @@ DRAWING = threading.Lock()  # of the process's random generator
 DROPOUT_STEPS = 8  # steps whose dropout is drawn at once
 
 
-class Prepared(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Prepared:
     """A task as the trainers take it: standardised columns,
     class numbers on the device, and the rows of each part.
 
@@ -47,8 +50,20 @@ class Prepared(NamedTuple):
         """Where models are trained."""
         return self.y_N.device
 
+    @cached_property
+    def train(self) -> tuple[Matrix, Tensor]:
+        """Columns (n, D), where `x_ND` lies, and class numbers (n,), on the device, of the training rows.
+        One copy for all runs.
+        """
+        return self.rows_of("train")
+
+    @cached_property
+    def val(self) -> tuple[Matrix, Tensor]:
+        """The same of the validation rows."""
+        return self.rows_of("val")
+
     def rows_of(self, part: str) -> tuple[Matrix, Tensor]:
-        """Columns (n, D), where `x_ND` lies, and class numbers (n,), on the device, of a part."""
+        """A copy of the columns and class numbers of a part."""
         rows = self.parts[part]
         return self.x_ND[rows], rows_on(self.y_N, rows, self.device)
 

@@ -272,8 +272,7 @@ class PackedTraining:
         self.settings = settings
         self.runs = [Run(seed) for seed in settings.seeds]
         self.alive = list(range(len(self.runs)))
-        self.x_train, self.y_train = data.rows_of("train")
-        self.x_val, self.y_val = data.rows_of("val")
+        (self.x_train, self.y_train), (self.x_val, self.y_val) = data.train, data.val
         self.weights_C = data.weights_C
         inputs = data.x_ND.shape[1]
         models = [build_model(run.seed, inputs, data.num_classes, settings) for run in self.runs]

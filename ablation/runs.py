@@ -103,6 +103,7 @@ def plan_runs(
     `kept` has what an earlier command trained of it, and gets what this one trains.
     """
     cell, settings, folds = prepared.cell, context.settings.training, prepared.view.folds
+    is_pack = settings.trainer == "packed" and not (folds or cell.own_classifier)
 
     def on_run(run: Run, number: int) -> None:
         scores, _ = run_scores(prepared.view.labels_by_part(run.fold), run, prepared.task.num_classes)
@@ -117,7 +118,6 @@ def plan_runs(
         progress.note = f"epoch {len(run.train_loss)} of the run with seed {run.seed}"
 
     listener = Listener(on_epoch=on_epoch)
-    is_pack = settings.trainer == "packed" and not (folds or cell.own_classifier)
     if folds:
         runs.planned = planned_folds(context, prepared, listener)
     elif cell.own_classifier:
@@ -128,8 +128,7 @@ def plan_runs(
     else:
         ready = functools.cache(lambda: prepare(prepared.task, context.device))
         runs.planned = runs_of_seeds(ready, settings, listener)
-    count = settings.num_runs if is_pack else len(runs.planned)
-    runs.on_run = on_run
+    runs.on_run, count = on_run, settings.num_runs if is_pack else len(runs.planned)
     runs.kept = None if is_pack else kept  # a pack keeps itself
     runs.in_turn = is_trained_in_turn(context, cell)
     # scikit-learn has threads of its own

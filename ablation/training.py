@@ -207,6 +207,7 @@ def runs_of_seeds(
 
     def begin(seed: int) -> Train:
         data = prepared()
+        _ = data.train, data.val  # here, so that forks share them
 
         def train(stop: threading.Event) -> TrainedRuns:
             with arithmetic(settings.precision):
@@ -226,8 +227,7 @@ def train_one(data: Prepared, settings: TrainingSettings, seed: int, watch: Watc
     step = step_of(model, data, settings)
     scheduler = new_scheduler(settings)
     order, run, best = batch_order(seed), Run(seed), {}
-    x_train, y_train = data.rows_of("train")
-    x_val, y_val = data.rows_of("val")
+    (x_train, y_train), (x_val, y_val) = data.train, data.val
     batch_size = min(settings.batch_size, len(x_train))
     factors = dropout_factors(seed, batch_size, settings, next(model.parameters()))
     while not has_stopped(run, settings):

@@ -8,6 +8,7 @@ more cores jobs are done by processes. On fewer a thread is cheaper than a fork.
 from __future__ import annotations
 
 import contextlib
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -25,6 +26,7 @@ class Batch:
     """Jobs that belong together, such as the runs of a cell."""
 
     in_turn = False  # its jobs are done where they are handed out, with all cores, and nothing beside
+    most = sys.maxsize  # jobs at work at a time
     may_fork = True  # its jobs bear a fork; if not, they are done in turn where jobs fork
 
     def __init__(self) -> None:
@@ -84,10 +86,10 @@ class Threads:
         self.executor.shutdown(cancel_futures=True)
 
 
-Own = TypeVar("Own", bound=Batch)  # the kind of batch that a pool is given
+SomeBatch = TypeVar("SomeBatch", bound=Batch)  # the kind of batch that a pool is given
 
 
-class Pool(Generic[Own]):
+class Pool(Generic[SomeBatch]):
     """A process, or a thread with its share of torch's threads, for each of `workers` cores."""
 
     def __init__(self, workers: int):
@@ -96,11 +98,11 @@ class Pool(Generic[Own]):
         self.forks = workers >= FORK_FROM and can_fork()
         self.crew: Threads | Forks = Forks(workers) if self.forks else Threads(workers)
         # A fork has one thread: torch's pool of threads is not in it, and waiting for them never ends.
-        self.share = 1 if self.forks else max(1, self.threads // workers)
-        self.at_work: dict[object, Own] = {}  # the batch of each job
+        self.threads_of_job = 1 if self.forks else max(1, self.threads // workers)
+        self.at_work: dict[object, SomeBatch] = {}  # the batch of each job
 
-    def __enter__(self) -> Pool[Own]:
-        torch.set_num_threads(self.share)
+    def __enter__(self) -> Pool[SomeBatch]:
+        torch.set_num_threads(self.threads_of_job)
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -118,9 +120,9 @@ class Pool(Generic[Own]):
         try:
             yield
         finally:
-            torch.set_num_threads(self.share)
+            torch.set_num_threads(self.threads_of_job)
 
-    def finished(self, batches: Iterable[Own | None]) -> Iterator[Own]:
+    def finished(self, batches: Iterable[SomeBatch | None]) -> Iterator[SomeBatch]:
         """Do the jobs of all batches in order, and yield each batch when its last job is done or one failed.
 
         A batch is asked for when a core will soon be free for it; for None the pool finishes first what is at
@@ -135,15 +137,15 @@ class Pool(Generic[Own]):
                     yield batch
         yield from self.collected(0)
 
-    def is_in_turn(self, batch: Own) -> bool:
+    def is_in_turn(self, batch: SomeBatch) -> bool:
         """True if the jobs of a batch are done by this thread."""
         return batch.in_turn or (self.forks and not batch.may_fork)
 
-    def hand_out(self, batch: Own) -> Iterator[Own]:
+    def hand_out(self, batch: SomeBatch) -> Iterator[SomeBatch]:
         """Begin the jobs of a batch; yields others that finish meanwhile."""
         jobs = batch.jobs()
         while batch.error is None:
-            for other in self.collected(self.workers):
+            for other in self.collected(min(self.workers, batch.most - 1)):
                 if other is not batch:
                     yield other
             try:
@@ -158,7 +160,7 @@ class Pool(Generic[Own]):
             except Exception as error:
                 batch.fail(error)
 
-    def collected(self, most: int) -> Iterator[Own]:
+    def collected(self, most: int) -> Iterator[SomeBatch]:
         """Take results until at most so many jobs are at work; yields batches none of whose jobs are left."""
         while len(self.at_work) > most:
             for job, result_of in self.crew.done():
@@ -174,7 +176,7 @@ class Pool(Generic[Own]):
                 if batch not in self.at_work.values():
                     yield batch
 
-    def drop(self, batch: Own) -> None:
+    def drop(self, batch: SomeBatch) -> None:
         """Drop the jobs of a batch whose results are not needed."""
         for job in [job for job, other in self.at_work.items() if other is batch]:
             if self.crew.drop(job):

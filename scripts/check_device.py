@@ -6,7 +6,8 @@ plain loop; the program from end to end (killed, resumed, out of memory, two pro
 by stage beside what the device can do at best. They are printed as they come, and written to
 device_check.json and device_check.md. Nothing is downloaded.
 
-Exit status: 0 all is right; 1 a check failed or was not run; 2 bad input.
+Exit status: 0 nothing failed (what is not run for lack of a package is named at the end); 1 a check failed;
+2 bad input.
 """
 
 import argparse
@@ -19,7 +20,7 @@ from ablation.device_check.sizes import TIMED_ROWS, CheckSizes, sizes_for
 from ablation.device_check.stand_ins import missing_packages, stand_ins
 from ablation.fields import InputError
 
-MOST_ROWS = 1_000_000
+LEAST_ROWS, MOST_ROWS = 100, 1_000_000
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -31,7 +32,8 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--device", default="cuda", help="auto, cpu, cuda or cuda:N")
     sizes = ", ".join(f"{rows:,}" for rows in TIMED_ROWS)
-    add("--rows", type=int, default=10_000, help=f"speed is measured at {sizes} rows, up to this number")
+    text = f"speed is measured at so many rows, and at those of {sizes} that are fewer"
+    add("--rows", type=int, default=10_000, help=text)
     add("--quick", action="store_true", help="fewer cases, and speed at 1,000 rows alone")
     add("--skip-program", action="store_true", help="leave the third table out, which needs `datasets`")
     add("--output-dir", type=Path, default=Path(), help="folder that gets device_check.json and .md")
@@ -45,21 +47,23 @@ def main(argv: list[str] | None = None, sizes: CheckSizes | None = None) -> int:
     arguments, missing = build_parser().parse_args(argv), missing_packages()
     with stand_ins(missing):
         from ablation.command_line import find_device
+        from ablation.device_check.board import FAILED
         from ablation.device_check.report import JSON_NAME
         from ablation.device_check.run import run_check
         from checkpointing import CannotWrite
     try:
-        if not 1 <= arguments.rows <= MOST_ROWS:
-            raise InputError(f"--rows {arguments.rows} is out of range: use a value from 1 to {MOST_ROWS:,}")
+        if not LEAST_ROWS <= arguments.rows <= MOST_ROWS:
+            allowed = f"{LEAST_ROWS} to {MOST_ROWS:,}"
+            raise InputError(f"--rows {arguments.rows} is out of range: use a value from {allowed}")
         device, folder = find_device(arguments.device), arguments.output_dir
         chosen = sizes or sizes_for(arguments.rows, arguments.quick)
-        failures = run_check(device, chosen, folder, missing, not arguments.skip_program)
+        board = run_check(device, chosen, folder, missing, not arguments.skip_program)
     except (InputError, CannotWrite) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, InputError) else 1
-    print("\n" + ("\n".join(failures) or "Nothing failed."))
+    print("\n".join(["", *board.summary(), ""]))
     print(f"With a bug report send {folder / JSON_NAME}, and what was printed to stderr.")
-    return 1 if failures else 0
+    return 1 if board.named(FAILED) else 0
 
 
 if __name__ == "__main__":

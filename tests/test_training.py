@@ -105,7 +105,7 @@ def test_packed_equals_sequential_in_float64(overrides):
 def test_sequential_equals_a_loop_written_from_the_definition():
     x, labels, split = problem()
     data = prepared(x, labels, split)
-    x, y, parts, *_ = data
+    x, y, parts = data.x_ND, data.y_N, data.parts
     runs = train_sequential(data, SMALL, SILENT)
     for run in runs:
         order = mlp.batch_order(run.seed)

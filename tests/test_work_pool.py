@@ -19,8 +19,8 @@ from conftest import ROOT
 from running import FAST, SCRIPT, cell_files
 from test_training import SMALL, problem, same_to_the_bit
 
-from ablation import forked, log, training, work_pool
-from ablation.cells_at_work import Group
+from ablation import forked, log, mlp, training, work_pool
+from ablation.cells_at_work import CellsAtWork, Group
 from ablation.forked import Forks, ProcessLost, each_done
 from ablation.kept_runs import run_arrays
 from ablation.log import log_to_stdout
@@ -75,6 +75,17 @@ def test_every_job_is_done_once_and_every_batch_is_yielded_once(pool_of, workers
     assert sorted(map(id, ended)) == sorted(map(id, batches))
     assert [sorted(batch.noted) for batch in batches] == [list(range(batch.count)) for batch in batches]
     assert all(batch.error is None for batch in batches)
+
+
+@pytest.mark.parametrize("most, reached", [(1, 1), (3, 3), (sys.maxsize, 5)])
+def test_at_most_so_many_jobs_are_at_work(pool_of, most, reached):
+    batch, at_work = Numbers(9, pause), []
+    batch.most = most
+    with pool_of(4) as pool:
+        submit = pool.crew.submit
+        pool.crew.submit = lambda *job: at_work.append(len(pool.at_work) + 1) or submit(*job)
+        assert list(pool.finished([batch])) == [batch]
+    assert sorted(batch.noted) == list(range(9)) and max(at_work) == reached  # one more than cores waits
 
 
 def test_the_next_batch_begins_while_the_last_jobs_of_another_are_at_work(pool_of):
@@ -305,6 +316,40 @@ def test_lines_of_kept_runs_stand_with_their_cell(capsys):
         "1 of its 1 runs were finished by an earlier command",
         "Run 1",
     ]
+
+
+def test_lines_that_wait_are_shown_when_work_ends_early(capsys):
+    log_to_stdout()
+    work = CellsAtWork(types.SimpleNamespace(), None, None, None, None)
+    work.begun.extend([Group([], 0), Group([], 0)])
+    for number, group in enumerate(work.begun):
+        with group.lines.taken():
+            logging.getLogger("visual_ablation").info(f"of cell {number}")
+    work.show_lines()
+    assert capsys.readouterr().out == "of cell 0\n"
+    work.close()
+    assert capsys.readouterr().out == "of cell 1\n"
+
+
+def test_runs_of_a_cell_share_one_copy_of_its_rows(forking, monkeypatch):
+    taken = []
+    real = mlp.Prepared.rows_of
+    monkeypatch.setattr(mlp.Prepared, "rows_of", lambda data, part: taken.append(part) or real(data, part))
+    training.train_runs(Task(*problem(dtype=torch.float32), 3), dataclasses.replace(SMALL, num_runs=5))
+    assert taken == ["train", "val"]  # before the forks
+
+
+@pytest.mark.parametrize("room, most", [(4.0, 1), (7.0, 2), (30.0, 10)])
+def test_runs_of_a_cross_validation_are_as_many_as_have_room(run, monkeypatch, room, most):
+    """In units of the columns; four copies of them must fit, or they stay on disk."""
+    groups = []
+    real = CellsAtWork.begun_with
+    monkeypatch.setattr(CellsAtWork, "begun_with", lambda *begun: groups.append(real(*begun)) or groups[-1])
+    columns = 40 * 16 * 7 * 4  # bytes
+    flags = ("--representations", "stats", "--layer-sets", "all_layers", "--folds", "2")
+    assert run(*flags, "--memory-gb", str(room * columns / 1e9))[0] == 0
+    (group,) = groups
+    assert group.most == most
 
 
 def test_lines_of_a_fork_come_into_the_log_of_the_process(forking):

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 RIGHT, FAILED, MEASURED = "passed", "FAILED", "measured"
-NOT_HERE, NOT_RUN, NO_ROOM = "not on this device", "not run", "does not fit"
+NOT_HERE, NO_ROOM = "not on this device", "does not fit"
+NOT_RUN = "not run"  # for lack of a package
 
 
 @dataclass
@@ -94,14 +95,21 @@ class Board:
             return False
         return True
 
-    def failures(self) -> list[str]:
-        """The rows that failed, or that were not run."""
+    def named(self, verdict: str) -> list[str]:
+        """The rows with a verdict, a line each."""
         return [
             f"{table.title}: {name}: {finding.verdict}"
             for table in self.tables
             for name, finding in table.rows
-            if finding.verdict in (FAILED, NOT_RUN)
+            if finding.verdict == verdict
         ]
+
+    def summary(self) -> list[str]:
+        """The last lines: what failed, and what was not run."""
+        not_run = self.named(NOT_RUN)
+        head = ["", "Not run, because a package is not installed:", ""] if not_run else []
+        listed = [[f"- {line}" for line in lines] for lines in (self.named(FAILED), not_run)]
+        return [*(listed[0] or ["Nothing failed."]), *head, *listed[1]]
 
     def values(self) -> list[dict[str, Any]]:
         """The tables as JSON values."""

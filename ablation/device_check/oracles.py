@@ -11,14 +11,14 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 Array = np.ndarray
-TENTH = 1e-8  # added to denominators, by definition
+ADDEND = 1e-8  # of denominators, by definition
 
 
 def moment_of(x: Array, power: int) -> float:
     """Standardised moment; 0 for a constant."""
     if x.max() == x.min():
         return 0.0
-    return float((((x - x.mean()) / (x.std(ddof=1) + TENTH)) ** power).mean())
+    return float((((x - x.mean()) / (x.std(ddof=1) + ADDEND)) ** power).mean())
 
 
 def deviation_of(x: Array) -> float:
@@ -55,7 +55,7 @@ def profile_of(s: Array) -> list[float]:
     total = s.sum()
     shares = s / total if total > 0 else 0 * s
     top = filled(s, 10)
-    gaps = [(top[i] - top[i + 1]) / (top[i] + TENTH) if i + 1 < len(s) else 0.0 for i in range(9)]
+    gaps = [(top[i] - top[i + 1]) / (top[i] + ADDEND) if i + 1 < len(s) else 0.0 for i in range(9)]
     entropy = -sum(share * math.log(share) for share in shares if share > 0)
     condition = s[0] / max(s[-1], 1e-6 * s[0]) if s[0] > 0 else 0.0
     return [*top, *filled(shares, 10), *gaps, entropy, condition, total]
@@ -70,7 +70,7 @@ def true_matrix_norms(w: Array) -> list[float]:
     """The columns of `matrix_norms`."""
     s, size = np.linalg.svd(w, compute_uv=False), np.abs(w)
     frobenius, nuclear = math.sqrt((w * w).sum()), s.sum()
-    ratios = [nuclear / (frobenius + TENTH), s[0] / (frobenius + TENTH)]
+    ratios = [nuclear / (frobenius + ADDEND), s[0] / (frobenius + ADDEND)]
     return [frobenius, nuclear, s[0], size.sum(0).max(), size.sum(1).max(), *ratios]
 
 
@@ -78,7 +78,7 @@ def true_distribution(w: Array) -> list[float]:
     """The columns of `distribution`."""
     p = np.percentile(w, (5, 10, 25, 50, 75, 90, 95))
     absolute = np.abs(w - w.mean()).mean() if w.max() > w.min() else 0.0
-    variation = deviation_of(w) / (abs(w.mean()) + TENTH)
+    variation = deviation_of(w) / (abs(w.mean()) + ADDEND)
     return [*p, p[4] - p[2], absolute, variation, moment_of(w, 3), moment_of(w, 4)]
 
 
@@ -86,7 +86,7 @@ def true_frequency(w: Array) -> list[float]:
     """The columns of `frequency`."""
     sizes = np.sort(np.abs(np.fft.fft2(w)), axis=None)[::-1]
     top = np.array(filled(sizes, 10))
-    share = (top**2).sum() / ((sizes**2).sum() + TENTH)
+    share = (top**2).sum() / ((sizes**2).sum() + ADDEND)
     return [*top, sizes.mean(), sizes.std(), sizes[0], share]
 
 

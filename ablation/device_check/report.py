@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from ablation.benchmark.timing import processor
-from ablation.device_check.board import Board
+from ablation.device_check.board import FAILED, NOT_RUN, Board
 from checkpointing import make_folder, utc_now, write_bytes, write_json
 
 PROJECT_FOLDER = Path(__file__).resolve().parent.parent.parent
@@ -80,12 +80,12 @@ def machine_lines(machine: dict[str, Any]) -> list[str]:
 
 def write_check(folder: Path, machine: dict[str, Any], board: Board, seconds: float) -> None:
     """Write both files. Raises CannotWrite if the folder does not take them."""
-    failures = board.failures()
-    values = {"machine": machine, "seconds": seconds, "failures": failures, "tables": board.values()}
+    named = {"failures": board.named(FAILED), "not_run": board.named(NOT_RUN)}
+    values = {"machine": machine, "seconds": seconds, **named, "tables": board.values()}
     make_folder(folder)
     write_json(folder / JSON_NAME, values, indent=2)
     lines = [f"# Check of {machine['name']}", "", *machine_lines(machine), f"- seconds: {seconds:.0f}", ""]
     for table in board.tables:
         lines += [*table.lines(), ""]
-    lines += [*(f"- {failure}" for failure in failures)] or ["Nothing failed."]
+    lines += board.summary()
     write_bytes(folder / PAGE_NAME, ("\n".join(lines) + "\n").encode())

@@ -19,8 +19,8 @@ NUMBER_HEADINGS = ("error, of the spread", "of the allowed", "cases", "worst cas
 
 def run_check(
     device: str, sizes: CheckSizes, folder: Path, missing: tuple[str, ...], with_program: bool = True
-) -> list[str]:
-    """Run every table, print it, and write both files to a folder after each. Returns the rows that failed.
+) -> Board:
+    """Run every table, print it, and write both files to a folder after each.
 
     `missing` has the packages that are not installed; without them the program cannot run. Raises CannotWrite
     if the folder does not take the files.
@@ -50,7 +50,7 @@ def run_check(
     board.open("4. Speed", *SPEED_HEADINGS)
     check_speed(board, device, sizes)
     keep()
-    return board.failures()
+    return board
 
 
 def run_program_checks(board: Board, device: str, sizes: CheckSizes) -> None:

@@ -73,9 +73,7 @@ QUICK = CheckSizes(
 
 
 def sizes_for(rows: int, is_quick: bool) -> CheckSizes:
-    """The sizes of a check. Without `is_quick`, those of TIMED_ROWS up to `rows` are timed, `rows` itself at
-    least.
-    """
+    """The sizes of a check. Without `is_quick`, `rows` are timed, and those of TIMED_ROWS that are fewer."""
     if is_quick:
         return QUICK
-    return CheckSizes(timed_rows=tuple(n for n in TIMED_ROWS if n <= rows) or (rows,))
+    return CheckSizes(timed_rows=(*(n for n in TIMED_ROWS if n < rows), rows))

@@ -219,7 +219,7 @@ def plain_model_of(seed: int, hidden: int, dropout: float) -> nn.Sequential:
 def plain_runs(task: Task, settings: TrainingSettings) -> list[Run]:
     """The first COMPARED_EPOCHS of each run on the CPU; losses, accuracies and learning rates alone."""
     prepared, runs = prepare(task, "cpu"), []
-    (x, y), (x_val, y_val) = prepared.rows_of("train"), prepared.rows_of("val")
+    (x, y), (x_val, y_val) = prepared.train, prepared.val
     for seed in settings.seeds:
         model = plain_model_of(seed, settings.hidden_dim, 0.0).to(torch.float64)
         adam = torch.optim.Adam(
