@@ -23,7 +23,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn, Protocol, TypeVar
 
-from ablation.stopping import SIGNALS
+from ablation.stopping import SIGNALS, unstoppable
 
 log = logging.getLogger("visual_ablation")
 
@@ -141,13 +141,14 @@ class Forks:
         """Begin jobs as long as there are cores."""
         while self.waiting and len(self.at_work) < self.workers:
             fork = self.waiting.popleft()
-            try:
-                fork.begin()
-            except OSError as error:
-                fork.failure = error
-                self.failed.append(fork)
-            else:
-                self.at_work.add(fork)
+            with unstoppable():  # a signal's exception would be lost in what Python does around a fork
+                try:
+                    fork.begin()
+                except OSError as error:
+                    fork.failure = error
+                    self.failed.append(fork)
+                else:
+                    self.at_work.add(fork)
 
     def done(self) -> list[tuple[object, Callable[[], Any]]]:
         """Wait for a job to end. Returns those that did, each with a function that gives its result."""

@@ -19,7 +19,7 @@ from conftest import ROOT
 from running import FAST, cell_files
 from test_training import SMALL, problem, same_to_the_bit
 
-from ablation import forked, log, mlp, training, work_pool
+from ablation import forked, log, mlp, stopping, training, work_pool
 from ablation.cells_at_work import CellsAtWork, Group
 from ablation.forked import Forks, ProcessLost, each_done
 from ablation.kept_runs import run_arrays
@@ -266,6 +266,18 @@ def test_a_fork_that_cannot_begin_fails_its_batch(forking, monkeypatch):
         assert set(pool.finished([bad, good])) == {bad, good}
     assert isinstance(bad.error, BlockingIOError) and sorted(good.noted) == [0, 1, 2]
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_signal_during_a_fork_counts_after_it(monkeypatch):
+    monkeypatch.setattr(stopping, "stopped_by", None)
+    real = os.fork
+    monkeypatch.setattr(os, "fork", lambda: stopping.stop(signal.SIGINT, None) or real())
+    forks = Forks(2)
+    with pytest.raises(SystemExit, match="130"):
+        forks.submit(lambda: time.sleep(600), AsJson())
+    (fork,) = forks.at_work
+    forks.close()
+    assert not alive(fork.pid)
 
 
 def test_forks_end_where_their_end_is_not_told(forking):
