@@ -8,6 +8,7 @@ does its job, tells the result through a pipe, and ends; it ends with this proce
 
 from __future__ import annotations
 
+import builtins
 import contextlib
 import ctypes
 import gc
@@ -240,7 +241,7 @@ def do_and_tell(job: Callable[[], Any], batch: Travelling, pipe: int, parent: in
         try:
             content = batch.to_bytes(job())
         except BaseException as raised:
-            error = type(raised).__name__, str(raised), traceback.format_exc()
+            error = told_of(raised)
         message = json.dumps({"lines": kept.lines, "error": error}).encode() + b"\n" + content
         with os.fdopen(pipe, "wb") as file:
             file.write(message)
@@ -259,15 +260,21 @@ def end_with(parent: int) -> None:
         os._exit(1)
 
 
-def error_of(kind: str, text: str, where: str) -> BaseException:
+def told_of(raised: BaseException) -> list[str]:
+    """An error for `error_of`: its class, the class of Python that it is one of, its text and traceback."""
+    usual = next(one for one in type(raised).__mro__ if one.__module__ == "builtins")
+    base = usual.__name__ if issubclass(usual, Exception | KeyboardInterrupt) else "Exception"
+    return [type(raised).__name__, base, str(raised), traceback.format_exc()]
+
+
+def error_of(name: str, base: str, text: str, where: str) -> BaseException:
     """An error like one that was raised in another process, with its traceback as a note."""
     from ablation.task import TrainingError  # which imports torch
 
-    known: dict[str, type[BaseException]] = {
-        "TrainingError": TrainingError,
-        "KeyboardInterrupt": KeyboardInterrupt,
-        "MemoryError": MemoryError,
-    }
-    error = known.get(kind, type(kind, (Exception,), {}))(text)
+    if name == TrainingError.__name__:
+        error: BaseException = TrainingError(text)
+    else:
+        own = {"__init__": lambda error: None, "__str__": lambda error: text}
+        error = type(name, (getattr(builtins, base),), own)()
     error.add_note(where)
     return error

@@ -7,7 +7,7 @@ by stage beside what the device can do at best. They are printed as they come, a
 device_check.json and device_check.md. Nothing is downloaded.
 
 Exit status: 0 nothing failed (what is not run for lack of a package is named at the end); 1 a check failed;
-2 bad input.
+2 bad input; 130 broken off by Ctrl-C.
 """
 
 import argparse
@@ -61,6 +61,11 @@ def main(argv: list[str] | None = None, sizes: CheckSizes | None = None) -> int:
     except (InputError, CannotWrite) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, InputError) else 1
+    except KeyboardInterrupt:
+        print(
+            f"Stopped: {arguments.output_dir / JSON_NAME} has the tables that are finished", file=sys.stderr
+        )
+        return 130
     print("\n".join(["", *board.summary(), ""]))
     print(f"With a bug report send {folder / JSON_NAME}, and what was printed to stderr.")
     return 1 if board.named(FAILED) else 0

@@ -12,6 +12,7 @@ from pathlib import Path
 import _root  # noqa: F401
 
 from ablation.fields import InputError
+from ablation.forked import ProcessLost
 from ablation.log import visible
 from ablation.report.load import refusing_other_shapes, result_folders
 from ablation.report.write import FORMATS, write_comparison, write_report
@@ -41,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
                 written = write_report(folders[0], formats)
             else:
                 written = write_comparison(folders, arguments.output, formats)
-    except (InputError, CannotWrite) as error:
+    except (InputError, CannotWrite, ProcessLost) as error:
         print(f"error: {visible(str(error), TEXT_LENGTH)}", file=sys.stderr)
         return 2 if isinstance(error, InputError) else 1
     for path in written:

@@ -120,6 +120,7 @@ def test_everything_but_the_program_passes_on_the_cpu(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "Nothing failed." in printed and f"send {folder / 'device_check.json'}" in printed
     found = json.loads((folder / "device_check.json").read_text())
+    assert found["finished"]
     tables = {table["title"][:1]: table["rows"] for table in found["tables"]}
     assert list(tables) == ["1", "2", "3", "4"] and found["failures"] == []
     names = [row["check"] for row in tables["1"]]
@@ -156,6 +157,27 @@ def test_bad_input_is_an_error_line_and_status_2(tmp_path, capsys):
     (tmp_path / "file").touch()
     assert check_device.main(["--device", "cpu", "--output-dir", str(tmp_path / "file" / "x")]) == 1
     assert capsys.readouterr().err.startswith("error: ")
+
+
+@pytest.mark.parametrize("error, status", [(KeyboardInterrupt, 130), (RuntimeError("as wanted"), None)])
+def test_a_check_that_is_broken_off_does_not_say_that_nothing_failed(
+    tmp_path, capsys, monkeypatch, error, status
+):
+    def end(*sizes):
+        raise error
+
+    monkeypatch.setattr(run, "check_described", end)
+    arguments = ["--device", "cpu", "--output-dir", str(tmp_path)]
+    if status is None:
+        with pytest.raises(RuntimeError, match="as wanted"):
+            check_device.main(arguments, TINY)
+    else:
+        assert check_device.main(arguments, TINY) == status
+        assert capsys.readouterr().err.startswith("Stopped: ")
+    found = json.loads((tmp_path / "device_check.json").read_text())
+    assert not found["finished"] and found["tables"] == []
+    page = (tmp_path / "device_check.md").read_text()
+    assert page.endswith("\nNot finished: the check still runs, or it was broken off.\n")
 
 
 def test_sizes():

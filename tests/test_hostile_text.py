@@ -342,6 +342,7 @@ SHAPES = {
 @pytest.mark.parametrize("content", SHAPES.values(), ids=SHAPES)
 def test_a_damaged_results_json_is_refused_in_one_line(content, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(figures, "FIGURES", {"confusion": figures.FIGURES["confusion"]})
+    monkeypatch.setattr(write, "cores", lambda: 2)  # errors of a drawing come from its process
     refused(saved(tmp_path / "out", content), capsys)
 
 

@@ -537,6 +537,31 @@ def test_a_job_that_fails_is_an_error_with_its_traceback_and_ends_the_others(tmp
         os.kill(int(other.read_text()), 0)
 
 
+class OwnError(ValueError):
+    pass
+
+
+ERRORS = [
+    (KeyError("a key"), KeyError, "'a key'"),
+    (OwnError("of a library"), ValueError, "of a library"),
+    (UnicodeDecodeError("utf-8", b"x", 0, 1, "as wanted"), UnicodeError, "as wanted"),
+    (OSError(28, "No space left on device"), OSError, "No space left"),
+    (TrainingError("no loss"), TrainingError, "no loss"),
+    (SystemExit(130), Exception, "130"),
+    (KeyboardInterrupt(), KeyboardInterrupt, ""),
+]
+
+
+@pytest.mark.parametrize("error, usual, text", ERRORS, ids=lambda value: type(value).__name__)
+def test_an_error_keeps_its_name_its_text_and_what_it_is(error, usual, text):
+    def fail():
+        raise error
+
+    with pytest.raises(usual) as caught:
+        each_done([fail], AsJson(), 2)
+    assert type(caught.value).__name__ == type(error).__name__ and text in str(caught.value)
+
+
 def test_a_job_whose_process_is_killed_is_an_error():
     with pytest.raises(ProcessLost):
         each_done([lambda: os.kill(os.getpid(), signal.SIGKILL)] * 2, AsJson(), 2)

@@ -67,6 +67,7 @@ class Board:
     """All tables of one check of a device."""
 
     tables: list[CheckTable] = field(default_factory=list)
+    is_finished: bool = False
 
     def open(self, title: str, *headings: str) -> None:
         """Begin a table."""
@@ -106,6 +107,8 @@ class Board:
 
     def summary(self) -> list[str]:
         """The last lines: what failed, and what was not run."""
+        if not self.is_finished:
+            return [*self.named(FAILED), "Not finished: the check still runs, or it was broken off."]
         not_run = self.named(NOT_RUN)
         head = ["", "Not run, because a package is not installed:", ""] if not_run else []
         listed = [[f"- {line}" for line in lines] for lines in (self.named(FAILED), not_run)]

@@ -81,7 +81,8 @@ def machine_lines(machine: dict[str, Any]) -> list[str]:
 def write_check(folder: Path, machine: dict[str, Any], board: Board, seconds: float) -> None:
     """Write both files. Raises CannotWrite if the folder does not take them."""
     named = {"failures": board.named(FAILED), "not_run": board.named(NOT_RUN)}
-    values = {"machine": machine, "seconds": seconds, **named, "tables": board.values()}
+    values = {"machine": machine, "seconds": seconds, "finished": board.is_finished, **named}
+    values["tables"] = board.values()
     make_folder(folder)
     write_json(folder / JSON_NAME, values, indent=2)
     lines = [f"# Check of {machine['name']}", "", *machine_lines(machine), f"- seconds: {seconds:.0f}", ""]

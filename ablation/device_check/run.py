@@ -49,6 +49,7 @@ def run_check(
     keep()
     board.open("4. Speed", *SPEED_HEADINGS)
     check_speed(board, device, sizes)
+    board.is_finished = True
     keep()
     return board
 
