@@ -25,6 +25,12 @@ import pyarrow as pa
 from datasets import Features, List, Value
 from safetensors.numpy import load_file
 
+# What the program imports only when it has work to do: forks find it imported.
+import ablation.cells_at_work
+import ablation.features
+import ablation.inference
+import ablation.loading
+import ablation.workers  # noqa: F401
 from ablation.making.arrow_folder import arrow_matrices, finish_folder, write_shard
 from ablation.stopping import SIGNALS
 from checkpointing import CRASH
