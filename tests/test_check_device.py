@@ -566,6 +566,13 @@ def test_large_layers_are_a_collection_of_two_kinds(tmp_path):
 # --- speed
 
 
+def speed_board():
+    board = Board()
+    board.open("speed", *speed_rows.SPEED_HEADINGS)
+    speed_rows.check_speed(board, "cpu", TINY)
+    return board
+
+
 def test_what_does_not_fit_is_a_row_and_no_failure(monkeypatch):
     usual = speed_rows.train_runs
 
@@ -575,9 +582,7 @@ def test_what_does_not_fit_is_a_row_and_no_failure(monkeypatch):
         return usual(task, *rest)
 
     monkeypatch.setattr(speed_rows, "train_runs", train_runs)
-    board = Board()
-    board.open("speed", *speed_rows.SPEED_HEADINGS)
-    speed_rows.check_speed(board, "cpu", TINY)
+    board = speed_board()
     found = verdicts(board)
     assert found["130 rows: 18 cells x 1 runs"] == NO_ROOM and found["60 rows: 18 cells x 1 runs"] == MEASURED
     assert board.named(FAILED) == []
@@ -628,8 +633,5 @@ def test_a_device_without_room_for_the_fewest_rows_fails(monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(speed_rows, "train_runs", full)
-    board = Board()
-    board.open("speed", *speed_rows.SPEED_HEADINGS)
-    speed_rows.check_speed(board, "cpu", TINY)
-    found = verdicts(board)
+    found = verdicts(speed_board())
     assert found["60 rows: 18 cells x 1 runs"] == FAILED and found["130 rows: 18 cells x 1 runs"] == NO_ROOM

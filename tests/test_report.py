@@ -128,6 +128,12 @@ def test_one_core_or_several_draw_the_same_files(finished, tmp_path, monkeypatch
     assert differing == []
 
 
+def test_layer_sets_have_their_colours_before_figures_are_drawn_apart(monkeypatch):
+    monkeypatch.setattr(style, "NAMED_COLOURS", {})
+    write.draw_all({}, {"ours_results": [{}], "mine_results": [{}]}, ())
+    assert list(style.NAMED_COLOURS) == ["ours", "mine"]
+
+
 # --- figures
 
 

@@ -20,6 +20,7 @@ from running import FAST, cell_files
 from test_training import SMALL, problem, same_to_the_bit
 
 from ablation import forked, log, mlp, stopping, training, work_pool
+from ablation.cells import Cell
 from ablation.cells_at_work import CellsAtWork, Group
 from ablation.forked import Forks, ProcessLost, each_done
 from ablation.kept_runs import run_arrays
@@ -342,6 +343,18 @@ def test_lines_that_wait_are_shown_when_work_ends_early(capsys):
     assert capsys.readouterr().out == "of cell 0\n"
     work.close()
     assert capsys.readouterr().out == "of cell 1\n"
+
+
+def test_a_cell_whose_results_no_disk_takes_is_trained_no_further():
+    lost, going_on = (Cell("all_layers", name) for name in ("stats", "frequency"))
+    ledger = types.SimpleNamespace(failures={lost: "not run: the disk is full"})
+    work = CellsAtWork(types.SimpleNamespace(store=None), ledger, None, None, None)
+    saved, first, second = Group([], 0), Group([lost], 0), Group([going_on], 0)
+    first.missing, second.missing = [lost], [going_on]
+    work.begun.extend([saved, first, second])
+    work.save(saved)
+    assert first.stop.is_set() and first.error is not None, "threads and forks"
+    assert not second.stop.is_set() and second.error is None
 
 
 def test_runs_of_a_cell_share_one_copy_of_its_rows(forking, monkeypatch):
