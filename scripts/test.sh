@@ -11,7 +11,7 @@ if [ "${1:-}" = --all ]; then
     shift
 fi
 echo "Checks style (ruff), then types (mypy) beside $which, three test files at a time."
-echo "Usually 4 minutes on two idle cores; the first call also sets up .venv, in 2 minutes."
+echo "About 5 minutes on two idle cores; the first call also sets up .venv, in 2 minutes."
 install tests/requirements.txt requirements.txt
 # Three processes share two cores, because some tests wait; more threads would only wait for each other.
 # tests/conftest.py has the order of the files, in which the longest begin first.
