@@ -91,6 +91,8 @@ def components_of(representation: str) -> tuple[str, ...]:
     return {"ensemble": ENSEMBLE_MEMBERS, "norms": ("simple_stats",)}.get(representation, (representation,))
 
 
+NULL_PRODUCT = "product_sketch"  # which the null's reader takes besides the table's, because it reads most
+
 # --- layer sets
 
 LAYER_KINDS = ("visual", "text", "other")  # what a layer acts on; other: both, or neither
@@ -192,6 +194,9 @@ class Comparison(NamedTuple):
 MAIN_COMPARISON = Comparison("all_layers", "visual_only", "the text layers")
 VISUAL_TEXT_COMPARISON = Comparison("visual_only", "text_only", "")
 SIZE_MATCHED_COMPARISON = Comparison("random_half", "visual_only", "")
+# The null's reader takes these sets, and so many random halves: one place in 200 is the rarest.
+NULL_SETS = (MAIN_COMPARISON.first, MAIN_COMPARISON.second, VISUAL_TEXT_COMPARISON.second)
+NULL_HALVES = 199
 COMPARISONS = (
     MAIN_COMPARISON,
     Comparison("all_layers", "text_only", "the visual layers"),
@@ -267,4 +272,5 @@ TRAINING_VERSION = 2
 AUDIT_VERSION = 1
 # kernel_ridge has the version of its representation.
 CLASSIFIER_VERSIONS = {"linear": 1, "boosting": 2, "nearest": 1}
-INFERENCE_VERSION = 9  # also when the verdict says something else of the same predictions
+NULL_VERSION = 1
+INFERENCE_VERSION = 10  # also when the verdict says something else of the same predictions

@@ -9,34 +9,32 @@ whole groups are the sample. Accuracies and probabilities are fractions.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import scipy.stats
 
-LEVEL = 0.05  # of every test; intervals cover 1 - LEVEL
-FEW_UNITS = 10  # with fewer examples or groups that differ, a t test of equality is not trusted
+from ablation.resampling import LEVEL, sign_flip_test, training_noise, two_level_bootstrap
+
+FEW_UNITS = 10  # with fewer examples or groups that differ, how much each differs tells nothing
 POWER = 0.8  # with which the smallest detectable drop is found
-FLIPS = 9999  # random signs of the sign-flip test
-RESAMPLES = 4000  # of a bootstrap
-MANY_UNITS = 500  # from as many examples or groups on, a bootstrap takes their mean as normal
-RESAMPLING_SEED = 0
 
 
 @dataclass(frozen=True)
 class StandardError:
     """The standard error of a mean over runs and examples, with its degrees of freedom.
 
-    `units` counts the examples or groups that it is from.
+    `units` counts the examples or groups that it is from. `runs_variance` is the variance between runs, of
+    the shift that one run gives to all of its examples; None where it is not known.
     """
 
     error: float
     dof: float
     units: int
+    runs_variance: float | None = None
 
     @property
     def half_width(self) -> float:
@@ -50,6 +48,15 @@ class StandardError:
         half = float(scipy.stats.t.ppf(1 - LEVEL / 2, self.dof)) * self.error
         return max(half, 1 - (LEVEL / 2) ** (1 / self.units)) if self.error == 0 else half
 
+    def with_correlated_runs(self, correlation: float) -> StandardError:
+        """The standard error if runs of overlapping training sets had this correlation.
+
+        Their shared part, which no difference between runs shows, is correlation / (1 - correlation) times
+        the variance between runs.
+        """
+        shared = correlation / (1 - correlation) * (self.runs_variance or 0.0)
+        return replace(self, error=math.hypot(self.error, math.sqrt(shared)))
+
 
 @dataclass(frozen=True)
 class SplitRows:
@@ -61,9 +68,13 @@ class SplitRows:
     ratio: float
     groups: np.ndarray | None = None
 
+    def units_of(self, rows: np.ndarray) -> np.ndarray:
+        """The unit of each of these rows: its group, or the row itself."""
+        return rows if self.groups is None else self.groups[rows]
+
     def count(self, rows: np.ndarray) -> int:
         """How many examples, or groups, these rows are."""
-        return len(np.unique(rows if self.groups is None else self.groups[rows]))
+        return len(np.unique(self.units_of(rows)))
 
 
 def standard_error(D: np.ndarray, groups: np.ndarray | None = None) -> StandardError:
@@ -91,9 +102,10 @@ def standard_error(D: np.ndarray, groups: np.ndarray | None = None) -> StandardE
     rest = float(((D - by_example - by_run[:, None] + mean) ** 2).sum()) / rest_dof / (n * R)
     total = max(examples + runs - rest, examples, runs)
     if total == 0:
-        return StandardError(0.0, examples_dof, G)
+        return StandardError(0.0, examples_dof, G, 0.0)
     dof = total**2 / (examples**2 / examples_dof + runs**2 / runs_dof + rest**2 / rest_dof)
-    return StandardError(math.sqrt(total), min(dof, 1.0) if R == 2 else dof, G)
+    of_run = R * max(runs - rest, 0.0)
+    return StandardError(math.sqrt(total), min(dof, 1.0) if R == 2 else dof, G, of_run)
 
 
 def standard_error_over_splits(D: Sequence[np.ndarray], splits: SplitRows) -> StandardError:
@@ -115,85 +127,12 @@ def standard_error_over_splits(D: Sequence[np.ndarray], splits: SplitRows) -> St
     return over_splits if of_first.half_width < over_splits.half_width else of_first
 
 
-def sign_flip_test(
-    d: np.ndarray, groups: np.ndarray | None = None, flips: int = FLIPS, seed: int = RESAMPLING_SEED
-) -> float:
-    """The two-sided p-value of the mean of `d` (n,),
-    if each example's (or group's) difference could have either sign.
-
-    It is taken over `flips` random choices of all signs, with the observed signs counted among them (Phipson
-    and Smyth 2010), or over all choices where there are fewer. Examples without a difference have no sign; p
-    is 1 if all are such. Equal differences are flipped together: the number of them that get a plus is
-    binomial.
-    """
-    if groups is not None:
-        d = np.bincount(np.unique(groups, return_inverse=True)[1], d)
-    d = d[np.abs(d) > 1e-12]
-    if not len(d):
-        return 1.0
-    observed = abs(d.sum()) * (1 - 1e-9)
-    if 2 ** len(d) <= flips:
-        signs = 1 - 2 * ((np.arange(2 ** len(d))[:, None] >> np.arange(len(d))) & 1)
-        return float((np.abs(signs @ d) >= observed).mean())
-    sizes, counts = np.unique(np.abs(d).round(12), return_counts=True)
-    plus = np.random.default_rng(seed).binomial(counts, 0.5, (flips, len(counts)))
-    return (1 + int((np.abs((2 * plus - counts) @ sizes) >= observed).sum())) / (flips + 1)
-
-
-@functools.lru_cache(maxsize=1)
-def draw_counts(units: int, resamples: int, seed: int) -> np.ndarray:
-    """How often each of G units is drawn in each of B resamples, (B, G)."""
-    return np.random.default_rng([seed, units]).multinomial(units, np.full(units, 1 / units), resamples)
-
-
-def two_level_bootstrap(
-    D: np.ndarray, groups: np.ndarray | None = None, resamples: int = RESAMPLES, seed: int = RESAMPLING_SEED
-) -> tuple[float, float]:
-    """The 95 % interval of the mean of D (R, n):
-    runs and examples (or groups) are drawn again, independently.
-
-    The pigeonhole bootstrap of crossed samples (Owen 2007), percentiles. Deviations are stretched by sqrt(R /
-    (R - 1)), which drawing from R runs takes away. From MANY_UNITS examples or groups on, the mean over the
-    drawn units is taken from a normal distribution, whose mean and variance are known.
-    """
-    R, n = D.shape
-    rng = np.random.default_rng(seed)
-    names, index = np.unique(np.arange(n) if groups is None else groups, return_inverse=True)
-    G = len(names)
-    sums = np.stack([np.bincount(index, row, minlength=G) for row in D])  # (R, G)
-    sizes = np.bincount(index, minlength=G)
-    of_runs = rng.multinomial(R, np.full(R, 1 / R), resamples) / R  # (B, R)
-    if G > MANY_UNITS:
-        rest = sums - D.mean(1)[:, None] * sizes  # a group's share of a run's deviation
-        variance = np.einsum("br,rs,bs->b", of_runs, rest @ rest.T / n**2, of_runs, optimize=True)
-        means = of_runs @ D.mean(1) + np.sqrt(variance.clip(0)) * rng.normal(size=resamples)
-    else:
-        counts = draw_counts(G, resamples, seed)  # (B, G)
-        means = ((of_runs @ sums) * counts).sum(1) / (counts @ sizes)
-    widen = math.sqrt(R / (R - 1)) if R > 1 else 1.0
-    low, high = np.quantile(means, [LEVEL / 2, 1 - LEVEL / 2])
-    mean = D.mean()
-    return float(mean + widen * (low - mean)), float(mean + widen * (high - mean))
-
-
-def training_noise(drops: np.ndarray, seed: int = RESAMPLING_SEED) -> tuple[float, float] | None:
-    """The 95 % BCa interval (scipy) of the mean of the runs' drops (R,), or None for one run.
-
-    It is over seeds on the same rows, so it is about training alone.
-    """
-    if len(drops) < 2:
-        return None
-    if np.ptp(drops) == 0:
-        return float(drops[0]), float(drops[0])
-    rng = np.random.default_rng(seed)
-    bootstrap = scipy.stats.bootstrap(
-        (drops,), np.mean, confidence_level=1 - LEVEL, method="BCa", random_state=rng
-    )
-    return float(bootstrap.confidence_interval.low), float(bootstrap.confidence_interval.high)
-
-
 def difference(
-    first: np.ndarray, second: np.ndarray, margin: float, groups: np.ndarray | None = None
+    first: np.ndarray,
+    second: np.ndarray,
+    margin: float,
+    groups: np.ndarray | None = None,
+    weight: float = 1.0,
 ) -> dict[str, Any]:
     """Accuracy `first` less accuracy `second`;
     both (R, n) say whether each run was right on each test example.
@@ -201,17 +140,15 @@ def difference(
     `p` is the larger of two: the sign-flip test's, which takes the runs as they are, and that of a t test
     with the standard error of runs and examples together. The 95 % interval is that error's. So a conclusion
     must hold for new examples and for new runs. `bootstrap_interval`, mostly wider, stands beside as a check.
-    `p_equivalence` is the larger of two one-sided t tests against +-`margin`; where fewer than FEW_UNITS
-    examples or groups differ, it is at least the chance of so few if a share `margin` of them did. `smallest`
-    is the difference that would be found significant with a probability of POWER.
+    `p_equivalence` is that of `p_of_equivalence`. `smallest` is the difference that would be found
+    significant with a probability of POWER. `weight` is the largest weight of an example in a balanced
+    accuracy.
     """
     D = first.astype(np.float64) - second
     spread = standard_error(D, groups)
     flip, t_test = p_values_of_mean(D, spread, groups)
-    is_different = np.abs(D).max(0) > 0
-    differ = int(is_different.sum()) if groups is None else len(np.unique(groups[is_different]))
     bootstrap = two_level_bootstrap(D, groups)
-    entry = conclusion([first], [second], spread, differ, margin)
+    entry = conclusion(([first], [second]), spread, unit_means(D.mean(0), groups), margin, weight)
     return entry | {
         "p": max(flip, t_test),
         "p_sign_flip": flip,
@@ -221,7 +158,11 @@ def difference(
 
 
 def difference_over_splits(
-    first: Sequence[np.ndarray], second: Sequence[np.ndarray], margin: float, splits: SplitRows
+    first: Sequence[np.ndarray],
+    second: Sequence[np.ndarray],
+    margin: float,
+    splits: SplitRows,
+    weight: float = 1.0,
 ) -> dict[str, Any]:
     """The difference from K splits: `first` and `second` have (R, n) for each.
 
@@ -229,24 +170,28 @@ def difference_over_splits(
     """
     D = [a.astype(np.float64) - b for a, b in zip(first, second, strict=True)]
     spread = standard_error_over_splits(D, splits)
-    moved = [rows[np.abs(d).max(0) > 0] for d, rows in zip(D, splits.test_rows, strict=True)]
-    entry = conclusion(first, second, spread, splits.count(np.concatenate(moved)), margin)
+    units = splits.units_of(np.concatenate(splits.test_rows))
+    d = unit_means(np.concatenate([of_split.mean(0) for of_split in D]), units)
+    entry = conclusion((first, second), spread, d, margin, weight)
     return entry | {"p": p_of_mean(entry["drop"], spread), "drops": [float(d.mean()) for d in D]}
 
 
 def conclusion(
-    first: Sequence[np.ndarray],
-    second: Sequence[np.ndarray],
+    pair: tuple[Sequence[np.ndarray], Sequence[np.ndarray]],
     spread: StandardError,
-    differ: int,
+    d: np.ndarray,
     margin: float,
+    weight: float,
 ) -> dict[str, Any]:
     """What follows from the standard error of a drop, however it was estimated.
 
-    `first` and `second` have (R, n) for each split; `differ` examples or groups differ at all.
+    The `pair` has (R, n) for each split, twice. `d` (U,) are the units' shares of the drop, as
+    `unit_means` gives them. In a balanced accuracy an example weighs up to `weight`, and so many units count
+    as one.
     """
-    D = [a.astype(np.float64) - b for a, b in zip(first, second, strict=True)]
-    a, b, drop = (float(np.mean([rights.mean() for rights in by_split])) for by_split in (first, second, D))
+    D = [a.astype(np.float64) - b for a, b in zip(*pair, strict=True)]
+    a, b, drop = (float(np.mean([rights.mean() for rights in by_split])) for by_split in (*pair, D))
+    spread = replace(spread, units=max(1, int(spread.units / weight)))
     by_example = np.concatenate([d.mean(0) for d in D])
     scatter = float(by_example.std(ddof=1)) if len(by_example) > 1 else 0.0
     half, is_known = spread.half_width, spread.error < math.inf
@@ -256,32 +201,87 @@ def conclusion(
         "interval": (max(-1.0, drop - half), min(1.0, drop + half)),
         "standard_error": spread.error if is_known else None,
         "dof": spread.dof,
-        "p_equivalence": p_of_equivalence(drop, spread, differ, margin),
+        "p_equivalence": p_of_equivalence(drop, spread, d, margin),
         "margin": margin,
         "training_noise_interval": training_noise(np.mean([d.mean(1) for d in D], axis=0)),
         "cohens_h": 2 * (math.asin(math.sqrt(a)) - math.asin(math.sqrt(b))),
         "d_z": drop / scatter if scatter > 0 else None,
-        "smallest": min(1.0, half + power),
+        "smallest": smallest_drop(half + power, a if weight == 1 else None),
         "splits": len(D),
     }
 
 
-def p_of_equivalence(drop: float, spread: StandardError, differ: int, margin: float) -> float:
-    """The larger p-value of two one-sided t tests against +-`margin`; 1 where a single unit shows nothing.
+def smallest_drop(by_error: float, accuracy: float | None) -> float:
+    """The drop that would be found with a probability of POWER, at most 1; `by_error` is it if the standard
+    error were that of the data whatever the drop.
 
-    With fewer than FEW_UNITS differing units it is at least the chance of so few, if a share `margin` of them
-    differed.
+    Near an `accuracy` a of 1 a drop leaves more to scatter: where the second accuracy is b = a - drop and not
+    a, the variance grows by (a(1 - a) + b(1 - b)) / 2a(1 - a). None for scores that are not of right and
+    wrong.
     """
-    if spread.error == 0 and abs(drop) < margin:
-        return float(scipy.stats.binom.cdf(differ, spread.units, margin))
+    if accuracy is None or not 0.5 < accuracy < 1 or by_error >= accuracy:
+        return min(1.0, by_error)
+    drop = by_error
+    for _ in range(100):  # it grows to the least drop that is its own
+        left = max(accuracy - drop, 0.5)
+        growth = left * (1 - left) / (accuracy * (1 - accuracy))
+        drop = by_error * math.sqrt((1 + growth) / 2)
+    return min(1.0, max(drop, by_error))
+
+
+def unit_means(by_row: np.ndarray, units: np.ndarray | None) -> np.ndarray:
+    """The units' shares (U,) of a mean over rows (n,): their sums over the mean size of a unit, so that the
+    mean of the shares is that of the rows. `units` (n,) names each row's; None: every row is one.
+    """
+    if units is None:
+        return by_row
+    sums = np.bincount(np.unique(units, return_inverse=True)[1], by_row)
+    return sums * len(sums) / len(by_row)
+
+
+def p_of_equivalence(drop: float, spread: StandardError, d: np.ndarray, margin: float) -> float:
+    """The p-value of the hypothesis that the drop is `margin` or more in either direction.
+
+    The larger one of two one-sided t tests against +-`margin` and of Tango's score test of the units' shares
+    `d` (U,), which is right where few differ. Where none does, it is the chance of that if a share `margin`
+    of the units differed. It is 1 where a single unit shows nothing.
+    """
+    if spread.error == 0 and abs(drop) < margin and not np.any(d):
+        return (1 - margin) ** spread.units
     if not 0 < spread.error < math.inf:
         return 1.0
     above = scipy.stats.t.sf((margin - drop) / spread.error, spread.dof)
     below = scipy.stats.t.sf((margin + drop) / spread.error, spread.dof)
-    p = float(max(above, below))
-    if differ < FEW_UNITS:
-        p = max(p, float(scipy.stats.binom.cdf(differ, spread.units, margin)))
-    return p
+    return float(max(above, below, score_test_of_equivalence(d, margin)))
+
+
+def score_test_of_equivalence(d: np.ndarray, margin: float) -> float:
+    """The larger one of two one-sided p-values of the mean of `d` (U,) against +-`margin` (Tango 1998).
+
+    His test is of units that differ by 1, 0 or -1. Here they differ by a typical size, sum d^2 / sum |d|, so
+    that their variance is that of `d`; by 1 if fewer than FEW_UNITS differ.
+    """
+    mass = float(np.abs(d).sum())
+    if mass == 0:
+        return 0.0
+    size = float((d**2).sum()) / mass if np.count_nonzero(d) >= FEW_UNITS else 1.0
+    if margin >= size:
+        return 0.0
+    more, less, n = float(d.clip(0).sum()) / size, float((-d).clip(0).sum()) / size, len(d)
+    return max(tango(more, less, n, margin / size), tango(less, more, n, margin / size))
+
+
+def tango(more: float, less: float, n: int, margin: float) -> float:
+    """The one-sided p-value of Tango's (1998) score test that more - less is `margin` * n or higher, of n
+    pairs in which the first alone is right in `more` and the second alone in `less`.
+    """
+    linear = -more - less + (2 * n - more + less) * margin
+    constant = -less * margin * (1 - margin)
+    restricted = (math.sqrt(linear**2 - 8 * n * constant) - linear) / (
+        4 * n
+    )  # of `less`, if the margin holds
+    variance = n * (2 * restricted + margin * (1 - margin))
+    return float(scipy.stats.norm.cdf((more - less - n * margin) / math.sqrt(variance)))
 
 
 def p_values_of_mean(D: np.ndarray, spread: StandardError, groups: np.ndarray | None) -> tuple[float, float]:

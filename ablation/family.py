@@ -9,19 +9,23 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
+import scipy.optimize
 import scipy.stats
 
-from ablation.estimators import LEVEL, MANY_UNITS, POWER, RESAMPLING_SEED, holm
+from ablation.estimators import LEVEL, POWER, holm, p_of_mean, smallest_drop
+from ablation.resampling import MANY_UNITS, RESAMPLING_SEED
 from ablation.samples import Sample
 
 JOINT_FLIPS = 9999  # random signs of the joint test
 SIGNS = np.array((-1, 1), np.int8)
 SIGNS_AT_ONCE = 2**27  # a GB while they are multiplied
+CLEARLY_ABOVE = 4.0  # standard errors above chance, from which on a share of it is stated
+CORRELATIONS = (0.1, 0.3)  # of runs whose training sets overlap: how far the primary interval rests on none
 FEWEST_UNITS = 6  # with fewer, no choice of signs is rarer than 1 in 32: nothing can be shown
 
 
@@ -136,13 +140,15 @@ def adjust_family(entries: list[dict[str, Any]], pairs: list[tuple[Sample, Sampl
         adjusted = [entry["p_holm"] for entry in entries]
         equal = [entry["p_equivalence_holm"] for entry in entries]
         deviate = float(scipy.stats.norm.isf(LEVEL / 2 / len(entries)))
-    for entry, p, p_equal in zip(entries, adjusted, equal, strict=True):
+    for entry, (first, _), p, p_equal in zip(entries, pairs, adjusted, equal, strict=True):
         entry["p_max_t"], entry["p_equivalence_max_t"] = p, p_equal
-        widen(entry, deviate)
+        widen(entry, deviate, first.mean if first.weight == 1 else None)
 
 
-def widen(entry: dict[str, Any], deviate: float) -> None:
-    """Add the simultaneous interval and the smallest drop that would be found after the correction."""
+def widen(entry: dict[str, Any], deviate: float, accuracy: float | None) -> None:
+    """Add the simultaneous interval and the smallest drop that would be found after the correction.
+    `accuracy` as `smallest_drop` takes it.
+    """
     error, dof = entry["standard_error"], entry["dof"]
     if error is None:
         entry["simultaneous_interval"], entry["smallest"] = (-1.0, 1.0), None
@@ -152,10 +158,10 @@ def widen(entry: dict[str, Any], deviate: float) -> None:
     half = max(half, single)
     drop = entry["drop"]
     entry["simultaneous_interval"] = (max(-1.0, drop - half), min(1.0, drop + half))
-    entry["smallest"] = min(1.0, half + float(scipy.stats.t.ppf(POWER, dof)) * error)
+    entry["smallest"] = smallest_drop(half + float(scipy.stats.t.ppf(POWER, dof)) * error, accuracy)
 
 
-def mean_sample(samples: list[Sample]) -> Sample:
+def mean_sample(samples: Sequence[Sample]) -> Sample:
     """The mean of several samples of the same splits, run by run and row by row.
 
     A sample of fewer runs is repeated.
@@ -172,7 +178,8 @@ def averaged(pairs: dict[str, tuple[Sample, Sample]]) -> list[str]:
     """The representations whose samples can be averaged: the splits and rows of the one with most runs, and
     as many runs or a whole part of them.
     """
-    most = max((first for first, _ in pairs.values()), key=lambda sample: sample.num_runs)
+    firsts = [first for first, _ in pairs.values()]
+    most = max(firsts, key=lambda sample: (sample.num_runs, len(sample.right)))
 
     def fits(sample: Sample) -> bool:
         return sample.right.keys() == most.right.keys() and all(
@@ -183,30 +190,99 @@ def averaged(pairs: dict[str, tuple[Sample, Sample]]) -> list[str]:
     return [name for name, pair in pairs.items() if all(map(fits, pair))]
 
 
-def primary(
-    pairs: dict[str, tuple[Sample, Sample]], above_chance: list[str], margin: Margin
-) -> dict[str, Any] | None:
-    """The primary hypothesis: the mean drop over the representations that are above chance with all layers.
-
-    None if none is. Its `smallest` needs no correction.
+def primary(pairs: dict[str, tuple[Sample, Sample]], margin: Margin) -> dict[str, Any] | None:
+    """The primary hypothesis: the mean drop over the representations that read something, in one test; None
+    if nothing is read.
     """
-    able = {name: pairs[name] for name in above_chance if name in pairs}
-    if not able:
-        return None
-    names = averaged(able)
-    first, second = (mean_sample([able[name][i] for name in names]) for i in (0, 1))
+    names = representations_that_read(pairs)
+    return mean_drop({name: pairs[name] for name in names}, margin) if names else None
+
+
+def representations_that_read(pairs: dict[str, tuple[Sample, Sample]]) -> list[str]:
+    """The representations whose mean accuracy with both layer sets is above chance, each tested alone; [] if
+    neither any of them nor the mean of all is above chance after Holm's correction; all if only that mean is.
+
+    The mean of both layer sets says next to nothing of their difference, so a loose choice by it costs no
+    error. A choice by one of the two would choose drops that came out high, or low.
+    """
+    if not pairs:
+        return []
+    p_values = [p_above_chance(pair) for pair in pairs.values()]
+    tests = list(p_values)
+    if len(pairs) > 1:
+        tests.append(p_above_chance([sample for name in averaged(pairs) for sample in pairs[name]]))
+    if min(holm(tests)) >= LEVEL:
+        return []
+    return [name for name, p in zip(pairs, p_values, strict=True) if p < LEVEL] or list(pairs)
+
+
+def p_above_chance(samples: Sequence[Sample]) -> float:
+    """The one-sided p-value of the mean accuracy of several samples against chance."""
+    return float(mean_sample(samples).accuracy["p_above_chance"])
+
+
+def mean_drop(pairs: dict[str, tuple[Sample, Sample]], margin: Margin) -> dict[str, Any]:
+    """The mean drop over the representations. Its `smallest` needs no correction. `heterogeneity` and
+    `sensitivity` as the functions of these names tell.
+    """
+    names = averaged(pairs)
+    first, second = (mean_sample([pairs[name][i] for name in names]) for i in (0, 1))
     entry = compared(first, second, margin)
     assert entry is not None  # both have the splits, rows and runs of the same representation
     units = len(np.unique(first.units_of(first.right)))
     if not entry["standard_error"]:
         entry["smallest"] = None
+    is_told = units >= FEWEST_UNITS
     return {
         **entry,
         "accuracy": first.mean,
         "accuracy_of_second": second.mean,
         "representations": names,
         "units": units,
+        "heterogeneity": heterogeneity([pairs[name] for name in names]) if is_told else None,
+        "sensitivity": sensitivity(first, second) if is_told else [],
     }
+
+
+def heterogeneity(pairs: list[tuple[Sample, Sample]]) -> float | None:
+    """The p-value of the hypothesis that all representations have the same drop; None for one.
+
+    The max-T test of each drop less the mean drop, with the same flips and the runs' spread as the family.
+    """
+    if len(pairs) < 2:
+        return None
+    means = [mean_sample([pair[i] for pair in pairs]) for i in (0, 1)]
+    p_values, by_row = [], []
+    for pair in pairs:
+        D = {}
+        for split, hits in means[0].right.items():
+            own, mean = (
+                a.repeated(split, len(hits)) - b.repeated(split, len(hits)).astype(float)
+                for a, b in (pair, means)
+            )
+            D[split] = own - mean
+        mean = float(np.mean([d.mean() for d in D.values()]))
+        p_values.append(p_of_mean(mean, means[0].standard_error_of(D)))
+        by_row.append(np.concatenate([d.mean(0) for d in D.values()]))
+    flips = joint_flips(unit_sums(np.stack(by_row), means[0].units_of(means[0].right)))
+    return min(step_down(p_values, flips))
+
+
+def sensitivity(first: Sample, second: Sample) -> list[dict[str, Any]]:
+    """The 95 % interval of the drop if runs were correlated through the overlap of their training sets."""
+    D = {
+        split: first.right[split] - second.right[split].astype(float) for split in first.shared_splits(second)
+    }
+    drop = float(np.mean([d.mean() for d in D.values()]))
+    spread = first.standard_error_of(D)
+    if spread.runs_variance is None:
+        return []
+    found = []
+    for correlation in CORRELATIONS:
+        half = spread.with_correlated_runs(correlation).half_width
+        interval = (max(-1.0, drop - half), min(1.0, drop + half))
+        found.append({"correlation": correlation, "interval": interval})
+    return found
 
 
 def compared(first: Sample, second: Sample, margin: Margin) -> dict[str, Any] | None:
@@ -242,23 +318,40 @@ def equivalence_by_share(first: Sample, second: Sample, share: float) -> dict[st
 
 
 def retained(first: Sample, second: Sample) -> dict[str, Any] | None:
-    """The share of the accuracy above chance that the second keeps, with Fieller's 95 % interval.
+    """The share of the accuracy above chance that the second keeps, with its 95 % interval.
 
-    None where it has no bounded interval: the first is not clearly above chance.
+    The interval has the shares theta for which a t test does not tell b - theta a from 0, where a and b are
+    the two above chance. So it holds 100 % just if the t interval of the drop holds 0. None unless a is
+    CLEARLY_ABOVE standard errors, or where the interval has no end.
     """
     splits = first.shared_splits(second)
-    a = {split: first.right[split] - first.chance for split in splits}
-    b = {split: second.right[split] - first.chance for split in splits}
-    error_a, error_b = first.standard_error_of(a), first.standard_error_of(b)
-    error_sum = first.standard_error_of({split: a[split] + b[split] for split in a})
+    a, b = ({split: of.right[split] - of.chance for split in splits} for of in (first, second))
     x, y = (float(np.mean([values.mean() for values in of_set.values()])) for of_set in (a, b))
-    v_x, v_y = error_a.error**2, error_b.error**2
-    v_xy = (error_sum.error**2 - v_x - v_y) / 2
-    t = float(scipy.stats.t.isf(LEVEL / 2, error_a.dof))
-    denominator = x**2 - t**2 * v_x
-    if not denominator > 0 or x <= 0:
+    error = first.standard_error_of(a).error
+    if not x > CLEARLY_ABOVE * error or x <= 0:
         return None
-    middle = (x * y - t**2 * v_xy) / denominator
-    inside = middle**2 - (y**2 - t**2 * v_y) / denominator
-    half = math.sqrt(max(inside, 0.0))
-    return {"share": y / x, "interval": (middle - half, middle + half)}
+
+    def room(theta: float) -> float:
+        """How far the t interval of b - theta a reaches beyond 0; negative where it leaves 0 out."""
+        spread = first.standard_error_of({split: b[split] - theta * a[split] for split in splits})
+        return spread.half_width - abs(y - theta * x)
+
+    ends = [end_of(room, y / x, side, room(y / x) / x) for side in (-1, 1)]
+    if None in ends:
+        return None
+    return {"share": y / x, "interval": (ends[0], ends[1])}
+
+
+def end_of(room: Callable[[float], float], start: float, side: int, step: float) -> float | None:
+    """Where `room` becomes negative from `start` on to one side; None if it does not within 20 growing steps
+    of which the first is half of `step`.
+    """
+    inside, step = start, max(step, 1e-6) / 2
+    for _ in range(20):
+        outside = inside + side * step
+        if inside < 1 < outside or outside < 1 < inside:
+            outside = 1.0  # so that 100 % is inside or outside by its own test
+        if room(outside) < 0:
+            return float(scipy.optimize.brentq(room, inside, outside, xtol=1e-7))
+        inside, step = outside, step * 1.5
+    return None

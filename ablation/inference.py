@@ -21,15 +21,19 @@ from ablation.catalogue import (
     group_of,
 )
 from ablation.cells import Cell
-from ablation.estimators import LEVEL, POWER, RESAMPLING_SEED, StandardError, holm, p_of_mean, sign_flip_test
-from ablation.family import Margin, adjust_family, compared, primary
+from ablation.estimators import LEVEL, POWER, StandardError, holm, p_of_mean
+from ablation.family import Margin, adjust_family, compared, p_above_chance, primary
+from ablation.resampling import RESAMPLING_SEED, sign_flip_test
 from ablation.robustness import further_evidence
 from ablation.samples import (
     TEST,
     TRAIN,
     Predictions,
     Sample,
+    has_uneven_classes,
     join_first_split,
+    labels_by_row,
+    labels_of_rows,
     samples_of,
     tested_answers,
     tested_predictions,
@@ -45,7 +49,8 @@ def infer(
     """What the saved predictions of an experiment's cells say; {} if no cell of the tables is among them.
 
     `groups` (N,) are the groups of the data set's rows, if any; `kind` is the first split's. `accuracies` are
-    over all splits of that kind; `comparisons` are of two layer sets, representation by representation;
+    over all splits of that kind; `score` is what is compared, `score_chance` its chance: balanced accuracy
+    where classes are uneven; `comparisons` are of two layer sets, representation by representation;
     `max_t` has the main comparison's corrected p-values and `classes` its differences class by class;
     `classifiers` has the main comparison by each classifier beside the MLP; `ranking` every two
     representations; `inflation` what other splits have above grouped ones.
@@ -59,35 +64,51 @@ def infer(
         return {}
     first_arrays = next(arrays for cell, arrays in predictions.items() if cell.is_plain)
     representations = list(dict.fromkeys(cell.representation for cell in plain))
-    accuracies = {cell.name: s.accuracy for cell, s in of_kind.items() if cell.layer_set != "random_half"}
-    main_pairs = sample_pairs(of_kind, representations, MAIN_COMPARISON)
-    first_set = {name: Cell(name, MAIN_COMPARISON.first) for name in representations}
-    every = {name: plain[cell] for name, cell in first_set.items() if cell in plain}
-    above = above_chance(accuracies, every)
+    labels = labels_by_row(predictions)
+    scored, is_balanced = scores_of(of_kind, labels, next(iter(plain.values())))
+    accuracies = {
+        cell.name: accuracy_entry(sample, scored[cell])
+        for cell, sample in of_kind.items()
+        if cell.layer_set != "random_half"
+    }
+    compared_sets = comparisons_of(scored, representations, margin)
+    main = compared_sets["primary"]
+    tested = representations if main is None else main["representations"]
+    first_set = MAIN_COMPARISON.first
+    return {
+        **test_set_facts(first_arrays, groups, next(iter(plain.values())).chance),
+        **design_facts(list(plain.values()), margin, kind),
+        "score": "balanced accuracy" if is_balanced else "accuracy",
+        "score_chance": scored[next(iter(plain))].chance,
+        "accuracies": accuracies,
+        **compared_sets,
+        "classes": class_differences(sample_pairs(of_kind, representations, MAIN_COMPARISON), labels),
+        **further_evidence(scored, predictions, groups, tested, margin),
+        "ranking": ranking({c.representation: s for c, s in plain.items() if c.layer_set == first_set}),
+        "inflation": all_inflation(samples),
+        "controls": [control_entry(cell, accuracies[cell.name]) for cell in of_kind if cell.is_control],
+        "shuffled": check_shuffled_labels(shuffled) if shuffled else None,
+    }
+
+
+def comparisons_of(samples: dict[Cell, Sample], representations: list[str], margin: Margin) -> dict[str, Any]:
+    """Every two layer sets that are compared, by the MLP and other classifiers, and what is tested first."""
+    above = above_chance(sample_pairs(samples, representations, MAIN_COMPARISON))
 
     def compare(comparison: Comparison, classifier: str = "") -> dict[str, Any]:
-        pairs = sample_pairs(of_kind, representations, comparison, classifier)
-        mean = primary(pairs, above, margin)
+        pairs = sample_pairs(samples, representations, comparison, classifier)
+        mean = primary(pairs, margin)
         entries = compare_layer_sets(pairs, margin, above)
         return {"first": comparison.first, "second": comparison.second, "mean": mean, "entries": entries}
 
     comparisons = [compare(comparison) for comparison in COMPARISONS]
     by_classifier = [{"classifier": name, **compare(MAIN_COMPARISON, name)} for name in CLASSIFIERS]
     return {
-        **test_set_facts(first_arrays, groups, next(iter(plain.values())).chance),
-        **design_facts(list(plain.values()), margin, kind),
-        "accuracies": accuracies,
         "above_chance": above,
         "primary": comparisons[0]["mean"],
         "max_t": {entry["representation"]: entry["p_max_t"] for entry in comparisons[0]["entries"]},
         "comparisons": [comparison for comparison in comparisons if comparison["entries"]],
-        "classes": class_differences(main_pairs, labels_by_row(predictions)),
         "classifiers": [found for found in by_classifier if found["entries"]],
-        **further_evidence(of_kind, predictions, groups, above, margin),
-        "ranking": ranking(every),
-        "inflation": all_inflation(samples),
-        "controls": [control_entry(cell, accuracies[cell.name]) for cell in of_kind if cell.is_control],
-        "shuffled": check_shuffled_labels(shuffled) if shuffled else None,
     }
 
 
@@ -109,16 +130,26 @@ def control_entry(cell: Cell, accuracy: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_set_facts(arrays: dict[str, np.ndarray], groups: np.ndarray | None, chance: float) -> dict[str, Any]:
-    """Size and groups of the test rows, and how many share their group with a training row: of the first
-    split, in a cross-validation of the folds of its first round.
+    """Size, classes and groups of the test rows, how many are of a class without a training row, and how many
+    share their group with a training row: of the first split, in a cross-validation of the folds of its first
+    round.
     """
     if "parts" in arrays:
         first_round = arrays["parts"][: len(np.unique(tested_answers(arrays)[1][0]))]
         splits = [(np.flatnonzero(of == TEST), np.flatnonzero(of == TRAIN)) for of in first_round]
     else:
         splits = [(arrays["test_rows"], arrays["train_rows"])]
+    labels = labels_of_rows(arrays)
     tested = np.concatenate([rows for rows, _ in splits])
-    facts: dict[str, Any] = {"test_rows": len(tested), "groups": None, "chance": chance}
+    facts: dict[str, Any] = {
+        "test_rows": len(tested),
+        "classes_tested": len(np.unique(labels[tested])),
+        "test_rows_of_untrained_classes": sum(
+            int((~np.isin(labels[rows], labels[train_rows])).sum()) for rows, train_rows in splits
+        ),
+        "groups": None,
+        "chance": chance,
+    }
     shared = None
     if groups is not None:
         facts["groups"] = len(np.unique(groups[tested]))
@@ -137,6 +168,8 @@ def design_facts(samples: list[Sample], margin: Margin, kind: str) -> dict[str, 
         "splits": max(len(sample.right) for sample in samples),
         "runs": max(sample.num_runs for sample in samples),
         "folds": folds_of(samples[0]),
+        "splits_with_groups": samples[0].groups is not None
+        and max(len(sample.right) for sample in samples) > 1,
     }
 
 
@@ -148,24 +181,52 @@ def folds_of(sample: Sample) -> dict[str, int] | None:
     return {"folds": sample.num_runs // rounds, "rounds": rounds}
 
 
-def above_chance(accuracies: dict[str, dict[str, Any]], samples: dict[str, Sample]) -> list[str]:
-    """The representations that are above chance with all layers, after Holm's correction."""
-    names = list(samples)
-    cells = [accuracies[Cell(name, MAIN_COMPARISON.first).name] for name in names]
-    p_values = holm([cell["p_above_chance"] for cell in cells])
-    return [name for name, p in zip(names, p_values, strict=True) if p < LEVEL]
+def scores_of(
+    samples: dict[Cell, Sample], labels: np.ndarray, first: Sample
+) -> tuple[dict[Cell, Sample], bool]:
+    """The samples of the score that is compared, and whether it is balanced accuracy: where the classes of
+    the rows that `first` tests are uneven.
+    """
+    tested = np.unique(np.concatenate(list(first.rows.values())))
+    if not has_uneven_classes(labels[tested]):
+        return samples, False
+    return {cell: sample.balanced(labels) for cell, sample in samples.items()}, True
+
+
+def accuracy_entry(plain: Sample, scored: Sample) -> dict[str, Any]:
+    """A cell's accuracy, and its balanced accuracy if that is the score that is compared. `p_above_chance` is
+    that of the score.
+    """
+    entry = plain.accuracy
+    if scored is plain:
+        return entry
+    balanced = scored.accuracy
+    return entry | {
+        "p_above_chance": balanced["p_above_chance"],
+        "balanced_accuracy": balanced["accuracy"],
+        "balanced_interval": balanced["interval"],
+    }
+
+
+def above_chance(pairs: dict[str, tuple[Sample, Sample]]) -> list[str]:
+    """The representations whose mean accuracy with both layer sets is above chance, after Holm's correction.
+
+    A choice by the mean of both says nothing of their difference.
+    """
+    p_values = holm([p_above_chance(pair) for pair in pairs.values()])
+    return [name for name, p in zip(pairs, p_values, strict=True) if p < LEVEL]
 
 
 def sample_pairs(
     samples: dict[Cell, Sample], representations: list[str], comparison: Comparison, classifier: str = ""
 ) -> dict[str, tuple[Sample, Sample]]:
-    """The samples of both layer sets of a comparison, by representation, where both are there."""
+    """The samples of both layer sets of a comparison, by representation, on the splits that both have."""
     pairs = {}
     for name in representations:
         first = samples.get(Cell(name, comparison.first, classifier=classifier))
         second = samples.get(Cell(name, comparison.second, classifier=classifier))
-        if first and second and first.shared_splits(second):
-            pairs[name] = first, second
+        if first and second and (splits := first.shared_splits(second)):
+            pairs[name] = first.of_splits(splits), second.of_splits(splits)
     return pairs
 
 
@@ -173,7 +234,7 @@ def compare_layer_sets(
     pairs: dict[str, tuple[Sample, Sample]], margin: Margin, above_chance: Collection[str] = ()
 ) -> list[dict[str, Any]]:
     """The differences of two layer sets, by representation, adjusted for testing all of them. What is
-    retained is said of representations that are `above_chance` with all layers.
+    retained is said of representations that are `above_chance`.
     """
     entries = []
     for name, (first, second) in pairs.items():
@@ -183,20 +244,6 @@ def compare_layer_sets(
         entries.append({"representation": name, **entry})
     adjust_family(entries, list(pairs.values()))
     return entries
-
-
-def labels_by_row(predictions: Predictions) -> np.ndarray:
-    """The class number of each row of the data set that some cell tested, -1 elsewhere."""
-    tested = [
-        (np.arange(len(arrays["labels"])), arrays["labels"])
-        if "labels" in arrays
-        else (arrays["test_rows"], arrays["test_labels"])
-        for arrays in predictions.values()
-    ]
-    labels = np.full(1 + max(int(rows.max()) for rows, _ in tested), -1)
-    for rows, of_rows in tested:
-        labels[rows] = of_rows
-    return labels
 
 
 def class_differences(pairs: dict[str, tuple[Sample, Sample]], labels: np.ndarray) -> list[dict[str, Any]]:

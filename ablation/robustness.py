@@ -10,22 +10,20 @@ import numpy as np
 
 from ablation.catalogue import CLASSIFIERS, MAIN_COMPARISON, NEIGHBOURS, SPECS, group_of
 from ablation.cells import Cell
-from ablation.family import Margin, primary
+from ablation.family import Margin, mean_drop
 from ablation.samples import TEST, Predictions, Sample
 
+TIE = 1e-9  # accuracies that differ by less are of equally many right answers
 Samples = dict[Cell, Sample]
 
 
 def further_evidence(
     samples: Samples, predictions: Predictions, groups: np.ndarray | None, names: list[str], margin: Margin
 ) -> dict[str, Any]:
-    """All of it, for results.json. `names` are the representations above chance. Where none is, the curve is
-    of all.
-    """
-    representations = list(dict.fromkeys(cell.representation for cell in samples if cell.is_plain))
+    """All of it, for results.json. The learning curve is over the representations `names`."""
     return {
         "random_halves": random_halves(samples),
-        "learning_curve": curve_over_training_sizes(samples, names or representations, margin),
+        "learning_curve": curve_over_training_sizes(samples, names, margin),
         "neighbours": neighbours(predictions, groups),
     }
 
@@ -66,14 +64,22 @@ def random_halves(samples: Samples) -> dict[str, Any] | None:
 
 
 def place(visual: float, halves: list[float]) -> dict[str, Any]:
-    """The place of an accuracy among others, the lowest is 1."""
+    """The visual layers' accuracy, those of the halves, and its place among them."""
+    return {"visual": visual, "halves": halves, **place_among(visual, halves)}
+
+
+def place_among(value: float, halves: list[float]) -> dict[str, Any]:
+    """The place of an accuracy among others, the lowest is 1, and the p-values of a randomisation test that
+    it is lower, higher, or either.
+    """
     others = np.array(halves)
+    lower, higher = (int((side * (others - value) <= TIE).sum()) for side in (1, -1))
+    p_lower, p_higher = ((1 + count) / (1 + len(others)) for count in (lower, higher))
     return {
-        "visual": visual,
-        "halves": halves,
-        "rank": 1 + int((others < visual).sum()),
-        "p_lower": (1 + int((others <= visual).sum())) / (1 + len(others)),
-        "p_higher": (1 + int((others >= visual).sum())) / (1 + len(others)),
+        "rank": 1 + len(others) - higher,
+        "p_lower": p_lower,
+        "p_higher": p_higher,
+        "p_two_sided": min(1.0, 2 * min(p_lower, p_higher)),
     }
 
 
@@ -90,8 +96,8 @@ def curve_over_training_sizes(samples: Samples, names: list[str], margin: Margin
             if (first := Cell(name, MAIN_COMPARISON.first, fraction=fraction)) in samples
             and (second := Cell(name, MAIN_COMPARISON.second, fraction=fraction)) in samples
         }
-        found = primary(pairs, names, margin)
-        if found is not None:
+        if pairs:
+            found = mean_drop(pairs, margin)
             keys = ("accuracy", "accuracy_of_second", "drop", "interval", "p", "representations")
             curve.append({"share": percent / 100, **{key: found[key] for key in keys}})
     return curve

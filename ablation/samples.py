@@ -25,6 +25,7 @@ from ablation.estimators import (
 )
 from ablation.fold_estimators import difference_of_folds, fold_standard_error
 
+UNEVEN = 1.5  # with a class more frequent than this, accuracies are compared as balanced ones
 TRAIN, TEST = PARTS.index("train"), PARTS.index("test")
 Predictions = dict[Cell, dict[str, np.ndarray]]  # of each cell the arrays of its predictions/<cell>.npz
 
@@ -33,8 +34,9 @@ Predictions = dict[Cell, dict[str, np.ndarray]]  # of each cell the arrays of it
 class Sample:
     """What a cell's runs made of the test rows, by the name of the split.
 
-    `right` (R, n) says whether each run was right on each of the test rows `rows` (n,). `ratio` is that of
-    test to training rows, `groups` (N,) are those of the data set's rows.
+    `right` (R, n) says whether each run was right on each of the test rows `rows` (n,), or has the rows'
+    values of a balanced accuracy, in which a row weighs up to `weight`. `ratio` is that of test to training
+    rows, `groups` (N,) are those of the data set's rows.
     """
 
     right: dict[str, np.ndarray]
@@ -43,6 +45,7 @@ class Sample:
     chance: float
     groups: np.ndarray | None
     runs: np.ndarray | None = None  # (R, n) of a cross-validation: the number of the run behind each answer
+    weight: float = 1.0
 
     @property
     def mean(self) -> float:
@@ -79,6 +82,11 @@ class Sample:
         right = self.right[split]
         return np.tile(right, (rounds // len(right), 1))
 
+    def of_splits(self, splits: Iterable[str]) -> Sample:
+        """The sample of some of its splits alone."""
+        right, rows = ({split: arrays[split] for split in splits} for arrays in (self.right, self.rows))
+        return replace(self, right=right, rows=rows)
+
     def of_rows(self, chosen: np.ndarray) -> Sample:
         """The sample of some rows alone; `chosen` (N,) says which rows of the data set. Splits without any of
         them are left out.
@@ -108,20 +116,24 @@ class Sample:
         first = [self.right[split] for split in splits]
         second = [other.right[split] for split in splits]
         if self.runs is not None:
-            return difference_of_folds((first[0], second[0]), margin, self.runs, self.groups_on(splits[0]))
+            return difference_of_folds(
+                (first[0], second[0]), margin, self.runs, self.groups_on(splits[0]), self.weight
+            )
         if len(splits) == 1:
-            return difference(first[0], second[0], margin, self.groups_on(splits[0]))
-        return difference_over_splits(first, second, margin, self.split_rows(splits))
+            return difference(first[0], second[0], margin, self.groups_on(splits[0]), self.weight)
+        return difference_over_splits(first, second, margin, self.split_rows(splits), self.weight)
 
     def standard_error_of(self, D: dict[str, np.ndarray]) -> StandardError:
         """The standard error of the mean of D[split] (R, n) over splits, runs and examples."""
         if self.runs is not None:
             ((split, only),) = D.items()
-            return fold_standard_error(only, self.runs, self.groups_on(split))
-        if len(D) == 1:
+            spread = fold_standard_error(only, self.runs, self.groups_on(split))
+        elif len(D) == 1:
             ((split, only),) = D.items()
-            return standard_error(only, self.groups_on(split))
-        return standard_error_over_splits(list(D.values()), self.split_rows(D))
+            spread = standard_error(only, self.groups_on(split))
+        else:
+            spread = standard_error_over_splits(list(D.values()), self.split_rows(D))
+        return replace(spread, units=max(1, int(spread.units / self.weight)))
 
     @property
     def accuracy(self) -> dict[str, Any]:
@@ -159,6 +171,29 @@ class Sample:
             "seeds_std": seeds_std if R > 1 else None,
             "seeds_narrower_than_test_set": R > 1 and seeds_std < error,
         }
+
+    def balanced(self, labels: np.ndarray) -> Sample:
+        """The sample whose mean is the balanced accuracy: the mean of the classes' recalls. Its chance is one
+        over the number of classes. `labels` (N,) are the classes of the data set's rows.
+
+        A row's value is that mean plus n / (C n_c) times what the row is above the recall r_c of its class c,
+        which has n_c of n rows: as far as the row moves it.
+        """
+        right, chances, weights = {}, [], []
+        for split, hits in self.right.items():
+            _, index, sizes = np.unique(labels[self.rows[split]], return_inverse=True, return_counts=True)
+            recalls = np.bincount(index, hits.mean(0)) / sizes
+            weight = len(index) / (len(sizes) * sizes)
+            right[split] = recalls.mean() + weight[index] * (hits - recalls[index])
+            chances.append(1 / len(sizes))
+            weights.append(float(weight.max()))
+        return replace(self, right=right, chance=float(np.mean(chances)), weight=max(weights))
+
+
+def has_uneven_classes(labels: np.ndarray) -> bool:
+    """True if the most frequent class has more than UNEVEN times the rows that it had if all had as many."""
+    sizes = np.unique(labels, return_counts=True)[1]
+    return bool(sizes.max() > UNEVEN * len(labels) / len(sizes))
 
 
 # --- from predictions to samples
@@ -255,3 +290,28 @@ def join_first_split(samples: dict[str, dict[Cell, Sample]], kind: str) -> dict[
 
     others = {other: cells for other, cells in samples.items() if other not in ("", kind)}
     return others | {kind: {cell: joined(cell, sample) for cell, sample in first.items()}}
+
+
+def labels_of_rows(arrays: dict[str, np.ndarray]) -> np.ndarray:
+    """The class number of each row of the data set that a cell trained on or tested, -1 elsewhere."""
+    if "labels" in arrays:
+        return arrays["labels"]
+    parts = [(arrays[f"{part}_rows"], arrays[f"{part}_labels"]) for part in ("train", "test")]
+    labels = np.full(1 + max(int(rows.max()) for rows, _ in parts), -1)
+    for rows, of_rows in parts:
+        labels[rows] = of_rows
+    return labels
+
+
+def labels_by_row(predictions: Predictions) -> np.ndarray:
+    """The class number of each row of the data set that some cell tested, -1 elsewhere."""
+    tested = [
+        (np.arange(len(arrays["labels"])), arrays["labels"])
+        if "labels" in arrays
+        else (arrays["test_rows"], arrays["test_labels"])
+        for arrays in predictions.values()
+    ]
+    labels = np.full(1 + max(int(rows.max()) for rows, _ in tested), -1)
+    for rows, of_rows in tested:
+        labels[rows] = of_rows
+    return labels

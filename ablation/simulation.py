@@ -12,12 +12,17 @@ from typing import Any
 
 import numpy as np
 import scipy.stats
+import torch
 
-from ablation.estimators import LEVEL, SplitRows, difference, difference_over_splits
+from ablation.estimators import LEVEL, SplitRows, difference, difference_over_splits, p_of_mean
 from ablation.family import Margin
-from ablation.fold_estimators import difference_of_folds
+from ablation.fold_estimators import difference_of_folds, fold_standard_error
 from ablation.inference import compare_layer_sets
 from ablation.samples import Sample
+from ablation.settings import TrainingSettings
+from ablation.splits import Split
+from ablation.task import Task
+from ablation.training import train_runs
 
 GRID = np.linspace(0, 1, 4001)
 CLASSES, COLUMNS = 4, 12
@@ -121,8 +126,24 @@ def ridge(x: np.ndarray, labels: np.ndarray, train: np.ndarray, test: np.ndarray
     return ((x[test] - centre) @ weights + targets.mean(0)).argmax(1)
 
 
+def mlp(
+    x: np.ndarray, labels: np.ndarray, train: np.ndarray, test: np.ndarray, hidden_dim: int = 128
+) -> np.ndarray:
+    """The class by the program's own MLP, for each test row (n,); an eighth of the training rows chooses the
+    epoch.
+
+    The seed follows from the rows: the layer sets of a fold share it, and folds do not.
+    """
+    settings = TrainingSettings(
+        num_runs=1, seed=int(train.sum()) % 2**31, hidden_dim=hidden_dim, trainer="sequential"
+    )
+    split = Split(train[len(train) // 8 :], train[: len(train) // 8], test, overlap=False)
+    task = Task(torch.from_numpy(x).float(), labels, split, int(labels.max()) + 1)
+    return train_runs(task, settings).runs[0].predictions["test"]
+
+
 Learner = Callable[[np.ndarray, np.ndarray, np.ndarray, np.ndarray], np.ndarray]
-LEARNERS: dict[str, Learner] = {"nearest mean": nearest_mean, "ridge": ridge}
+LEARNERS: dict[str, Learner] = {"nearest mean": nearest_mean, "ridge": ridge, "mlp": mlp}
 
 
 def some_of(rng: np.random.Generator, rows: np.ndarray, share: float) -> np.ndarray:
@@ -245,6 +266,39 @@ def simulate_folds(world: FoldWorld, experiments: int, seed: int) -> dict[str, f
     return rates
 
 
+def simulate_data_sets(world: FoldWorld, data_sets: int, seed: int) -> list[dict[str, float]]:
+    """Whether the standard error is right, from disjoint data sets without a drop: for one round, two, ...
+    the standard deviation of the drops over the data sets, the mean standard error that each of them claims,
+    their ratio with its Monte-Carlo error, and how many claimed a drop.
+    """
+    rng = np.random.default_rng([seed, world.rows, data_sets])
+    drops: list[list[float]] = [[] for _ in range(world.rounds)]
+    errors: list[list[float]] = [[] for _ in range(world.rounds)]
+    claims: list[list[bool]] = [[] for _ in range(world.rounds)]
+    for _ in range(data_sets):
+        (first, second), runs, groups = fold_experiment(rng, world)
+        D = first.astype(float) - second
+        for j in range(world.rounds):
+            spread = fold_standard_error(D[: j + 1], runs[: j + 1], groups)
+            drops[j].append(D[: j + 1].mean())
+            errors[j].append(spread.error)
+            claims[j].append(p_of_mean(float(D[: j + 1].mean()), spread) < LEVEL)
+    found = []
+    for j in range(world.rounds):
+        scatter, claimed = float(np.std(drops[j], ddof=1)), float(np.mean(errors[j]))
+        ratio = scatter / claimed
+        found.append(
+            {
+                "scatter": scatter,
+                "standard error": claimed,
+                "ratio": ratio,
+                "error of ratio": ratio / math.sqrt(2 * (data_sets - 1)),
+                "claims": sum(claims[j]),
+            }
+        )
+    return found
+
+
 def rates_of(entries: list[dict[str, Any]], lost: float) -> dict[str, float]:
     """Mean drop, and how often a drop is claimed and the interval covers the truth. Without a loss the truth
     is 0, else it is the mean drop.
@@ -321,6 +375,10 @@ FIVE_FOLDS = {
     "520 rows in 100 groups": FoldWorld(rows=520, groups=100),
     "520 rows in 100 groups, whole in a fold": FoldWorld(rows=520, groups=100, grouped=True),
     "520 rows in 260 groups, whole, ridge": replace(HARD, rows=520, groups=260, grouped=True),
+    "520 rows in 100 groups, whole, one round": FoldWorld(rows=520, groups=100, grouped=True, rounds=1),
+    "520 rows in 260 groups, whole, ridge, one round": replace(
+        HARD, rows=520, groups=260, grouped=True, rounds=1
+    ),
     "1,500 rows in 500 groups, whole in a fold": FoldWorld(rows=1500, groups=500, grouped=True),
     "520 rows, nearly deterministic": FoldWorld(rows=520, scale=4.0),
 }

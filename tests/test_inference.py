@@ -5,13 +5,15 @@ import re
 
 import numpy as np
 import pytest
+import scipy.optimize
 import scipy.stats
 import simulate_inference
 from sklearn.dummy import DummyClassifier
+from sklearn.metrics import balanced_accuracy_score
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.weightstats import ttost_paired
 
-from ablation import estimators, family, inference, simulation
+from ablation import estimators, family, inference, resampling, samples, simulated_choice, simulation, worlds
 from ablation import verdict as sentences
 from ablation.cells import Cell
 from ablation.estimators import (
@@ -27,6 +29,7 @@ from ablation.estimators import (
     two_level_bootstrap,
 )
 from ablation.family import Margin
+from ablation.fold_estimators import variance_of_runs
 from ablation.samples import Sample
 from ablation.simulation import World
 
@@ -177,7 +180,7 @@ def allowed(experiments):
 
 @pytest.fixture
 def quick(monkeypatch):
-    monkeypatch.setattr(estimators, "FLIPS", 499)
+    monkeypatch.setattr(resampling, "FLIPS", 499)
     monkeypatch.setattr(family, "JOINT_FLIPS", 799)
     for function in (estimators.sign_flip_test, estimators.two_level_bootstrap):
         monkeypatch.setattr(
@@ -295,7 +298,7 @@ def test_what_is_not_above_chance_is_neither_equal_nor_lost():
     )
     text = verdict(inference.infer(cells, None, Margin(0.3)))
     assert (
-        "With all layers spectral is not shown to be above chance" in text
+        "spectral is not shown to be above chance" in text
         and "equal" not in text
         and "1 of 2 representations falls by itself" in text
         and "Average of 1 representation:" in text
@@ -344,7 +347,7 @@ def test_many_examples_are_bootstrapped_as_few(monkeypatch, groups):
     first, second, group = experiment(np.random.default_rng(13), n=900, run_sd=0.02, groups=groups)
     D = first.astype(float) - second
     drawn = two_level_bootstrap(D, group, 20_000)
-    monkeypatch.setattr(estimators, "MANY_UNITS", 100)
+    monkeypatch.setattr(resampling, "MANY_UNITS", 100)
     assert two_level_bootstrap(D, group, 20_000) == pytest.approx(drawn, abs=0.05 * (drawn[1] - drawn[0]))
 
 
@@ -429,10 +432,12 @@ def test_a_run_of_several_splits_speaks_of_all_of_them():
     assert (
         "It is from 5 random splits." in text
         and "1 of 2 representations falls by itself" in text
-        and "Without the text layers accuracy falls by" in text
+        and "With the visual layers alone accuracy falls by" in text
     )
     assert "degrees of freedom: 1" in verdict(
-        inference.infer(with_splits(np.random.default_rng(23), 2, drops={"stats": 0.3}), None, Margin(0.02))
+        inference.infer(
+            with_splits(np.random.default_rng(23), 2, drops={"stats": 0.02}, base=0.9), None, Margin(0.02)
+        )
     )
     del cells[Cell("stats", "visual_only", split="random3")]  # a cell that failed
     entry = inference.infer(cells, None, Margin(0.02))["comparisons"][0]["entries"][0]
@@ -497,6 +502,260 @@ def test_the_first_split_under_another_name_is_not_a_second_one():
     cells = predictions(np.random.default_rng(31), {"stats": 0.0}, n=300)
     again = {cell._replace(split="random0"): arrays for cell, arrays in cells.items()}
     assert inference.infer(cells | again, None, Margin(0.02)) == inference.infer(cells, None, Margin(0.02))
+
+
+# --- what is kept, equality, balanced accuracy, the primary hypothesis
+
+
+def one_split_samples(rng, groups=None, **world):
+    """Samples of both layer sets of one split, chance 0.1."""
+    first, second, group = experiment(rng, **world)
+    rows = {"": np.arange(first.shape[1])}
+    return [Sample({"": right}, rows, 0.25, 0.1, group) for right in (first, second)]
+
+
+def fold_samples(rng, world):
+    """Samples of both layer sets of a simulated cross-validation."""
+    return worlds.samples_of_world(rng, world)[0]["0"]
+
+
+def test_what_is_kept_is_fiellers_interval_where_degrees_of_freedom_are_constant():
+    for seed in range(5):
+        first, second = one_split_samples(np.random.default_rng(seed), n=150, runs=1, drop=0.05, base=0.6)
+        a, b = (of.right[""][0] - 0.1 for of in (first, second))
+        t, n = scipy.stats.t.isf(0.025, 149), 150
+        (v_a, v_ab), (_, v_b) = np.cov(a, b) / n
+        middle = a.mean() * b.mean() - t**2 * v_ab
+        denominator = a.mean() ** 2 - t**2 * v_a
+        half = math.sqrt(middle**2 - denominator * (b.mean() ** 2 - t**2 * v_b))
+        found = family.retained(first, second)
+        assert found["interval"] == pytest.approx(
+            ((middle - half) / denominator, (middle + half) / denominator), abs=1e-6
+        )
+        assert found["share"] == pytest.approx(b.mean() / a.mean())
+
+
+def test_what_is_kept_excludes_all_of_it_just_if_the_interval_of_the_drop_excludes_none():
+    rng, decided = np.random.default_rng(41), []
+    for trial in range(60):
+        drop = (0.0, 0.04, 0.08)[trial % 3]
+        world = worlds.ProbitWorld((90, 2, 4), rounds=1 + trial % 2, run_sd=0.1, recalls=(0.6,)).falling(drop)
+        first, second = fold_samples(rng, world)
+        kept, (low, high) = family.retained(first, second), first.minus(second, 0.02)["interval"]
+        assert (low > 0) == (kept["interval"][1] < 1) and (high < 0) == (kept["interval"][0] > 1)
+        decided.append(low > 0)
+    assert 5 < sum(decided) < 55
+
+
+def test_nothing_is_kept_of_what_is_not_clearly_above_chance():
+    rng = np.random.default_rng(42)
+    for base, is_told in ((0.13, False), (0.6, True)):
+        first, second = one_split_samples(rng, n=100, base=base)
+        above = (first.mean - 0.1) / first.standard_error_of({"": first.right[""] - 0.1}).error
+        assert (family.retained(first, second) is not None) == is_told == (above > 4)
+
+
+@pytest.mark.parametrize("more, less, n, margin", [(3, 1, 105, 0.02), (0, 2, 60, 0.1), (40, 12, 300, 0.15)])
+def test_the_score_test_has_the_likelihood_of_the_margin(more, less, n, margin):
+    """Against the restricted estimate by numerical maximisation of the trinomial likelihood."""
+
+    def unlikely(p_less):
+        rest = 1 - 2 * p_less - margin
+        terms = ((more, p_less + margin), (less, p_less), (n - more - less, rest))
+        return -sum(count * math.log(p) for count, p in terms if count)
+
+    found = scipy.optimize.minimize_scalar(
+        unlikely, bounds=(1e-9, (1 - margin) / 2 - 1e-9), method="bounded", options={"xatol": 1e-10}
+    )
+    z = (more - less - n * margin) / math.sqrt(n * (2 * found.x + margin * (1 - margin)))
+    assert estimators.tango(more, less, n, margin) == pytest.approx(scipy.stats.norm.cdf(z), abs=1e-5)
+
+
+def test_the_score_test_of_few_pairs_is_the_published_one():
+    """Tango (1998), two ways to clean 44 contact lenses: z = 1.709 for a margin of 0.1."""
+    assert scipy.stats.norm.isf(estimators.tango(1, 0, 44, 0.1)) == pytest.approx(1.709, abs=5e-4)
+
+
+def test_shares_of_units_keep_the_mean_and_count_in_units_of_their_size():
+    rng = np.random.default_rng(43)
+    by_row, groups = rng.integers(-1, 2, 90) / 2, rng.integers(0, 20, 90)
+    shares = estimators.unit_means(by_row, groups)
+    assert shares.mean() == pytest.approx(by_row.mean()) and len(shares) == len(set(groups))
+    whole = rng.integers(-1, 2, 300).astype(float)
+    more, less = (whole > 0).sum(), (whole < 0).sum()
+    expected = max(estimators.tango(more, less, 300, 0.1), estimators.tango(less, more, 300, 0.1))
+    assert estimators.score_test_of_equivalence(whole, 0.1) == pytest.approx(expected)
+    assert estimators.score_test_of_equivalence(whole / 4, 0.025) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("name", ["one split of 105 at 99 %", "520 rows without groups at 99 %"])
+def test_a_drop_of_the_margin_near_the_ceiling_is_not_called_equal_oftener_than_promised(name):
+    world = worlds.EQUAL_WORLDS[name]
+    assert worlds.simulate_equal(world.falling(0.02), 0.02, 400, seed=0) <= allowed(400)
+    assert worlds.simulate_equal(world, 0.02, 100, seed=0) > 0.5
+
+
+def test_the_smallest_drop_near_the_ceiling_has_the_variance_that_it_leaves():
+    for by_error, a in ((0.03, 0.97), (0.06, 0.97), (0.1, 0.9)):
+        found = estimators.smallest_drop(by_error, a)
+        b = a - found
+        grown = math.sqrt((a * (1 - a) + b * (1 - b)) / (2 * a * (1 - a)))
+        assert found == pytest.approx(by_error * grown) and found > 1.1 * by_error
+    for a in (0.33, 1.0, None):
+        assert estimators.smallest_drop(0.06, a) == 0.06
+    assert estimators.smallest_drop(3.0, 0.9) == 1
+
+
+def test_row_values_of_uneven_classes_are_scikit_learns_balanced_accuracy():
+    rng = np.random.default_rng(44)
+    labels, told = rng.choice(4, 200, p=[0.6, 0.2, 0.1, 0.1]), rng.integers(0, 4, (3, 120))
+    rows = rng.permutation(200)[:120]
+    plain = Sample({"": told == labels[rows]}, {"": rows}, 0.25, 0.6, None)
+    found = plain.balanced(labels)
+    scores = [balanced_accuracy_score(labels[rows], of_run) for of_run in told]
+    assert found.mean == pytest.approx(np.mean(scores)) and found.chance == 0.25
+    sizes = np.bincount(labels[rows])
+    assert found.weight == pytest.approx(120 / (4 * sizes.min()))
+    one = Sample({"": plain.right[""][:1]}, {"": rows}, 0.25, 0.6, None).balanced(labels)
+    recalls = [(told[0] == c)[labels[rows] == c].mean() for c in range(4)]
+    variance = sum(r * (1 - r) / size for r, size in zip(recalls, sizes, strict=True)) / 16
+    error = one.standard_error_of(one.right).error
+    assert error == pytest.approx(math.sqrt(variance * 120 / 119))
+
+
+def test_classes_are_uneven_from_half_more_than_their_share_on():
+    assert samples.has_uneven_classes(np.repeat([3, 7], [76, 24]))
+    assert not samples.has_uneven_classes(np.repeat([3, 7], [75, 25]))
+    assert samples.has_uneven_classes(np.repeat(range(10), [20, *[10] * 9]))
+
+
+def uneven_predictions(rng, recalls, n=520):
+    """Two classes 10:1, whose recalls are these with all layers and with the visual ones."""
+    labels = (np.arange(n) % 11 == 0).astype(int)
+    cells = {}
+    for layer_set, of_set in zip(("all_layers", "visual_only"), recalls, strict=True):
+        right = rng.random((5, n)) < np.array(of_set)[labels]
+        cells[Cell("stats", layer_set)] = {
+            "test_rows": np.arange(n),
+            "test_labels": labels,
+            "train_rows": np.arange(n, 3 * n),
+            "train_labels": np.tile(labels, 2),
+            "test_predictions": np.where(right, labels, 1 - labels),
+        }
+    return cells
+
+
+def test_uneven_classes_are_compared_by_balanced_accuracy():
+    cells = uneven_predictions(np.random.default_rng(45), ((0.8, 0.8), (0.65, 0.65)))
+    found = inference.infer(cells, None, Margin())
+    assert (found["score"], found["score_chance"]) == ("balanced accuracy", 0.5)
+    assert found["chance"] == pytest.approx(10 / 11, abs=0.01) and found["above_chance"] == ["stats"]
+    balanced = {}
+    for cell, arrays in cells.items():
+        entry, told = found["accuracies"][cell.name], arrays["test_predictions"]
+        balanced[cell.layer_set] = np.mean(
+            [balanced_accuracy_score(arrays["test_labels"], of) for of in told]
+        )
+        assert entry["accuracy"] == pytest.approx((told == arrays["test_labels"]).mean())
+        assert entry["balanced_accuracy"] == pytest.approx(balanced[cell.layer_set])
+        low, high = entry["balanced_interval"]
+        assert low < entry["balanced_accuracy"] < high and entry["p_above_chance"] < 0.01
+    drop = balanced["all_layers"] - balanced["visual_only"]
+    primary = found["primary"]
+    assert primary["drop"] == found["comparisons"][0]["entries"][0]["drop"] == pytest.approx(drop)
+    assert primary["accuracy"] == pytest.approx(balanced["all_layers"]) and primary["p"] < 0.05
+    kept = (balanced["visual_only"] - 0.5) / (balanced["all_layers"] - 0.5)
+    assert primary["retained"]["share"] == pytest.approx(kept)
+    even = inference.infer(predictions(np.random.default_rng(46), {"stats": 0.1}), None, Margin())
+    assert (even["score"], even["score_chance"]) == ("accuracy", even["chance"])
+    assert "balanced_accuracy" not in even["accuracies"]["all_layers_stats"]
+
+
+def test_uneven_classes_that_are_all_alike_are_as_equal_as_the_rarest_class_shows():
+    found = inference.infer(uneven_predictions(np.random.default_rng(47), ((1, 1), (1, 1))), None, Margin())
+    units = 2 * 48  # twice the rows of the rare one of two classes
+    (entry,) = found["comparisons"][0]["entries"]
+    assert entry["p_equivalence"] == pytest.approx(0.98**units) and entry["p"] == 1
+    assert entry["interval"][1] == pytest.approx(1 - 0.025 ** (1 / units))
+    wilson = scipy.stats.binomtest(units, units).proportion_ci(method="wilson")
+    assert found["accuracies"]["all_layers_stats"]["balanced_interval"][0] == pytest.approx(wilson.low)
+    assert found["above_chance"] == ["stats"]
+
+
+def test_the_primary_hypothesis_is_of_representations_that_read_with_both_layer_sets(monkeypatch):
+    rng, chosen = np.random.default_rng(48), simulated_choice.nine((0.6, 0.1), (0.1, 0.0))
+    pairs, _ = worlds.samples_of_world(rng, worlds.ProbitWorld(), chosen)
+    names = family.representations_that_read(pairs)
+    p_values = {name: family.mean_sample(pair).accuracy["p_above_chance"] for name, pair in pairs.items()}
+    assert "0" in names and names == [name for name, p in p_values.items() if p < 0.05]
+    assert family.primary(pairs, Margin())["representations"] == names
+    none = {name: pairs[name] for name in pairs if p_values[name] > 0.3}
+    assert none and family.primary(none, Margin()) is None and family.representations_that_read({}) == []
+    # Each alone just fails and their mean does not: then all are taken.
+    monkeypatch.setattr(family, "p_above_chance", lambda samples: 0.06 if len(samples) == 2 else 0.001)
+    assert family.representations_that_read(pairs) == list(pairs)
+
+
+def test_a_choice_by_the_mean_of_both_layer_sets_does_not_make_a_drop():
+    """Near chance the choice by the first layer set does."""
+    found = simulated_choice.simulate_choice(
+        *simulated_choice.CHOICE_WORLDS["nine at 13 %, no drop"], 60, seed=0
+    )
+    assert found["first"]["bias"] > 0.01 > 0.005 > abs(found["each"]["bias"])
+    assert found["each"]["falls"] + found["each"]["rises"] <= allowed(60)
+
+
+def test_heterogeneity_tells_opposite_drops_from_one_for_all(monkeypatch):
+    monkeypatch.setattr(family, "JOINT_FLIPS", 799)
+    rng, wrong = np.random.default_rng(49), 0
+    alike, opposite = (
+        simulated_choice.nine((0.33, 0.06))[:4],
+        simulated_choice.nine((0.33, 0.12), (0.33, -0.12))[:2],
+    )
+    for _ in range(80):
+        pairs, _ = worlds.samples_of_world(rng, worlds.ProbitWorld(), alike)
+        wrong += family.heterogeneity(list(pairs.values())) < 0.05
+    assert wrong / 80 <= allowed(80)
+    pairs, _ = worlds.samples_of_world(rng, worlds.ProbitWorld(), opposite)
+    assert family.heterogeneity(list(pairs.values())) < 0.01
+    assert family.heterogeneity(list(pairs.values())[:1]) is None
+    first = pairs["0"][0]
+    entry = family.mean_drop(pairs, Margin())
+    assert entry["heterogeneity"] == family.heterogeneity(list(pairs.values()))
+    D = {"": (pairs["0"][0].right[""] * 1.0 - pairs["0"][1].right[""])}
+    D[""] -= pairs["1"][0].right[""] * 1.0 - pairs["1"][1].right[""]
+    p = estimators.p_of_mean(D[""].mean() / 2, first.standard_error_of({"": D[""] / 2}))
+    assert entry["heterogeneity"] == pytest.approx(p, abs=1e-2)  # of two, each is the other's mirror image
+
+
+def test_correlated_runs_widen_the_primary_interval_by_their_shared_variance():
+    rng = np.random.default_rng(50)
+    first, second = fold_samples(rng, worlds.ProbitWorld(run_sd=0.5))
+    entry = family.mean_drop({"stats": (first, second)}, Margin())
+    D = first.right[""].astype(float) - second.right[""]
+    spread = first.standard_error_of({"": D})
+    plus, minus, *_ = variance_of_runs(D, first.runs)
+    assert spread.runs_variance == pytest.approx((plus - minus) * 10) and spread.runs_variance > 0
+    for found, rho in zip(entry["sensitivity"], (0.1, 0.3), strict=True):
+        error = math.sqrt(spread.error**2 + rho / (1 - rho) * spread.runs_variance)
+        half = scipy.stats.t.isf(0.025, spread.dof) * error
+        assert found["correlation"] == rho
+        assert found["interval"] == pytest.approx((D.mean() - half, D.mean() + half))
+    alone = standard_error(D[:1])
+    assert alone.runs_variance is None
+    single = experiment(rng, n=400, runs=8, run_sd=0.2)
+    difference_of = single[0].astype(float) - single[1]
+    runs, rest = difference_of.mean(1).var(ddof=1), difference_of - difference_of.mean(0)
+    rest = ((rest - rest.mean(1)[:, None]) ** 2).sum() / (399 * 7) / 400
+    assert standard_error(difference_of).runs_variance == pytest.approx(runs - rest)
+
+
+def test_splits_of_groups_are_flagged():
+    cells = with_splits(np.random.default_rng(51), 2, drops={"stats": 0.3})
+    for groups in (np.arange(1200) // 2, None):
+        assert inference.infer(cells, groups, Margin())["splits_with_groups"] is (groups is not None)
+    first = {cell: arrays for cell, arrays in cells.items() if not cell.split}
+    assert inference.infer(first, np.arange(1200) // 2, Margin())["splits_with_groups"] is False
 
 
 # --- controls and other classifiers
@@ -659,7 +918,9 @@ def test_the_whole_run_says_of_each_representation_what_its_own_data_say():
     assert len(found["ranking"]) == 3 and all(pair["difference"] >= 0 for pair in found["ranking"])
     text = verdict(found)
     mean = 100 * np.mean([entry["drop"] for entry in main["entries"]])
-    assert text.startswith(f"Without the text layers accuracy falls by {mean:.1f} points on average (95 %")
+    assert text.startswith(
+        f"With the visual layers alone accuracy falls by {mean:.1f} points on average (95 %"
+    )
     assert "1 of 3 representations falls by itself (p < 0.05, corrected for all). stats: +" in text
     assert "rise" not in text and "One random split tests 400 rows; --folds 5 tests all." in text
     assert found["primary"]["drop"] == pytest.approx(mean / 100)
@@ -684,12 +945,12 @@ def test_the_verdict_is_never_stronger_than_the_numbers():
     nothing = inference.infer(
         predictions(np.random.default_rng(2), {"stats": 0.0}, base=0.25), None, Margin(0.02)
     )
-    assert "no representation is shown to be above chance" in verdict(nothing)
+    assert "No representation is shown to be above chance" in verdict(nothing)
     equal = inference.infer(
         predictions(np.random.default_rng(3), {"stats": 0.0}, n=20_000), None, Margin(0.05)
     )
     assert verdict(equal).startswith(
-        "Without the text layers accuracy stays the same on average, to within 5"
+        "With the visual layers alone accuracy stays the same on average, to within 5"
     )
     assert "For stats the two are equal to within 5 points" in verdict(equal)
     assert verdict({}).startswith("No verdict") and inference.infer({}, None, Margin(0.02)) == {}
@@ -733,6 +994,8 @@ TABLES = {
     "splits": "200 rows, 3",
     "folds": "105 rows, ridge",
     "family": "520 rows, 3",
+    "worlds": "6 groups of 40",
+    "uneven": "2 classes 10:1, recalls 80",
 }
 
 
@@ -751,6 +1014,22 @@ def test_the_tables_of_the_documentation_are_made_by_their_command(table, only, 
             assert float(claimed.split(" ")[0]) <= 30, line
 
 
+@pytest.mark.parametrize(
+    "table, only, rows",
+    [
+        ("chosen", "nine at 33 %", 4),
+        ("equal", "one split of 105 at 97", 1),
+        ("smallest", "one split of 105 at 33", 1),
+        ("mlp", "", 2),
+    ],
+)
+def test_the_other_tables_have_a_row_for_each_world(table, only, rows, capsys, monkeypatch):
+    size = ["--rows", "60", "--data-sets", "2"]
+    simulate_inference.main(["--table", table, "--experiments", "3", "--only", only, *size])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 + rows and len({line.count("|") for line in lines}) == 1
+
+
 def test_two_runs_leave_one_degree_of_freedom():
     first, second, _ = experiment(np.random.default_rng(19), n=1000, runs=2)
     D = first.astype(float) - second
@@ -762,7 +1041,7 @@ def test_a_bootstrap_of_runs_alone_is_as_wide_as_their_standard_error(monkeypatc
     """Every example alike: what is drawn again are the runs,
     and what drawing from R of them takes away is given back.
     """
-    monkeypatch.setattr(estimators, "MANY_UNITS", many)
+    monkeypatch.setattr(resampling, "MANY_UNITS", many)
     runs = np.random.default_rng(20).normal(0, 0.03, 5)
     low, high = two_level_bootstrap(np.tile(runs[:, None], (1, 200)), resamples=40_000)
     assert (high - low) / 2 == pytest.approx(1.96 * scipy.stats.sem(runs), rel=0.06)
@@ -785,7 +1064,7 @@ def test_a_representation_with_one_run_counts_in_the_primary_hypothesis():
     drops = {entry["representation"]: entry["drop"] for entry in found["comparisons"][0]["entries"]}
     assert sorted(found["primary"]["representations"]) == ["spectral", "stats"]
     assert found["primary"]["drop"] == pytest.approx(np.mean(list(drops.values())))
-    assert verdict(found).startswith("Without the text layers accuracy falls by")
+    assert verdict(found).startswith("With the visual layers alone accuracy falls by")
 
 
 def test_signs_of_many_rows_are_drawn_in_blocks_with_the_same_numbers(monkeypatch):
