@@ -768,25 +768,23 @@ def differences(made_with: dict, requested: dict) -> list[str]:
     return phrases
 
 
-class Unfinished:
-    """Parts of something that is not finished (the runs of a cell, blocks of features), in files of a hidden
-    folder.
+class KeptArrays:
+    """Arrays in files of a folder that is made when it is needed.
 
-    `made_with` describes what its numbers depend on: parts that were made otherwise are not used.
+    `made_with` describes what their numbers depend on: files that were made otherwise are not used.
     """
 
-    def __init__(self, folder: Path, name: str, made_with: dict):
-        self.folder = folder / ".unfinished" / name
+    def __init__(self, folder: Path, made_with: dict):
+        self.folder = folder
         self.made_with = {"fingerprint": hash_of(made_with)}
 
     def path(self, name: str) -> Path:
-        """The file of a part."""
+        """The file of a name."""
         return self.folder / f"{name}.safetensors"
 
     def prepare(self) -> None:
-        """Make the folder, in one that is there: it is not made again if that is gone. Raises CannotWrite."""
-        if self.folder.parent.parent.is_dir():
-            make_folder(self.folder)
+        """Make the folder. Raises CannotWrite."""
+        make_folder(self.folder)
 
     def names_in(self, name: str) -> set[str]:
         """Names of the arrays in a file, by its header alone; none if it was made otherwise."""
@@ -816,6 +814,18 @@ class Unfinished:
         self.prepare()
         write_arrays(self.path(name), arrays, self.made_with)
 
+
+class Unfinished(KeptArrays):
+    """Parts of what is not finished (the runs of a cell, blocks of features), in a hidden folder."""
+
+    def __init__(self, folder: Path, name: str, made_with: dict):
+        super().__init__(folder / ".unfinished" / name, made_with)
+
+    def prepare(self) -> None:
+        """Make the folder, in one that is there: it is not made again if that is gone. Raises CannotWrite."""
+        if self.folder.parent.parent.is_dir():
+            super().prepare()
+
     def remove(self) -> None:
         """Remove the files, once the whole is finished."""
         remove_tree(self.folder)
@@ -834,7 +844,14 @@ def remove_tree(path: Path) -> None:
 NO_FILE = (errno.EISDIR, errno.EINVAL, errno.ELOOP, errno.ENXIO, errno.ENOTDIR)  # what is no regular file
 FILES = ("results.json", "results.txt", "manifest.json", "events.jsonl", "report.html")
 FOLDERS = ("checkpoints", "predictions")
-LATER_FOLDERS = ("set_aside", ".unfinished", "figures", "tables", "tensorboard")  # made when they are needed
+LATER_FOLDERS = (
+    "set_aside",
+    ".unfinished",
+    "null",
+    "figures",
+    "tables",
+    "tensorboard",
+)  # made when they are needed
 
 
 class ResultStore:

@@ -101,6 +101,7 @@ def run_experiment(settings: Settings, actions: Actions) -> int:
 
     from ablation.cells_at_work import train_cells
     from ablation.features import extract_rows, load_or_extract
+    from ablation.null_reading import null_cells, read_null
     from ablation.workers import run_by_workers
 
     with before.listening():
@@ -113,8 +114,9 @@ def run_experiment(settings: Settings, actions: Actions) -> int:
             ledger.failures = extract_rows(context, cells, rows)
             return finish_features(context, ledger)
         left = run_by_workers(context, ledger) if actions.has_workers else ledger.missing
-        features, failures = load_or_extract(context, left)  # each weight is read once
-        ledger.failures |= failures
+        of_null = [] if actions.is_unit else null_cells(context, ledger)
+        features, failures = load_or_extract(context, [*left, *of_null])  # each weight is read once
+        ledger.failures |= {cell: reason for cell, reason in failures.items() if cell in left}
         context.store.prepare()
         crash_point("cached")
         page = LivePage(context, ledger)
@@ -122,6 +124,7 @@ def run_experiment(settings: Settings, actions: Actions) -> int:
             for group in groups:  # a cell and its audits, which share the trained runs
                 announce_failures(context, ledger, group)
                 page.show(group)
+        read_null(context, ledger, features)
         status = finish(context, ledger)
     if status == 0:
         before.remember(context, ledger)
@@ -190,9 +193,14 @@ def finish(context: Context, ledger: Ledger) -> int:
 
     Of several processes that share the cells, the last one does so.
     """
+    from ablation.null_reading import null_cells, read_null
+
     store = context.store
-    if context.actions.is_unit and (status := finish_part(context, ledger)) is not None:
-        return status
+    if context.actions.is_unit:
+        if (status := finish_part(context, ledger)) is not None:
+            return status
+        null_cells(context, ledger)
+        read_null(context, ledger)
     with locked(store.folder / "results"):
         return write_all(context, ledger)
 
@@ -208,7 +216,7 @@ def write_all(context: Context, ledger: Ledger) -> int:
             log.error(f"{cell.name} FAILED: {ledger.failures[cell]}")
     store.remove_unfinished_of(cell.trained.name for cell in ledger.cells if cell not in ledger.failures)
     text = save_results(context, ledger)
-    status = 1 if ledger.failures else 0
+    status = 1 if ledger.failures or ledger.null.failed else 0
     write_manifest(context, ledger, status, "failed cells" if status else "finished")
     announce(store.folder, "ended", status=status, seconds=context.clock.seconds)
     if context.actions.report and store.names():

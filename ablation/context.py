@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from ablation.actions import Actions
 from ablation.cells import Cell
 from ablation.collection import LoraCollection, View
@@ -36,6 +38,16 @@ class Context:
 
 
 @dataclass
+class NullAnswers:
+    """What `null_reading` has of random halves: arrays by representation; or why there are none."""
+
+    arrays: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
+    missing: list[str] = field(default_factory=list)  # representations that are to be read
+    skipped: str = ""  # because random halves tell nothing here
+    failed: str = ""  # because of an error
+
+
+@dataclass
 class Ledger:
     """The cells of a command, and what became of each.
     `inputs` maps cells, also those of other commands in the folder, to what their numbers depend on.
@@ -46,3 +58,4 @@ class Ledger:
     inputs: dict[Cell, dict[str, Any]]
     missing: list[Cell] = field(default_factory=list)  # to be computed by this command
     failures: dict[Cell, str] = field(default_factory=dict)  # reason
+    null: NullAnswers = field(default_factory=NullAnswers)

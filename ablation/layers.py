@@ -209,25 +209,35 @@ class Layers:
         needs_visual = layer_set in ("visual_only", "random_half")
         return f" ({self.found.why_none})" if needs_visual and self.found.why_none else ""
 
-    def random_half(self, layer_set: str) -> set[str]:
-        """Names of the modules of a draw:
-        in every block as many as it has visual modules, of both kinds.
+    @cached_property
+    def attention_blocks(self) -> list[dict[str, set[str]]]:
+        """Names of the visual and of the text modules of each block, without those of text encoders.
 
         Where no block has both kinds (the refiners of Z-Image), all blocks together count as one.
         """
-        rng = np.random.default_rng([RANDOM_HALF_SEED, *layer_set.encode()])
         blocks: dict[str, dict[str, set[str]]] = {}
         for layer, kind, word, block in zip(self.names, self.kinds, self.words, self.blocks, strict=True):
             if word not in ("other", "text encoder"):
                 of_block = blocks.setdefault(block, {"visual": set(), "text": set()})
                 of_block[kind].add(module_and_side(layer)[0])
-        drawn_from = list(blocks.values())
-        if not self.found.is_sd and not any(block["visual"] and block["text"] for block in drawn_from):
+        found = list(blocks.values())
+        if not self.found.is_sd and not any(block["visual"] and block["text"] for block in found):
             kinds = ("visual", "text")
-            drawn_from = [{kind: set().union(*(block[kind] for block in drawn_from)) for kind in kinds}]
+            found = [{kind: set().union(*(block[kind] for block in found)) for kind in kinds}]
+        return found
+
+    def modules_by_block(self) -> list[tuple[int, int]]:
+        """How many visual and text modules each block has."""
+        return [(len(block["visual"]), len(block["text"])) for block in self.attention_blocks]
+
+    def random_half(self, layer_set: str) -> set[str]:
+        """Names of the modules of a draw:
+        in every block as many as it has visual modules, of both kinds.
+        """
+        rng = np.random.default_rng([RANDOM_HALF_SEED, *layer_set.encode()])
         return {
             str(name)
-            for block in drawn_from
+            for block in self.attention_blocks
             if block["visual"]
             for name in rng.choice(
                 sorted(block["visual"] | block["text"]), len(block["visual"]), replace=False

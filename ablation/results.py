@@ -15,10 +15,18 @@ from ablation.cells import Cell
 from ablation.results_text import results_text
 from ablation.scores import mean_and_std, with_derived_scores
 from ablation.splits import split_spec
-from checkpointing import ResultStore, hash_of, read_own, with_checksum, write_bytes, write_json
+from checkpointing import (
+    ResultStore,
+    hash_of,
+    hash_of_arrays,
+    read_own,
+    with_checksum,
+    write_bytes,
+    write_json,
+)
 
 if TYPE_CHECKING:
-    from ablation.context import Context, Ledger
+    from ablation.context import Context, Ledger, NullAnswers
 
 log = logging.getLogger("visual_ablation")
 
@@ -106,7 +114,7 @@ def save_results(context: Context, ledger: Ledger) -> str:
         for cell, error in entries_of(earlier, "failed_cells", "error").items()
         if cell not in records
     }
-    header = header_of(context) | inference_of(context, records, earlier)
+    header = header_of(context) | inference_of(context, ledger.null, records, earlier)
     results = collect(records, failed | ledger.failures, skipped | ledger.skipped, header)
     text = results_text(results)
     write_json(store.folder / "results.json", with_checksum(results), indent=2)
@@ -135,25 +143,35 @@ def header_of(context: Context) -> dict[str, Any]:
     }
 
 
-def inference_of(context: Context, records: dict[Cell, dict], old: dict[str, Any]) -> dict[str, Any]:
+def inference_of(
+    context: Context, null: NullAnswers, records: dict[Cell, dict], old: dict[str, Any]
+) -> dict[str, Any]:
     """`inference` and `verdict`:
     those of `old` results if they were made from the same predictions, else new ones.
     """
     settings, data = context.settings, context.data
     kind = split_spec(settings, "").resolved(data.groups is not None).kind
     overlap, margin = data.split.overlap, (settings.margin, settings.margin_share)
-    groups = None if data.groups is None else hash_of(data.groups)
+    groups = None if data.groups is None else [data.group_column, hash_of(data.groups)]
     predictions = [[cell.name, record["predictions_hash"]] for cell, record in records.items()]  # in order
-    made_from = hash_of([INFERENCE_VERSION, *margin, kind, overlap, groups, predictions])
+    halves = [[name, hash_of_arrays(arrays)] for name, arrays in null.arrays.items()]
+    problem = null.failed or null.skipped
+    made_from = hash_of([INFERENCE_VERSION, *margin, kind, overlap, groups, predictions, halves, problem])
     kept = {key: old.get(key) for key in INFERENCE_KEYS}
     if kept["inference_made_from"] == made_from and old.get("inference_check") == hash_of(kept):
         return kept | {"inference_check": old["inference_check"]}
     from ablation.family import Margin  # scipy.stats takes a second to import
     from ablation.inference import infer
+    from ablation.null import null_evidence
     from ablation.verdict import verdict
 
     arrays = {cell: context.store.load_predictions(cell.name) for cell in records}
     inference = {} if overlap else infer(arrays, data.groups, Margin(*margin), kind)
+    if inference:
+        names = [entry["representation"] for entry in MAIN_COMPARISON.entries_in(inference)]
+        labels = None if inference["score"] == "accuracy" else data.labels
+        inference["null"] = null_evidence(null.arrays, names, data.groups, labels)
+        inference |= {"null_problem": problem, "group_column": data.group_column}
     said = verdict(inference, overlap)
     made = dict(zip(INFERENCE_KEYS, (inference, said.text, said._asdict(), made_from), strict=True))
     return made | {"inference_check": hash_of(made)}

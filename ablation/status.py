@@ -20,6 +20,7 @@ from ablation.catalogue import (
     CACHED_FITS,
     LAYER_SET_GROUPS,
     METADATA_COLUMNS,
+    NULL_HALVES,
     SPECS,
     components_of,
 )
@@ -28,6 +29,7 @@ from ablation.columns import Columns, group_column_of, numeric_columns, refuse_c
 from ablation.command_line import find_device
 from ablation.distributed import CellSizes, describe_shares
 from ablation.fingerprints import requested_inputs
+from ablation.halves import why_no_halves
 from ablation.layers import ColumnLayout, Layers, layers_of, refuse_empty_layer_sets
 from ablation.log import Clock, duration
 from ablation.provenance import changed_files
@@ -245,6 +247,10 @@ def print_plan(settings: Settings, actions: Actions) -> int:
         print_needs(settings, surveyed, unfinished(states))
         log.info(f"Architecture: {layers.found.title}")
         if surveyed.rows >= SMALLEST_SPLIT:
+            why = why_no_halves(layers)
+            log.info(
+                f"Beside the cells: {f'no random halves, {why}' if why else f'{NULL_HALVES} random halves'}"
+            )
             for line in expectation(settings, tested_rows(settings, surveyed.rows)):
                 log.info(f"Tests:   {line}")
         sizes = CellSizes(settings, layers, surveyed.rows, USUAL_CLASSES)

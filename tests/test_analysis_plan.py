@@ -2,9 +2,10 @@
 
 import json
 
+import numpy as np
 from running import FAST, as_cells_begin, experiment_data, folder
 
-from ablation.analysis_plan import analysis_plan, expectation
+from ablation.analysis_plan import GROUP_CORRELATION, analysis_plan, expectation, group_size
 from ablation.conversion import build_settings
 
 
@@ -47,3 +48,13 @@ def test_what_a_margin_needs_is_said_before_the_run():
     assert len(many) == 1 and "about 0.9 points" in many[0]
     assert len(expectation(build_settings({"margin": 0.1}), 520)) == 1
     assert len(expectation(build_settings({"margin_share": 0.1}), 520)) == 1
+
+
+def test_rows_of_large_groups_are_expected_to_tell_less():
+    assert group_size(None) == 1 and group_size(np.arange(520) // 2) == 2
+    assert group_size(np.repeat([0, 1], [30, 10])) == (30**2 + 10**2) / 40
+    settings = build_settings({})
+    pairs, large = (expectation(settings, 520, size)[0] for size in (2, 26))
+    assert "a mean drop of about 2.8 points" in pairs
+    expected = 280 * 0.23 / np.sqrt(520) * np.sqrt((1 + 25 * GROUP_CORRELATION) / (1 + GROUP_CORRELATION))
+    assert f"a mean drop of about {expected:.1f} points" in large and expected > 3.5
