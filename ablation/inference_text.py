@@ -34,9 +34,10 @@ def inference_lines(inference: dict[str, Any]) -> list[str]:
             for comparison in inference["comparisons"]
             for line in comparison_lines(comparison, inference)
         ],
+        *null_lines(inference.get("null")),
+        *half_lines(inference["random_halves"]),
         *ranking_lines(inference),
         *classifier_lines(inference),
-        *half_lines(inference["random_halves"]),
         *curve_lines(inference),
         *neighbour_lines(inference["neighbours"]),
         *inflation_lines(inference["inflation"]),
@@ -157,6 +158,51 @@ def classifier_lines(inference: dict[str, Any]) -> list[str]:
             scope = f"{title}, one run a cell: for new examples{over_splits(entries)}"
             lines += ["", scope, *table(COMPARISON_COLUMNS, entries)]
     return lines
+
+
+NULL_COLUMNS = (
+    Column("representation", -20, lambda entry: entry["representation"]),
+    Column("all", 7, lambda entry: percent(entry["all_layers"])),
+    Column("visual", 8, lambda entry: percent(entry["visual_only"])),
+    Column("text", 7, lambda entry: percent(entry["text_only"])),
+    Column("halves", 8, lambda entry: percent(entry["random_half"])),
+    Column("middle 95 %", 15, lambda entry: middle_text(entry)),
+    Column("place", 7, lambda entry: str(entry["visual"]["rank"])),
+    Column("p (lower)", 11, lambda entry: probability(entry["visual"]["p_lower"])),
+    Column("p (both)", 10, lambda entry: probability(entry["visual"]["p_two_sided"])),
+    Column("text-visual", 13, lambda entry: contrast_text(entry)[0]),
+    Column("95 % interval", 18, lambda entry: contrast_text(entry)[1]),
+)
+
+
+def middle_text(entry: dict[str, Any]) -> str:
+    """The middle 95 % of the halves' scores, in percent."""
+    low, high = (100 * (entry["all_layers"] - end) for end in reversed(entry["fall_of_halves"]["middle"]))
+    return f"{low:.1f} .. {high:.1f}"
+
+
+def contrast_text(entry: dict[str, Any]) -> tuple[str, str]:
+    """Text less visual, and its interval; dashes where the text layers are not as many."""
+    found = entry["text_minus_visual"]
+    return ("-", "-") if found is None else (points(found["drop"]), interval_text(found["interval"]))
+
+
+def null_lines(null: dict[str, Any] | None) -> list[str]:
+    """The visual and the text half among random halves, by the closed-form reader."""
+    if not null:
+        return []
+    count = null["halves"]
+    rows = [{"representation": "mean", **null["mean"]}, *null["entries"]]
+    product = null["product"]
+    if product is not None and product["representation"] not in null["representations"]:
+        rows.append(product)
+    return [
+        "",
+        f"Visual layers among {count} random halves of as many modules, by {null['reader']} (place 1 of "
+        f"{count + 1}: lowest)",
+        f"(trained on {null['train_rows']:,} rows at most, tested on {null['test_rows']:,}; p one at a time)",
+        *table(NULL_COLUMNS, rows),
+    ]
 
 
 HALF_COLUMNS = (

@@ -10,18 +10,19 @@ import numpy as np
 
 from ablation.catalogue import (
     CLASSIFIERS,
+    GROUP_COLUMN,
     MAIN_COMPARISON,
     SIZE_MATCHED_COMPARISON,
+    TRAINING_COLUMN,
     VISUAL_TEXT_COMPARISON,
     words_of,
 )
 from ablation.estimators import LEVEL, holm
+from ablation.opening import Numbers, outcome
 
 MANY_SPLITS = 5  # from as many on, the corrected test over splits has enough power
 FEWEST_HALVES = 19  # random halves: with fewer no place among them is rarer than 1 in 20
 LISTED = 3  # names in one sentence
-
-Numbers = dict[str, Any]
 
 
 def in_percent(value: float) -> str:
@@ -54,14 +55,6 @@ def are(count: int) -> str:
     return "is" if count == 1 else "are"
 
 
-def outcome(inference: dict[str, Any]) -> str:
-    """What the primary hypothesis came to: "falls", "rises", "same" or "open"."""
-    primary = inference["primary"]
-    if primary["p"] < LEVEL and primary["drop"] != 0:
-        return "falls" if primary["drop"] > 0 else "rises"
-    return "same" if primary["p_equivalence"] < LEVEL else "open"
-
-
 # --- reservations
 
 
@@ -87,6 +80,7 @@ def reservations(inference: dict[str, Any]) -> list[str]:
     points = (
         [about(inference)],
         split_sentences(inference),
+        sensitivity_sentences(inference),
         size_sentences(inference),
         classifier_sentences(inference),
         text_sentences(inference),
@@ -97,16 +91,12 @@ def reservations(inference: dict[str, Any]) -> list[str]:
 
 
 def size_sentences(inference: dict[str, Any]) -> list[str]:
-    """Whether fewer columns alone would explain a fall."""
+    """What the cells of --layer-sets random_half say of fewer columns, beside the null."""
     if inference["random_halves"] and inference["random_halves"]["draws"] >= FEWEST_HALVES:
         return half_sentences(inference["random_halves"], outcome(inference))
     if SIZE_MATCHED_COMPARISON.entries_in(inference):
         return size_matched_sentences(inference)
-    return [
-        f"Fewer columns are left without {MAIN_COMPARISON.removed}.",
-        f"So a fall alone does not show that they know something which {words_of(MAIN_COMPARISON.second)} do "
-        "not; --thorough would.",
-    ]
+    return []
 
 
 def half_sentences(halves: Numbers, result: str) -> list[str]:
@@ -189,13 +179,40 @@ def curve_sentences(inference: dict[str, Any]) -> list[str]:
     ]
 
 
+GROUP_WORDS = {GROUP_COLUMN: "image sets", TRAINING_COLUMN: "trainings"}
+
+
 def about(inference: dict[str, Any]) -> str:
     """Which further examples the answer is about."""
     if inference["groups"] is None:
-        return "This is about further LoRAs of these concepts and new runs."
+        return "This is about further LoRAs of these classes and new runs."
+    column = inference.get("group_column", "")
+    groups = f"{GROUP_WORDS.get(column, 'groups')}{f' (`{column}`)' if column else ''}"
+    if inference["test_rows_of_untrained_classes"] == inference["test_rows"]:
+        return f"This is about concepts that were not trained on ({groups}), and new runs."
     if inference["test_rows_that_share_a_group_with_training"] == 0:
-        return "This is about concepts that were not trained on, and new runs."
-    return "This is about further groups of this kind and new runs, each tested beside rows of its group."
+        return (
+            f"This is about {groups} that were not trained on, of the same {inference['classes_tested']} "
+            "classes, and new runs."
+        )
+    return f"This is about further {groups} and new runs, each tested beside rows of its own."
+
+
+def sensitivity_sentences(inference: dict[str, Any]) -> list[str]:
+    """The interval if runs were correlated because their training sets overlap."""
+    found = inference["primary"]["sensitivity"]
+    if not found:
+        return []
+    ends = [[f"{100 * end:+.1f}" for end in one["interval"]] for one in found]
+    now = [f"{100 * end:+.1f}" for end in inference["primary"]["interval"]]
+    first = "Runs that share training rows are taken as uncorrelated."
+    if all(own == now for own in ends):
+        return [first, "They scatter too little here to tell what a correlation would add to the interval."]
+    said = ", ".join(
+        f"{'with' if i else 'With'} a correlation of {one['correlation']:g} {low} to {high}"
+        for i, (one, (low, high)) in enumerate(zip(found, ends, strict=True))
+    )
+    return [first, f"{said} would be the interval of the drop."]
 
 
 def split_sentences(inference: dict[str, Any]) -> list[str]:
@@ -238,7 +255,7 @@ def group_sentences(inference: dict[str, Any]) -> list[str]:
             f"{shared} of {inference['test_rows']} test rows share their group with a training row."
             if inference["folds"] is None
             else "Test rows share their groups with training rows.",
-            "For concepts that were not trained on accuracies may be lower and drops others; --split grouped "
+            "For groups that were not trained on accuracies may be lower and drops others; --split grouped "
             "--folds 5 would tell.",
         ]
     return []

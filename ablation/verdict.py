@@ -6,19 +6,20 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from ablation.catalogue import MAIN_COMPARISON, SHUFFLED, SPECS, words_of
+from ablation.catalogue import MAIN_COMPARISON, NULL_SETS, SHUFFLED, SPECS, words_of
 from ablation.cells import spoken_cell
 from ablation.estimators import LEVEL
 from ablation.family import FEWEST_UNITS
+from ablation.opening import more_of, opening, outcome
 from ablation.reservations import (
     LISTED,
     are,
     drop_of,
+    group_sentences,
     in_percent,
     names_of,
     nuisance_points,
     others_above_chance,
-    outcome,
     reservations,
 )
 from ablation.text_table import margin_text
@@ -51,12 +52,16 @@ def verdict(inference: dict[str, Any], is_overlapping: bool = False) -> Verdict:
     suspect, fine = suspicion(inference)
     reason = why_no_verdict(inference)
     if reason:
-        return Verdict(
-            [*suspect, reason], [], [*others_above_chance(inference), *fine, *nuisance_points(inference)]
-        )
+        beside = [*others_above_chance(inference), *filter(None, [" ".join(group_sentences(inference))])]
+        return Verdict([*suspect, reason], [], [*beside, *fine, *nuisance_points(inference)])
     return Verdict(
         [*suspect, *opening(inference)],
-        [*average_sentences(inference), *single_sentences(inference)],
+        [
+            *average_sentences(inference),
+            *plain_sentences(inference),
+            *single_sentences(inference),
+            *half_by_half_sentences(inference),
+        ],
         [*reservations(inference), *fine, *nuisance_points(inference)],
     )
 
@@ -104,11 +109,16 @@ def why_no_verdict(inference: dict[str, Any]) -> str:
             f"No verdict: {inference['runs']} runs a cell do not tell how runs differ; --num-runs "
             f"{FEWEST_RUNS} or more would."
         )
+    if inference["splits_with_groups"]:
+        return (
+            "No verdict: several splits of few groups find hardly any drop; --folds 5 tests every group, in "
+            "place of --num-splits."
+        )
     primary = inference["primary"]
     if primary is None:
         return (
-            f"With all layers no representation is shown to be above chance "
-            f"({in_percent(inference['chance'])}): there is nothing here that a drop could be taken from."
+            f"No representation is shown to be above chance ({in_percent(inference['score_chance'])}), so no "
+            "drop is stated."
         )
     if primary["units"] < FEWEST_UNITS:
         what = "test rows" if inference["groups"] is None else "groups of test rows"
@@ -119,50 +129,16 @@ def why_no_verdict(inference: dict[str, Any]) -> str:
     return ""
 
 
-def opening(inference: dict[str, Any]) -> list[str]:
-    """The answer in sentences that need no knowledge of statistics."""
-    primary, removed = inference["primary"], MAIN_COMPARISON.removed
-    drop = 100 * primary["drop"]
-    low, high = (100 * end for end in primary["interval"])
-    result = outcome(inference)
-    if result in ("falls", "rises"):
-        sign = 1 if result == "falls" else -1
-        low, high = sorted((sign * low, sign * high))
-        change = f"{result} by {abs(drop):.1f} points on average (95 % interval {low:.1f} to {high:.1f})"
-        meaning = (
-            f"So {removed} hold part of what the classifier reads."
-            if result == "falls"
-            else f"So {removed} hide part of what the classifier could read."
-        )
-        return [f"Without {removed} accuracy {change}.", meaning]
-    if result == "same":
-        margin = 100 * primary["margin"]
-        return [
-            f"Without {removed} accuracy stays the same on average, to within {margin:g} points "
-            f"(difference {drop:+.1f}, 95 % interval {low:+.1f} to {high:+.1f})."
-        ]
-    sentences = [
-        f"This experiment is too small to tell whether accuracy falls on average without {removed}.",
-        f"The drop came out at {drop:+.1f} points (95 % interval {low:+.1f} to {high:+.1f}).",
-    ]
-    if primary["smallest"] is not None:
-        sentences.append(
-            f"A drop of {100 * primary['smallest']:.1f} points would be found four times in five."
-        )
-    if inference["folds"] is None:
-        sentences.append("--folds 5 tests every row, and would find a smaller one.")
-    return sentences
-
-
 def average_sentences(inference: dict[str, Any]) -> list[str]:
     """The averages behind the opening, and what is kept of the accuracy above chance."""
     primary = inference["primary"]
     first, second = map(words_of, MAIN_COMPARISON[:2])
     chosen = len(primary["representations"])
+    what = "Average" if inference["score"] == "accuracy" else f"Average {inference['score']}"
     sentences = [
-        f"Average of {chosen} representation{'s' * (chosen > 1)}: {in_percent(primary['accuracy'])} with "
+        f"{what} of {chosen} representation{'s' * (chosen > 1)}: {in_percent(primary['accuracy'])} with "
         f"{first}, {in_percent(primary['accuracy_of_second'])} with {second}, "
-        f"{in_percent(inference['chance'])} by chance."
+        f"{in_percent(inference['score_chance'])} by chance."
     ]
     kept = primary["retained"]
     if kept is not None:
@@ -174,8 +150,69 @@ def average_sentences(inference: dict[str, Any]) -> list[str]:
     return sentences
 
 
+def plain_sentences(inference: dict[str, Any]) -> list[str]:
+    """Accuracy itself, where the classes are so uneven that the answer is of balanced accuracy."""
+    if inference["score"] == "accuracy":
+        return []
+    entries = inference["accuracies"]
+    names = inference["primary"]["representations"]
+    first, second = (
+        sum(entries[f"{layer_set}_{name}"]["accuracy"] for name in names) / len(names)
+        for layer_set in MAIN_COMPARISON[:2]
+    )
+    return [
+        f"Accuracy itself is {in_percent(first)} and {in_percent(second)}, by chance "
+        f"{in_percent(inference['chance'])}: classes are uneven, so all classes weigh alike here."
+    ]
+
+
+def half_by_half_sentences(inference: dict[str, Any]) -> list[str]:
+    """What the null's reader makes of all layers and of each half: of the table's representations, and of the
+    products.
+    """
+    null = inference.get("null")
+    if not null:
+        return []
+    mean, product = null["mean"], null["product"]
+    sentences = [f"By ridge regression {sets_read(mean)}."]
+    if null["is_text_equal"] and more_of(null, "mean") == "none":
+        sentences.append(f"Text less visual: {difference_text(mean)}, which shows no difference.")
+    if product is None:
+        return sentences
+    is_stronger = product[MAIN_COMPARISON.first] > mean[MAIN_COMPARISON.first]
+    what = "A stronger reader of the same rows" if is_stronger else "A reader of the products"
+    sentences.append(f"{what} is {product['representation']}: {sets_read(product)}.")
+    if null["is_text_equal"]:
+        said = {
+            "text": "so by the products the text layers hold more",
+            "visual": "so by the products the visual layers hold more",
+            "none": "which shows no difference",
+        }[more_of(null, "product")]
+        sentences.append(f"Text less visual by it: {difference_text(product)}, {said}.")
+    return sentences
+
+
+def sets_read(entry: dict[str, Any]) -> str:
+    """What all layers and each half read."""
+    whole, visual, text = (in_percent(entry[name]) for name in NULL_SETS)
+    return (
+        f"all layers read {whole}, the visual half {visual}, the text half {text}, random halves "
+        f"{in_percent(entry['random_half'])}"
+    )
+
+
+def difference_text(entry: dict[str, Any]) -> str:
+    """Text less visual, with its interval."""
+    found = entry["text_minus_visual"]
+    low, high = (100 * end for end in found["interval"])
+    return f"{100 * found['drop']:+.1f} points (95 % interval {low:+.1f} to {high:+.1f})"
+
+
 def single_sentences(inference: dict[str, Any]) -> list[str]:
-    """Which representations show a change by themselves, and which are not above chance."""
+    """Which representations show a change by themselves, and which are not above chance.
+
+    Of a cross-validation in several rounds only those are named that each round shows.
+    """
     entries = MAIN_COMPARISON.entries_in(inference)
     able = [entry for entry in entries if entry["representation"] in inference["above_chance"]]
     unable = [entry for entry in entries if entry not in able]
@@ -189,7 +226,10 @@ def single_sentences(inference: dict[str, Any]) -> list[str]:
                 f"{len(shown)} of {len(entries)} representation{'s' * (len(entries) > 1)} {verb} by "
                 f"{'itself' if len(shown) == 1 else 'themselves'} (p < {LEVEL:g}, corrected for all)."
             )
-            sentences += map(drop_of, shown[:LISTED])
+            named = [entry for entry in shown if entry.get("replicated") is not False]
+            sentences += map(drop_of, named[:LISTED])
+            if not named:
+                sentences.append("None of them is shown by each round alone, so none is named.")
     if outcome(inference) in ("falls", "rises") and not sentences and len(able) > 1:
         sentences.append("No single representation shows it by itself, corrected for all of them.")
     equal = [entry for entry in able if entry["p_equivalence_max_t"] < LEVEL and entry not in changed]
@@ -197,7 +237,7 @@ def single_sentences(inference: dict[str, Any]) -> list[str]:
         sentences.append(f"For {names_of(equal)} the two are equal to within {margin_text(inference)}.")
     if unable:
         sentences.append(
-            f"With all layers {names_of(unable)} {are(len(unable))} not shown to be above chance "
-            f"({in_percent(inference['chance'])})."
+            f"{names_of(unable)} {are(len(unable))} not shown to be above chance "
+            f"({in_percent(inference['score_chance'])})."
         )
     return sentences

@@ -301,7 +301,7 @@ def test_a_shuffled_label_is_reported_as_nothing(run, place):
     verdict = json.loads((folder(place, "shuffled") / "results.json").read_text())["verdict"]
     assert (
         status == 0
-        and verdict.startswith("With all layers no representation is shown to be above chance")
+        and verdict.startswith("No representation is shown to be above chance")
         and "accuracy falls" not in verdict
     )
 
@@ -320,7 +320,7 @@ SAID = {
     "accuracy rises by": "gained",
     "accuracy stays the same": "same",
     "too small to tell": "open",
-    "no representation is shown to be above chance": "unable",
+    "No representation is shown to be above chance": "unable",
 }
 
 

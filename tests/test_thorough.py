@@ -156,7 +156,7 @@ def test_what_only_other_classifiers_read_is_said():
     found = inference.infer(cells, None, Margin())
     assert found["above_chance"] == [] and len(found["learning_curve"]) == 2
     said = verdict(found)
-    assert "no representation is shown to be above chance" in said.text
+    assert "No representation is shown to be above chance" in said.text
     assert said.reservations[0].startswith("By the linear probe stats is above chance.")
     assert "none of which is shown" in "\n".join(inference_lines(found))
 
