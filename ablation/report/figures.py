@@ -11,7 +11,14 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from ablation.catalogue import MAIN_COMPARISON
-from ablation.report import accuracy_figures, comparison_figures, control_figures, rows, training_figures
+from ablation.report import (
+    accuracy_figures,
+    comparison_figures,
+    control_figures,
+    null_figures,
+    rows,
+    training_figures,
+)
 
 
 @dataclass(frozen=True)
@@ -37,6 +44,16 @@ def no_rows(results: Any) -> list[dict[str, Any]]:
 
 
 FIGURES = {
+    "halves": Drawing(
+        "Compared with any other half of the layers",
+        "Each random half has as many modules of each block as the visual layers. If the text layers held no "
+        "more than others, the visual half would be one of these. A closed-form reader reads all sets.",
+        rows.halves_rows,
+        null_figures.halves,
+        is_narrow=True,
+        leads=True,
+        is_of_all_splits=True,
+    ),
     "accuracy": Drawing(
         "Test accuracy",
         "Points: mean test accuracy; lines: 95 % intervals for new examples and runs; broken line: chance.",

@@ -113,6 +113,50 @@ def drop_rows(results: Results) -> Rows:
     ]
 
 
+def null_entries(results: Results) -> Rows:
+    """The null's mean, its representations and its product, each once."""
+    null = (results.get("inference") or {}).get("null")
+    if not null:
+        return []
+    entries = [{"representation": "mean", **null["mean"]}, *null["entries"]]
+    product = null["product"]
+    is_further = product and product["representation"] not in null["representations"]
+    return [*entries, product] if is_further else entries
+
+
+def null_rows(results: Results) -> Rows:
+    """What a closed-form reader makes of all layers and of each half, where the visual half stands among the
+    random ones, and text less visual with its interval.
+    """
+    return [
+        {
+            "representation": entry["representation"],
+            "all_layers": entry["all_layers"],
+            "visual_only": entry["visual_only"],
+            "text_only": entry["text_only"],
+            "random_half": entry["random_half"],
+            "place": entry["visual"]["rank"],
+            "p_lower": entry["visual"]["p_lower"],
+            "p_two_sided": entry["visual"]["p_two_sided"],
+            "place_of_text": entry["text"]["rank"],
+            "text_minus_visual": contrast["drop"],
+            "low": contrast["interval"][0],
+            "high": contrast["interval"][1],
+        }
+        for entry in null_entries(results)
+        for contrast in [entry["text_minus_visual"] or {"drop": None, "interval": (None, None)}]
+    ]
+
+
+def halves_rows(results: Results) -> Rows:
+    """The score of every random half."""
+    return [
+        {"representation": entry["representation"], "half": f"random_half.{draw}", "score": score}
+        for entry in null_entries(results)
+        for draw, score in enumerate(entry["halves"])
+    ]
+
+
 def class_drop_rows(results: Results) -> Rows:
     """Recall of each class with all layers and with the visual ones, by representation, the difference and
     its 95 % interval, one at a time: paired by row, and of whole groups where there are groups.

@@ -15,6 +15,7 @@ from ablation.report.rows import (
     accuracy_rows,
     layer_sets,
     main_comparison,
+    null_rows,
     representations,
 )
 
@@ -167,6 +168,15 @@ PAGE_COLUMNS = {
     "best_epoch": PageColumn("best epoch", 0, 1),
     "seconds_a_run": PageColumn("s a run", 2, 1),
     "expected": PageColumn("due by chance, %", 1),
+    "all_layers": PageColumn("all layers, %", 1),
+    "visual_only": PageColumn("visual, %", 1),
+    "text_only": PageColumn("text, %", 1),
+    "random_half": PageColumn("random halves, %", 1),
+    "place": PageColumn("place of visual", 0, 1),
+    "p_lower": PageColumn("p (lower)", 3, 1),
+    "p_two_sided": PageColumn("p (both sides)", 3, 1),
+    "place_of_text": PageColumn("place of text", 0, 1),
+    "text_minus_visual": PageColumn("text - visual, points", 1, is_signed=True),
 }
 
 
@@ -219,9 +229,16 @@ def page_tables(results: Results) -> list[dict[str, Any]]:
     if splits > 1:
         note += f" Accuracy, interval and drop are over {splits} splits, all else is of the first."
     tables = []
-    rows, further = cell_rows(results), further_rows(results)
+    rows, further, null = cell_rows(results), further_rows(results), null_rows(results)
     if rows:
         tables.append(page_table("cells", "The table", note, rows))
+    if null:
+        places = 1 + len(results["inference"]["null"]["mean"]["halves"])
+        beside = (
+            f"Read by {results['inference']['null']['reader']}. Places are among the visual half and random "
+            f"halves, 1 of {places} is the lowest; p one at a time; the interval is of text - visual."
+        )
+        tables.append(page_table("null", "Beside random halves", beside, null))
     if further:
         beside = "Other splits, other classifiers and controls, each cell by itself."
         tables.append(page_table("further", "Beside the table", beside, further))

@@ -21,7 +21,7 @@ from ablation.report.page import (
     render_page,
     render_running_page,
 )
-from ablation.report.rows import layer_sets
+from ablation.report.rows import layer_sets, null_rows
 from ablation.report.tables import (
     RUNS_NOTE,
     cell_rows,
@@ -100,7 +100,8 @@ def table_files(results: Results, formats: tuple[str, ...]) -> Files:
         files["tables/results.tex"] = latex_table(shown).encode()
     if "markdown" in formats:
         files["tables/results.md"] = markdown_table(shown).encode()
-    for name, rows in (("cells", cell_rows(results)), ("further_cells", further_rows(results))):
+    tables = {"cells": cell_rows(results), "further_cells": further_rows(results), "null": null_rows(results)}
+    for name, rows in tables.items():
         if rows and "csv" in formats:
             files[f"tables/{name}.csv"] = csv_table(rows)
     return files
