@@ -89,7 +89,8 @@ class RidgeReader:
         sum over the sets; of several, the largest.
         """
         shares, val = sorted(RIDGE_SHARES, reverse=True), self.task.val
-        self.prepare(masks)
+        if self.prepare(masks)[1]:
+            self.kernels_with(next(self.pieces(val)))  # which all shares need
 
         def loss(share: float) -> float:
             pieces = self.outputs(masks, share, val, map)
@@ -120,9 +121,7 @@ class RidgeReader:
         if not wide:
             return
         duals = list(each(lambda own: self.duals(masks[own], share), wide))
-        size = max(1, BLOCK_VALUES // (self.task.sizes[0] * self.task.num_modules))
-        for start in range(rows.start, rows.stop, size):
-            piece = slice(start, min(start + size, rows.stop))
+        for piece in self.pieces(rows):
             kernels = self.kernels_with(piece)
             jobs = [
                 functools.partial(of_wide, masks[own], dual, kernels)
@@ -131,19 +130,24 @@ class RidgeReader:
             for places, found in zip(wide, each(lambda job: job(), jobs), strict=True):
                 yield places, piece, found
 
+    def pieces(self, rows: slice) -> Iterator[slice]:
+        """Rows of which kernels are made at a time."""
+        size = max(1, BLOCK_VALUES // (self.task.sizes[0] * self.task.num_modules))
+        for start in range(rows.start, rows.stop, size):
+            yield slice(start, min(start + size, rows.stop))
+
     def prepare(self, masks: np.ndarray) -> tuple[list[np.ndarray], list[np.ndarray]]:
         """Places of the sets with fewer and with more columns than training rows, SETS_AT_ONCE together. What
         all of them need is made before threads ask for it.
         """
         widths = masks @ np.bincount(self.task.modules, minlength=self.task.num_modules)
-        parts = []
-        for places in (
-            np.flatnonzero(widths <= self.task.sizes[0]),
-            np.flatnonzero(widths > self.task.sizes[0]),
-        ):
-            parts.append([places[i : i + SETS_AT_ONCE] for i in range(0, len(places), SETS_AT_ONCE)])
-        _ = parts[0] and (self.gram, self.correlations), parts[1] and self.kernels
-        return parts[0], parts[1]
+        is_wide = widths > self.task.sizes[0]
+        narrow, wide = (
+            [places[i : i + SETS_AT_ONCE] for i in range(0, len(places), SETS_AT_ONCE)]
+            for places in (np.flatnonzero(~is_wide), np.flatnonzero(is_wide))
+        )
+        _ = narrow and (self.gram, self.correlations), wide and self.kernels
+        return narrow, wide
 
     def of_narrow(self, masks: np.ndarray, share: float, rows: slice) -> np.ndarray:
         """Outputs (S', n, C) of sets with fewer columns than training rows."""
@@ -230,9 +234,8 @@ def solved(gram: np.ndarray, penalty: float, targets: np.ndarray) -> np.ndarray:
     solution = np.array(targets.T, np.float32, order="C")  # (C, n): column after column, as LAPACK has it
     order, columns, failed = (ctypes.c_int(value) for value in (len(matrix), len(solution), 0))
     by = ctypes.byref
-    pointers = (ctypes.c_void_p(x.ctypes.data) for x in (matrix, solution))
-    of_matrix, of_solution = pointers
-    SPOSV(b"L", by(order), by(columns), of_matrix, by(order), of_solution, by(order), by(failed))
+    at_matrix, at_solution = (ctypes.c_void_p(x.ctypes.data) for x in (matrix, solution))
+    SPOSV(b"L", by(order), by(columns), at_matrix, by(order), at_solution, by(order), by(failed))
     if failed.value:
         raise np.linalg.LinAlgError(f"ridge: minor {failed.value} of the Gram matrix is not positive")
     return solution.T
