@@ -174,14 +174,14 @@ def half_by_half_sentences(inference: dict[str, Any]) -> list[str]:
     if not null:
         return []
     mean, product = null["mean"], null["product"]
-    sentences = [f"By ridge regression {sets_read(mean)}."]
+    sentences = [f"By ridge regression {sets_read(mean, null)}."]
     if null["is_text_equal"] and more_of(null, "mean") == "none":
         sentences.append(f"Text less visual: {difference_text(mean)}, which shows no difference.")
     if product is None:
         return sentences
     is_stronger = product[MAIN_COMPARISON.first] > mean[MAIN_COMPARISON.first]
     what = "A stronger reader of the same rows" if is_stronger else "A reader of the products"
-    sentences.append(f"{what} is {product['representation']}: {sets_read(product)}.")
+    sentences.append(f"{what} is {product['representation']}: {sets_read(product, null)}.")
     if null["is_text_equal"]:
         said = {
             "text": "so by the products the text layers hold more",
@@ -192,11 +192,12 @@ def half_by_half_sentences(inference: dict[str, Any]) -> list[str]:
     return sentences
 
 
-def sets_read(entry: dict[str, Any]) -> str:
-    """What all layers and each half read."""
+def sets_read(entry: dict[str, Any], null: dict[str, Any]) -> str:
+    """What all layers and each half read; the text layers are called a half if they are as many."""
+    text_layers = "text half" if null["is_text_equal"] else "text layers"
     whole, visual, text = (in_percent(entry[name]) for name in NULL_SETS)
     return (
-        f"all layers read {whole}, the visual half {visual}, the text half {text}, random halves "
+        f"all layers read {whole}, the visual half {visual}, the {text_layers} {text}, random halves "
         f"{in_percent(entry['random_half'])}"
     )
 
