@@ -180,8 +180,8 @@ def half_by_half_sentences(inference: dict[str, Any]) -> list[str]:
     if product is None:
         return sentences
     is_stronger = product[MAIN_COMPARISON.first] > mean[MAIN_COMPARISON.first]
-    what = "A stronger reader of the same rows" if is_stronger else "A reader of the products"
-    sentences.append(f"{what} is {product['representation']}: {sets_read(product, null)}.")
+    what = "a stronger reader" if is_stronger else "a reader of the products"
+    sentences.append(f"{product['representation']}, {what}: {sets_read(product, null)}.")
     if null["is_text_equal"]:
         said = {
             "text": "so by the products the text layers hold more",

@@ -8,6 +8,7 @@ from conftest import ROOT
 from ablation import opening as sentences
 from ablation.opening import Facts, facts_of, meaning, opening
 from ablation.simulated_openings import COLLECTIONS, simulate_openings
+from ablation.verdict import half_by_half_sentences
 
 OUTCOMES = ("falls", "rises", "same", "open")
 PLACES = {"lower": "lower", "among": "among", "higher": "higher", "not read": ""}
@@ -185,3 +186,27 @@ def test_what_the_products_show_is_not_called_nothing():
     assert opening(with_product(made_of()))[-1] == sentences.NOT_MORE
     assert opening(with_product(made_of(place="lower"), more="text"))[-1] == sentences.HOLD_PART
     assert all(len(sentence.split()) <= 25 for sentence in opening(with_product(made_of(), more="text")))
+
+
+def test_the_second_paragraph_has_what_each_half_reads():
+    found = with_product(made_of(), more="text")
+    scores = {"visual_only": 0.25, "text_only": 0.22, "random_half": 0.24}
+    found["null"]["mean"] |= scores
+    found["null"]["product"] |= {name: 0.6 + score for name, score in scores.items()}
+    said = half_by_half_sentences(found)
+    assert said == [
+        "By ridge regression all layers read 30.0 %, the visual half 25.0 %, the text half 22.0 %, random "
+        "halves 24.0 %.",
+        "Text less visual: +5.0 points (95 % interval +2.0 to +8.0), which shows no difference.",
+        "product_sketch, a stronger reader: all layers read 90.0 %, the visual half 85.0 %, the text half "
+        "82.0 %, random halves 84.0 %.",
+        "Text less visual by it: +14.3 points (95 % interval +10.7 to +18.0), so by the products the text "
+        "layers hold more.",
+    ]
+    assert all(len(sentence.split()) <= 26 for sentence in said)
+    found["null"]["is_text_equal"] = False
+    assert (
+        len(half_by_half_sentences(found)) == 2
+        and "the text layers 22.0 %" in half_by_half_sentences(found)[0]
+    )
+    assert half_by_half_sentences(made_of(place="")) == []
