@@ -139,10 +139,10 @@ def null_sentences(inference: Numbers, facts: Facts) -> list[str]:
         is_less = (facts.place == "lower") == (sign > 0)
         extent = " as much:" if facts.place == "among" else " less:" if is_less else " more:"
     return [
-        f"A random half of the layers {verb}{extent} {100 * abs(halves):.1f} points (middle 95 %: {low:.1f} "
-        f"to {high:.1f}).",
-        f"The visual half {'loses' if visual >= 0 else 'gains'} {100 * abs(visual):.1f} by the same reader, "
-        "ridge regression.",
+        f"Keeping a random half of the layers {verb}{extent} {100 * abs(halves):.1f} points (middle 95 %: "
+        f"{low:.1f} to {high:.1f}) by ridge regression.",
+        f"Keeping the visual half {'loses' if visual >= 0 else 'gains'} {100 * abs(visual):.1f} points by "
+        "the same reader.",
     ]
 
 
