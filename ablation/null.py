@@ -7,6 +7,7 @@ of halves that read no more is the p-value of a randomisation test.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -23,14 +24,18 @@ Answers = dict[str, np.ndarray]  # of one representation; see `NullReading.answe
 
 
 def null_evidence(
-    answers: dict[str, Answers], names: list[str], groups: np.ndarray | None, labels: np.ndarray | None
+    answers: dict[str, Answers],
+    names: list[str],
+    groups: np.ndarray | None,
+    labels: np.ndarray | None,
+    chance: float = 0.0,
 ) -> dict[str, Any] | None:
     """Where the visual half stands, for results.json; None without answers.
 
-    `names` are the representations of the table: `entries` are by representation, `mean` is over those of
-    them that were read. `product` is the entry of NULL_PRODUCT. With `labels` (N,), the classes of the data
-    set's rows, scores are balanced accuracies. `tests` has the p-values of what sentences say, with Holm's
-    correction over all of them.
+    `names` are the representations of the primary hypothesis: `entries` are by representation, `mean` is over
+    those of them that were read. `product` is the entry of NULL_PRODUCT. With `labels` (N,), the classes of
+    the data set's rows, scores are balanced accuracies. `chance` is that of the score. `tests` has the
+    p-values of what sentences say, with Holm's correction over all of them.
     """
     samples = {name: samples_of_sets(own, groups, labels) for name, own in answers.items()}
     halves = {name: scores_of_halves(own, labels is not None) for name, own in answers.items()}
@@ -48,7 +53,9 @@ def null_evidence(
         np.mean([halves[name] for name in of_table], axis=0),
         is_text_equal,
     )
-    product = by_name.get(NULL_PRODUCT)
+    all_layers = mean_sample([samples[name][NULL_SETS[0]] for name in of_table])
+    mean["p_above_chance"] = replace(all_layers, chance=chance).accuracy["p_above_chance"]
+    product = None if of_table == [NULL_PRODUCT] else by_name.get(NULL_PRODUCT)
     return {
         "halves": NULL_HALVES,
         "reader": "ridge regression",

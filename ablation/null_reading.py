@@ -143,7 +143,7 @@ def read_halves(context: Context, ledger: Ledger, computed: dict[str, Matrix]) -
         for name in list(null.missing):
             try:
                 null.arrays[name] = reading.answers(name, progress.advance)
-            except TrainingError as error:  # the others are read
+            except (TrainingError, np.linalg.LinAlgError) as error:  # the others are read
                 null.failed = f"{name}: {error}"
                 log.error(f"Random halves FAILED: {null.failed}")
                 continue

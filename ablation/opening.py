@@ -34,7 +34,7 @@ class Facts(NamedTuple):
 def facts_of(inference: Numbers) -> Facts:
     """The facts that an inference has shown."""
     null = inference.get("null")
-    if not null:
+    if not null or null["mean"]["p_above_chance"] >= LEVEL:  # a reader that reads nothing compares nothing
         return Facts(outcome(inference), "", "")
     return Facts(outcome(inference), place_in(null, "mean"), more_of(null, "mean"))
 
@@ -118,17 +118,19 @@ def opposite_sentences(primary: Numbers) -> list[str]:
     if p is None:
         return []
     if p < LEVEL:
-        return [f"But the representations differ in this (p = {p:.3f}): some fall and others rise."]
+        return [f"But the representations differ in their drops (p = {p:.3f})."]
     return ["Single representations may still differ."]
 
 
 def null_sentences(inference: Numbers, facts: Facts) -> list[str]:
     """How much a random half of the layers loses, beside the visual half by the same reader."""
     if not facts.place:
+        why = inference.get("null_problem") or "this run has none"
         return [
-            "Half of the layers are gone too, and this run does not tell whether another would be missed "
-            "as much.",
-            f"No random half was read: {inference.get('null_problem') or 'this run has none'}.",
+            "Layers are gone too, and this run does not tell whether others would be missed as much.",
+            "The reader of random halves is not above chance."
+            if inference.get("null")
+            else f"No random half was read: {why}.",
         ]
     mean = inference["null"]["mean"]
     halves, visual = mean["fall_of_halves"]["mean"], mean["fall"]
@@ -168,16 +170,13 @@ def product_sentences(null: Numbers) -> list[str]:
     whole = NULL_SETS[0]
     reader = "a stronger reader" if product[whole] > null["mean"][whole] else "a reader of the products"
     found, name = product["text_minus_visual"], product["representation"]
-    if more_of(null, "product") == "text":
-        low, high = (100 * end for end in found["interval"])
-        return [
-            f"But {name}, {reader}, shows it: the text half reads {100 * found['drop']:.1f} points more than "
-            f"the visual half (95 % interval {low:.1f} to {high:.1f})."
-        ]
-    if place_in(null, "product") == "lower":
-        place = f"place {product['visual']['rank']} of {1 + len(product['halves'])}"
-        return [f"But {name}, {reader}, shows it: its visual half reads less than random halves ({place})."]
-    return []
+    if more_of(null, "product") != "text":
+        return []
+    low, high = (100 * end for end in found["interval"])
+    return [
+        f"But by {name}, {reader}, the text half reads {100 * found['drop']:.1f} points more than the visual "
+        f"half (95 % interval {low:.1f} to {high:.1f})."
+    ]
 
 
 def contrast_sentence(entry: Numbers) -> str:

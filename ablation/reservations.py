@@ -93,7 +93,8 @@ def reservations(inference: dict[str, Any]) -> list[str]:
 def size_sentences(inference: dict[str, Any]) -> list[str]:
     """What the cells of --layer-sets random_half say of fewer columns, beside the null."""
     if inference["random_halves"] and inference["random_halves"]["draws"] >= FEWEST_HALVES:
-        return half_sentences(inference["random_halves"], outcome(inference))
+        said = half_sentences(inference["random_halves"], outcome(inference))
+        return said[:1] if inference.get("null") else said  # the opening draws the conclusion
     if SIZE_MATCHED_COMPARISON.entries_in(inference):
         return size_matched_sentences(inference)
     return []

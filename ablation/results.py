@@ -82,6 +82,7 @@ def collect(
     further = [cell for cell in records if not cell.is_plain and not cell.audit]
     audits = [cell for cell in records if cell.audit]
     results["comparison"] = compare(records, results.get("inference") or {})
+    results["null"] = (results.get("inference") or {}).get("null")
     results["further_cells"] = [{**records[cell], **cell.identified()} for cell in further]
     results["audits"] = [
         {**cell.identified(), **{key: records[cell][key] for key in AUDIT_KEYS if key in records[cell]}}
@@ -169,8 +170,10 @@ def inference_of(
     inference = {} if overlap else infer(arrays, data.groups, Margin(*margin), kind)
     if inference:
         names = [entry["representation"] for entry in MAIN_COMPARISON.entries_in(inference)]
+        if inference["primary"] is not None:
+            names = inference["primary"]["representations"]
         labels = None if inference["score"] == "accuracy" else data.labels
-        inference["null"] = null_evidence(null.arrays, names, data.groups, labels)
+        inference["null"] = null_evidence(null.arrays, names, data.groups, labels, inference["score_chance"])
         inference |= {"null_problem": problem, "group_column": data.group_column}
     said = verdict(inference, overlap)
     made = dict(zip(INFERENCE_KEYS, (inference, said.text, said._asdict(), made_from), strict=True))

@@ -176,7 +176,7 @@ def half_by_half_sentences(inference: dict[str, Any]) -> list[str]:
     mean, product = null["mean"], null["product"]
     sentences = [f"By ridge regression {sets_read(mean, null)}."]
     if null["is_text_equal"] and more_of(null, "mean") == "none":
-        sentences.append(f"Text less visual: {difference_text(mean)}, which shows no difference.")
+        sentences.append(f"Text less visual: {difference_text(mean)}, {not_shown(mean)}.")
     if product is None:
         return sentences
     is_stronger = product[MAIN_COMPARISON.first] > mean[MAIN_COMPARISON.first]
@@ -186,7 +186,7 @@ def half_by_half_sentences(inference: dict[str, Any]) -> list[str]:
         said = {
             "text": "so by the products the text layers hold more",
             "visual": "so by the products the visual layers hold more",
-            "none": "which shows no difference",
+            "none": not_shown(product),
         }[more_of(null, "product")]
         sentences.append(f"Text less visual by it: {difference_text(product)}, {said}.")
     return sentences
@@ -200,6 +200,12 @@ def sets_read(entry: dict[str, Any], null: dict[str, Any]) -> str:
         f"all layers read {whole}, the visual half {visual}, the {text_layers} {text}, random halves "
         f"{in_percent(entry['random_half'])}"
     )
+
+
+def not_shown(entry: dict[str, Any]) -> str:
+    """Words for a difference of text and visual that is not shown."""
+    low, high = entry["text_minus_visual"]["interval"]
+    return "which shows no difference" if low <= 0 <= high else "not shown after the correction for all tests"
 
 
 def difference_text(entry: dict[str, Any]) -> str:

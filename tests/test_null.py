@@ -340,13 +340,13 @@ def test_an_error_of_the_halves_costs_no_cell_and_is_not_hidden(run, place, four
     four_blocks("wide")
 
     def fail(*given):
-        raise np.linalg.LinAlgError("no factor")
+        raise RuntimeError("no factor")
 
     with monkeypatch.context() as patched:
         patched.setattr(half_reader, "RidgeReader", fail)
         status, log = run("--representations", "stats", dataset="./wide")
     results = json.loads((folder(place, "wide") / "results.json").read_text())
-    assert status == 1 and "Random halves FAILED: LinAlgError: no factor" in log and "Traceback" in log
+    assert status == 1 and "Random halves FAILED: RuntimeError: no factor" in log and "Traceback" in log
     assert not results["failed_cells"] and results["inference"]["null"] is None
     assert "no factor" in results["inference"]["null_problem"]
     assert run("--representations", "stats", dataset="./wide")[0] == 0 and null_of(place)
