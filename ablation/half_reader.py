@@ -41,15 +41,15 @@ def read_view(
 ) -> dict[str, np.ndarray]:
     """What each set makes of n tested rows in m rounds, in each of which every row is tested once.
 
-    H halves, S fits, C classes. `rows` and `labels` (n,); `predictions` (3, m, n) of NULL_SETS; `share`
-    (m, n) of the halves that are right; `runs` (m, n) the fit behind an answer; `hits` (S, H, C) the right
-    answers of each half by class, of `counts` (S, C) rows; `ratio` of test to training rows.
+    H halves, S fits, C classes. `rows` and `labels` (n,); `predictions` (3, m, n) of NULL_SETS; `runs` (m, n)
+    the fit behind an answer; `hits` (S, H, C) the right answers of each half by class, of `counts` (S, C)
+    rows; `ratio` of test to training rows.
     """
     tested, first = np.unique(np.concatenate([fit.test for fit in fits])), len(NULL_SETS)
     m, n = sum(len(fit.test) for fit in fits) // len(tested), len(tested)
     S, H, C = len(fits), len(sets.halves), int(view.labels.max()) + 1
     predictions = np.zeros((first, m, n), np.int32)
-    share, runs = np.zeros((m, n), np.float32), np.zeros((m, n), np.int32)
+    runs = np.zeros((m, n), np.int32)
     hits, counts = np.zeros((S, H, C), np.int32), np.zeros((S, C), np.int32)
     with one_thread_a_core(sys.maxsize) as executor:
         for number, fit in enumerate(fits):
@@ -59,14 +59,12 @@ def read_view(
             hits[number], counts[number] = right[first:].astype(np.int32) @ is_class, is_class.sum(0)
             of_round, places = number * m // S, np.searchsorted(tested, fit.test)
             predictions[:, of_round, places] = answers[:first]
-            share[of_round, places] = right[first:].mean(0)
             runs[of_round, places] = number
             on_fit()
     return {
         "rows": tested,
         "labels": view.labels[tested],
         "predictions": predictions,
-        "share": share,
         "runs": runs,
         "hits": hits,
         "counts": counts,
